@@ -1,0 +1,47 @@
+"""Installs `trainers/` as the package `dlr_clip`.
+
+`dassl/` and `datasets/` are never installed: an environment that has upstream Dassl keeps it, and `datasets` on the
+path of an installed program would shadow Hugging Face's package of that name.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+# The lowest versions are those that the code relies on (torchvision follows torch); no upper bounds.
+REQUIRES = [
+    "torch>=2.4",
+    "torchvision>=0.19",
+    "open_clip_torch>=2.24",  # CLIP architectures, OpenAI weights, tokenizer
+    "safetensors>=0.4",  # weights without pickles
+    "yacs>=0.1.8",  # configs
+    "pyyaml>=6.0",
+    "numpy>=1.24",
+    "pillow>=10.0",
+    "scipy>=1.10",  # .mat annotation files
+    "scikit-learn>=1.3",  # the digits, linear probe, t-SNE
+    "torchmetrics>=1.2",  # metrics, also across processes
+    "tabulate>=0.9",
+    "tensorboard>=2.14",
+    "tqdm>=4.65",
+    "matplotlib>=3.7",
+]
+TEST = ["pytest>=8.0"]
+DEV = [*TEST, "pytest-cov", "ruff>=0.6", "mypy>=1.10", "pre-commit>=3.5"]
+
+setup(
+    name="dlr-clip",
+    version="0.1.0",
+    description="Few-shot adaptation of CLIP: DLR-CLIP and its neighbours, as a plugin for the Dassl/CoOp family",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    package_dir={"dlr_clip": "trainers"},
+    packages=["dlr_clip", *(f"dlr_clip.{name}" for name in find_packages(str(HERE / "trainers")))],
+    package_data={"dlr_clip.clip": ["assets/*"]},
+    install_requires=REQUIRES,
+    extras_require={"test": TEST, "dev": DEV},
+)

@@ -1,0 +1,114 @@
+"""CMA, the cross-modal adapter of DLR-CLIP: a bottleneck beside each transformer block, tied between image and text.
+
+Legend: B images, N tokens of an image or prompts, L text tokens, D width of a block, r bottleneck width.
+
+Block i of an encoder, which without the adapter gives x' + mlp(ln_2(x')) with x' = x + attn(ln_1(x)), gives instead
+
+    x' + mlp(ln_2(x')) + scale_i * up_i( relu( shared_i( relu( down_i( ln_1(x) ) ) ) ) )          D -> r -> r -> D
+
+`down_i`, `up_i` and `scale_i` belong to one encoder; `shared_i` is ONE module that both encoders use, and is what
+makes the adapter cross-modal. Every token is adapted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def share_in_order(visual_blocks: list[int], text_blocks: list[int]) -> dict[int, int]:
+    """Which text block each visual block shares its middle layer with, where the two do not count alike (ResNets).
+
+    The visual blocks are laid along the last text blocks in order: the last beside the last, and the first ones,
+    should there be more visual than text blocks, all beside the first text block.
+    """
+    first, last, n = min(text_blocks), max(text_blocks), len(visual_blocks)
+    return {block: max(first, last - (n - k)) for k, block in enumerate(sorted(visual_blocks), start=1)}
+
+
+def _linear(n_in: int, n_out: int) -> nn.Linear:
+    """A linear layer with Kaiming-normal weight (fan_out, relu) and zero bias."""
+    layer = nn.Linear(n_in, n_out)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Bottleneck(nn.Module):
+    """One encoder's own half of the adapter of one block: down, up and the learnable scale."""
+
+    def __init__(self, width: int, dim: int, scale: float) -> None:
+        super().__init__()
+        self.down = _linear(width, dim)
+        self.up = _linear(dim, width)
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+
+    def forward(self, x: Tensor, shared: nn.Module) -> Tensor:
+        """x [..., D] -> [..., D] in fp32, whatever the backbone's precision."""
+        with torch.autocast(device_type=x.device.type, enabled=False):  # fp32 master weights compute in fp32
+            y = F.relu(self.down(x.float()))
+            y = F.relu(shared(y))
+            return self.scale * self.up(y)
+
+
+class CrossModalAdapter(nn.Module):
+    """The adapters of all adapted blocks of both encoders.
+
+    Args:
+        visual: width D of each adapted visual block, by block number (from 1).
+        text: width D of each adapted text block, by block number (from 1).
+        dim: bottleneck width r.
+        scale: initial value of every learnable scale; at 0 the encoders are exactly CLIP's.
+        share: for a visual block, the number of the shared middle layer it uses; by default its own number. Text
+            blocks always use the layer of their own number.
+
+    Raises:
+        ValueError: no block to adapt in an encoder, or a bottleneck width below 1.
+    """
+
+    def __init__(
+        self,
+        visual: Mapping[int, int],
+        text: Mapping[int, int],
+        *,
+        dim: int = 32,
+        scale: float = 0.01,
+        share: Mapping[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"Expected the adapter's bottleneck width to be at least 1 but got {dim}")
+        if not visual or not text:
+            raise ValueError(
+                "Expected at least one block to adapt in each encoder but got "
+                f"visual blocks {sorted(visual)} and text blocks {sorted(text)}"
+            )
+        self.share = {block: (share or {}).get(block, block) for block in visual}
+        self.shared = nn.ModuleDict({str(i): _linear(dim, dim) for i in sorted({*self.share.values(), *text})})
+        self.visual = nn.ModuleDict({str(i): Bottleneck(visual[i], dim, scale) for i in sorted(visual)})
+        self.text = nn.ModuleDict({str(i): Bottleneck(text[i], dim, scale) for i in sorted(text)})
+
+    def adapt_tokens(self, block: int, x: Tensor) -> Tensor | None:
+        """Visual transformer: ln_1(x) [B, N, D] entering `block` -> what is added to its output; None: not adapted."""
+        if block not in self.share:
+            return None
+        return self.visual[str(block)](x, self.shared[str(self.share[block])])
+
+    def adapt_map(self, block: int, x: Tensor) -> Tensor | None:
+        """ResNet: output [B, D, H, W] of a residual block -> what is added to it (a 1x1 bottleneck over channels)."""
+        y = self.adapt_tokens(block, x.movedim(1, -1))  # [B, H, W, D]
+        return None if y is None else y.movedim(-1, 1)
+
+    def adapt_text(self, block: int, x: Tensor) -> Tensor | None:
+        """Text transformer: ln_1(x) [N, L, D] entering `block` -> what is added to its output; None: not adapted."""
+        if str(block) not in self.text:
+            return None
+        return self.text[str(block)](x, self.shared[str(block)])
+
+    def scales(self) -> dict[str, Tensor]:
+        """The learnable scales by encoder and block, e.g. {"visual/5": tensor(0.01), ...}, detached."""
+        halves = {"visual": self.visual, "text": self.text}
+        return {f"{name}/{i}": half.scale.detach() for name, d in halves.items() for i, half in d.items()}

@@ -1,0 +1,126 @@
+"""The configuration keys of DLR-CLIP: TRAINER.DLRCLIP.*, and their check."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+HEADS = ("clip", "cma", "glr", "final", "fused")
+PRECISIONS = ("fp32", "fp16", "amp", "bf16")
+
+
+def add_dlrclip_config(cfg: Any) -> None:
+    """Adds TRAINER.DLRCLIP to `cfg` unless it is there. "source" below is the published method and its code."""
+    if "DLRCLIP" in cfg.TRAINER:
+        return
+    node = type(cfg)()
+
+    # Switches of the three parts; for ablations.
+    node.CMA = True  # cross-modal adapter; off: cma_logits = clip_logits
+    node.GLR = True  # gate logit refiner; off: glr_logits = clip_logits (the source then puts cma_logits there)
+    node.SKD = True  # smoothed distillation from the zero-shot branch; on: no direct losses on the CMA branch
+
+    # Precision of the frozen backbone: fp32 | fp16 | amp (fp32 weights, autocast) | bf16. What is learnt is fp32.
+    node.PREC = "fp32"
+
+    # CMA
+    node.TEXT_CTX_INIT = "a photo of a"  # prompt of the adapted text branch: "<this> <class>."
+    node.START = 5  # first adapted block, counted from 1 (source: 5)
+    node.END = 12  # last adapted block, at least START; clipped to each encoder's depth (source: 12)
+    node.DIM = 32  # bottleneck width r, at least 1 (source: 32)
+    node.SCALE = 0.01  # initial value of the learnable scale of each block's adapter, finite (source: 0.01)
+
+    # GLR
+    node.GLR_DIM = 512  # feature size d, at least 1 (source: 512)
+    node.RES_SCALE = 0.01  # initial value of the learnable scale of the residual on the logits, finite (source: 0.01)
+    node.FIXED_ALPHA = None  # in [0, 1]: replaces the gate alpha; None: learnt
+
+    # Fusion
+    node.FUSION_DIM = 128  # hidden width of the fusion gate, at least 1 (our choice: the source leaves it open)
+    node.FIXED_WEIGHT = None  # in [0, 1]: replaces the fusion weight w; None: learnt
+
+    # Weights of the losses, each at least 0 and 0 = absent. L1 is the mean absolute difference to clip_logits.
+    node.LOSS = type(cfg)()
+    node.LOSS.CE_CMA = 1.0  # cross-entropy of cma_logits; absent when SKD is on or CMA is off
+    node.LOSS.CE_GLR = 1.0  # cross-entropy of glr_logits; absent when GLR is off
+    node.LOSS.CE_FINAL = 1.0  # cross-entropy of final_logits
+    node.LOSS.L1_CMA = 1.0  # L1(cma, clip); absent when SKD is on or CMA is off
+    node.LOSS.L1_GLR = 1.0  # L1(glr, clip); absent when GLR is off
+
+    # SKD
+    node.LAMBDA = 0.01  # weight of the distillation loss, at least 0 (source: 0.01)
+    node.T = 2.0  # temperature, above 0 (source: 2)
+    node.SMOOTHING = 0.2  # share of the uniform distribution in the teacher, in [0, 1) (source: 0.2)
+
+    node.EPS = 1e-4  # epsilon of Adam-type optimisers, above 0 (source: 1e-4); others have none
+    node.HEAD = "final"  # the head that is reported as the accuracy: clip | cma | glr | final | fused
+
+    cfg.TRAINER.DLRCLIP = node
+
+
+def _check_number(node: Any, key: str, low: float, high: float = math.inf, *, open_low=False, open_high=False) -> None:
+    value = node[key]
+    number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    if number and low <= value <= high and not (open_low and value == low) and not (open_high and value == high):
+        return
+    bounds = []
+    if low > -math.inf:
+        bounds.append(f"{'above' if open_low else 'at least'} {low:g}")
+    if high < math.inf:
+        bounds.append(f"{'below' if open_high else 'at most'} {high:g}")
+    wanted = " and ".join(bounds) or "finite"
+    raise ValueError(f"Expected TRAINER.DLRCLIP.{key} to be a number, {wanted}, but got {value!r}")
+
+
+def _check_positive_int(node: Any, key: str) -> None:
+    value = node[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"Expected TRAINER.DLRCLIP.{key} to be a whole number, at least 1, but got {value!r}")
+
+
+def _check_choice(node: Any, key: str, choices: tuple[str, ...]) -> None:
+    if node[key] not in choices:
+        raise ValueError(f"Expected TRAINER.DLRCLIP.{key} to be one of {', '.join(choices)} but got {node[key]!r}")
+
+
+def check_dlrclip_config(cfg: Any) -> None:
+    """Checks every key of TRAINER.DLRCLIP; needs neither CLIP nor data.
+
+    Raises:
+        ValueError: naming the key, what was expected and what came.
+    """
+    if "DLRCLIP" not in cfg.TRAINER:
+        raise ValueError("Expected the configuration to have a node TRAINER.DLRCLIP but got none: call extend_cfg(cfg)")
+    node = cfg.TRAINER.DLRCLIP
+    for key in ("CMA", "GLR", "SKD"):
+        if not isinstance(node[key], bool):
+            raise ValueError(f"Expected TRAINER.DLRCLIP.{key} to be True or False but got {node[key]!r}")
+    if not (node.CMA or node.GLR):
+        raise ValueError("Expected TRAINER.DLRCLIP.CMA or .GLR to be on but got both off: nothing would be learnt")
+    _check_choice(node, "PREC", PRECISIONS)
+    _check_choice(node, "HEAD", HEADS)
+    if not isinstance(node.TEXT_CTX_INIT, str) or not node.TEXT_CTX_INIT.strip() or "{" in node.TEXT_CTX_INIT:
+        raise ValueError(
+            "Expected TRAINER.DLRCLIP.TEXT_CTX_INIT to be the words before the class name, such as 'a photo of a', "
+            f"but got {node.TEXT_CTX_INIT!r}"
+        )
+    for key in ("START", "END", "DIM", "GLR_DIM", "FUSION_DIM"):
+        _check_positive_int(node, key)
+    if node.START > node.END:
+        raise ValueError(
+            f"Expected TRAINER.DLRCLIP.START to be at most .END but got START {node.START} and END {node.END}"
+        )
+    for key in ("SCALE", "RES_SCALE"):
+        _check_number(node, key, -math.inf)
+    for key in ("FIXED_ALPHA", "FIXED_WEIGHT"):
+        if node[key] is not None:
+            _check_number(node, key, 0, 1)
+    _check_number(node, "LAMBDA", 0)
+    _check_number(node, "T", 0, open_low=True)
+    _check_number(node, "SMOOTHING", 0, 1, open_high=True)
+    _check_number(node, "EPS", 0, open_low=True)
+    for key in node.LOSS:
+        try:
+            _check_number(node.LOSS, key, 0)
+        except ValueError as error:
+            raise ValueError(str(error).replace("DLRCLIP.", "DLRCLIP.LOSS.")) from None

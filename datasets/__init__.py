@@ -1,0 +1,13 @@
+"""Datasets: one small module each, found and registered by being in this folder."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from .config import extend_cfg
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["extend_cfg"]

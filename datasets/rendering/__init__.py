@@ -1,0 +1,20 @@
+"""Procedural pictures: the outlines, glyphs and styles behind the `Shapes` datasets and the tiny CLIP's pretraining."""
+
+from .glyphs import DIGIT_WORDS, LETTERS, glyph_mask
+from .outlines import OTHER_OUTLINES, SHAPE_CLASSES, draw_outline, outline_mask
+from .styles import COLOURS, TEXTURES, Style, compose, random_style
+
+__all__ = [
+    "COLOURS",
+    "DIGIT_WORDS",
+    "LETTERS",
+    "OTHER_OUTLINES",
+    "SHAPE_CLASSES",
+    "TEXTURES",
+    "Style",
+    "compose",
+    "draw_outline",
+    "glyph_mask",
+    "outline_mask",
+    "random_style",
+]

@@ -1,0 +1,41 @@
+"""The one place that knows CLIP: weights, tokens, prompts, and running a prefix or a suffix of its blocks.
+
+Plain torch over open_clip's modules; it knows neither the toolbox nor the datasets.
+"""
+
+from .backbones import BACKBONES, check_backbone
+from .blocks import Adapter
+from .config import add_clip_config
+from .load import load_clip
+from .model import CLIP
+from .templates import (
+    DEFAULT_TEMPLATE,
+    IMAGENET_TEMPLATES_SELECT,
+    clean_classname,
+    fill_template,
+    templates_for,
+    zeroshot_weights,
+)
+from .text import PromptTokens, TextState, TextTower
+from .tiny import save_tiny
+from .vision import VisionTower
+
+__all__ = [
+    "BACKBONES",
+    "CLIP",
+    "DEFAULT_TEMPLATE",
+    "IMAGENET_TEMPLATES_SELECT",
+    "Adapter",
+    "PromptTokens",
+    "TextState",
+    "TextTower",
+    "VisionTower",
+    "add_clip_config",
+    "check_backbone",
+    "clean_classname",
+    "fill_template",
+    "load_clip",
+    "save_tiny",
+    "templates_for",
+    "zeroshot_weights",
+]

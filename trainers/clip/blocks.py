@@ -1,0 +1,107 @@
+"""Forward of CLIP's residual attention block over open_clip's parameters, with room for an adapter.
+
+open_clip's own block forward always computes every token. Here attention is split into projection, mixing and the
+rest of the block, so that callers can reuse keys and values of tokens that are shared, or read out a single token.
+
+Legend: B sequences, L tokens, M key tokens, D width, H heads, d = D / H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Adapter = Callable[[int, Tensor], "Tensor | None"]
+"""``adapter(i, x)``: what to add to the output of block ``i`` (numbered from 1), or None for nothing.
+
+Transformer blocks hand over ``ln_1(x)`` [B, L, D], for any subset of the tokens, so an adapter works token by token;
+residual convolution blocks hand over their output [B, C, H, W]. The result has the shape of what was handed over,
+in any floating dtype.
+"""
+
+
+def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a LayerNorm in its weights' dtype (fp32 in a half-precision backbone) and return ``x``'s dtype."""
+    if not isinstance(norm, nn.LayerNorm):  # nn.Identity where an architecture leaves the norm out
+        return norm(x)
+    out = F.layer_norm(x.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return out.to(x.dtype)
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, L, D] -> [B, H, L, d]
+
+
+def project_qkv(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, H, L, d] of all tokens of ``x`` [B, L, D]."""
+    q, k, v = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
+    return _split_heads(q, attn.num_heads), _split_heads(k, attn.num_heads), _split_heads(v, attn.num_heads)
+
+
+def project_q(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """Queries only, [B, H, L, d]."""
+    width = attn.embed_dim
+    return _split_heads(F.linear(x, attn.in_proj_weight[:width], attn.in_proj_bias[:width]), attn.num_heads)
+
+
+def project_kv(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values only, [B, H, L, d] each."""
+    width = attn.embed_dim
+    k, v = F.linear(x, attn.in_proj_weight[width:], attn.in_proj_bias[width:]).chunk(2, dim=-1)
+    return _split_heads(k, attn.num_heads), _split_heads(v, attn.num_heads)
+
+
+def mix(
+    attn: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Scaled dot-product attention and output projection.
+
+    Args:
+        q: queries [B, H, L, d].
+        k, v: keys and values [B, H, M, d].
+        mask: bool, broadcastable to [B, H, L, M], True where a query may look; None = everywhere.
+        causal: lower-triangular mask instead (needs L = M).
+
+    Returns:
+        [B, L, D].
+    """
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    out = out.transpose(1, 2).flatten(2)  # [B, H, L, d] -> [B, L, D]
+    return F.linear(out, attn.out_proj.weight, attn.out_proj.bias)
+
+
+def add_adapter(out: Tensor, adapter: Adapter | None, number: int, seen: Tensor) -> Tensor:
+    """``out + adapter(number, seen)`` in ``out``'s dtype; ``out`` itself where there is nothing to add."""
+    extra = adapter(number, seen) if adapter is not None else None
+    if extra is None:
+        return out
+    if extra.shape != out.shape:
+        raise ValueError(
+            f"Expected the adapter of block {number} to return shape {tuple(out.shape)} but got {tuple(extra.shape)}"
+        )
+    return out + extra.to(out.dtype)
+
+
+def finish_block(
+    block: nn.Module, number: int, x: Tensor, normed: Tensor, attended: Tensor, adapter: Adapter | None
+) -> Tensor:
+    """Everything of a block after its attention: ``x' = x + attn``, ``x' + mlp(ln_2(x')) + adapter(ln_1(x))``.
+
+    Args:
+        block: open_clip's ResidualAttentionBlock.
+        number: the block's number, from 1.
+        x: tokens entering the block [B, L, D].
+        normed: ``ln_1(x)`` [B, L, D].
+        attended: attention's output for the same tokens [B, L, D].
+    """
+    x = x + block.ls_1(attended)
+    x = x + block.ls_2(block.mlp(layer_norm(block.ln_2, x)))
+    return add_adapter(x, adapter, number, normed)
+
+
+def pick_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Token ``index[b]`` of each sequence: [B, L, D], [B] -> [B, 1, D]."""
+    return x[torch.arange(x.shape[0], device=x.device), index].unsqueeze(1)

@@ -1,0 +1,185 @@
+"""CLIP's text encoder as blocks that can be run from anywhere to anywhere, with or without adapters.
+
+Two savings are exact, because attention is causal and only the end-of-text token is read:
+* tokens after a prompt's end-of-text token change nothing, so the matrix is cut at the longest prompt;
+* tokens that all prompts begin with ("<start> a photo of a") have the same activations for every prompt at every
+  block, adapters included, so they are computed once and each prompt's own tokens attend to their keys and values.
+
+Legend: N prompts, L tokens of the longest prompt, P shared leading tokens, D width, E joint embedding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from .blocks import Adapter, finish_block, layer_norm, mix, pick_tokens, project_kv, project_q, project_qkv
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """Tokenised prompts.
+
+    Attributes:
+        ids: token ids [N, L], zero after each prompt's end-of-text token.
+        eot: position of each prompt's end-of-text token [N].
+        shared: P, how many leading tokens are the same in all prompts; at least 1 (start-of-text) and never reaching
+            an end-of-text token, so that every prompt keeps a token of its own to read (also when there is one prompt).
+    """
+
+    ids: Tensor
+    eot: Tensor
+    shared: int
+
+
+@dataclass(frozen=True)
+class TextState:
+    """Activations entering block ``next_block``.
+
+    Attributes:
+        shared: the shared leading tokens [1, P, D].
+        own: each prompt's remaining tokens [N, L - P, D].
+        eot: position of the end-of-text token within ``own`` [N].
+        next_block: number of the block that these activations enter.
+    """
+
+    shared: Tensor
+    own: Tensor
+    eot: Tensor
+    next_block: int
+
+
+class TextTower(nn.Module):
+    """A causal text transformer cut into blocks numbered from 1, read out at the end-of-text token.
+
+    Attributes:
+        depth: number of blocks.
+        width: D.
+        widths: block number -> D.
+        context_length: most tokens a prompt may have.
+        embed_dim: E.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Args: model: open_clip's CLIP (the text encoder's parameters lie at its top level)."""
+        super().__init__()
+        if model.text_pool_type != "argmax" or not isinstance(model.text_projection, nn.Parameter):
+            raise ValueError("Expected a causal text encoder read out at its end-of-text token, with a bias-free head")
+        if not isinstance(model.transformer.resblocks[0].attn, nn.MultiheadAttention):
+            raise ValueError("Expected a text encoder with plain attention blocks")
+        self.token_embedding = model.token_embedding
+        self.positional_embedding = model.positional_embedding
+        self.transformer = model.transformer
+        self.ln_final = model.ln_final
+        self.text_projection = model.text_projection
+        self.depth = len(model.transformer.resblocks)
+        self.width = int(model.transformer.width)
+        self.widths = {i: self.width for i in range(1, self.depth + 1)}
+        self.context_length = int(model.positional_embedding.shape[0])
+        self.embed_dim = int(model.text_projection.shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype of the blocks."""
+        return self.text_projection.dtype
+
+    def tokenise(self, prompts: Sequence[str]) -> PromptTokens:
+        """Tokenise with CLIP's byte-pair vocabulary, cut at the longest prompt; on the tower's device.
+
+        A prompt longer than the context is cut to it (its last token becomes end-of-text) with a warning.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"Expected prompts to be a non-empty list of strings but got {prompts!r}")
+        ids = open_clip.tokenize(list(prompts), context_length=self.context_length)  # [N, context], zero padded
+        eot = ids.argmax(dim=-1)  # end-of-text has the highest id
+        longest = int(eot.max())
+        if longest == self.context_length - 1:
+            logger.warning("Prompts of more than %d tokens are cut: %r", self.context_length, prompts[int(eot.argmax())])
+        ids = ids[:, : longest + 1]
+        same = (ids == ids[:1]).all(dim=0).long().cumprod(dim=0)  # [L], 1 up to the first column that differs
+        shared = min(int(same.sum()), int(eot.min()))
+        device = self.positional_embedding.device
+        return PromptTokens(ids.to(device), eot.to(device), shared)
+
+    def embed(self, tokens: PromptTokens) -> TextState:
+        """Token and position embeddings: what enters block 1."""
+        ids, p = tokens.ids, tokens.shared
+        position = self.positional_embedding[: ids.shape[1]].to(self.dtype)  # [L, D]
+        shared = self.token_embedding(ids[:1, :p]).to(self.dtype) + position[:p]
+        own = self.token_embedding(ids[:, p:]).to(self.dtype) + position[p:]
+        return TextState(shared, own, tokens.eot - p, next_block=1)
+
+    def prefix(self, tokens: PromptTokens, stop: int) -> TextState:
+        """Run blocks 1..``stop`` (0..depth; 0: embeddings only): what enters block ``stop + 1``."""
+        if not 0 <= stop <= self.depth:
+            raise ValueError(f"Expected stop to be in 0..{self.depth} but got {stop}")
+        return self._advance(self.embed(tokens), stop, None)
+
+    def suffix(self, state: TextState, start: int, adapter: Adapter | None = None) -> Tensor:
+        """Run blocks ``start``..depth and the head.
+
+        Args:
+            state: from ``prefix(tokens, start - 1)``.
+            start: 1..depth + 1 (depth + 1: the head alone).
+            adapter: see ``blocks.Adapter``. Called twice per block, for the shared tokens [1, P, D] and for the
+                prompts' own [N, L - P, D]; in the last block once, for the end-of-text tokens alone [N, 1, D].
+
+        Returns:
+            Text features [N, E], not normalised.
+        """
+        if start != state.next_block:
+            raise ValueError(f"Expected start to be {state.next_block}, the block the state enters, but got {start}")
+        if start <= self.depth:
+            state = self._advance(state, self.depth - 1, adapter)
+            last = self._last_block(state, adapter)  # [N, 1, D]
+        else:
+            last = pick_tokens(state.own, state.eot)
+        return layer_norm(self.ln_final, last[:, 0]) @ self.text_projection
+
+    def forward(self, prompts: Sequence[str]) -> Tensor:
+        """Text features [N, E], not normalised."""
+        return self.suffix(self.prefix(self.tokenise(prompts), 0), 1)
+
+    def _advance(self, state: TextState, stop: int, adapter: Adapter | None) -> TextState:
+        """Run the blocks ``state.next_block``..``stop`` on all tokens."""
+        shared, own = state.shared, state.own
+        p, length = shared.shape[1], own.shape[1]
+        # [L - P, L]: own token j sees all shared tokens and own tokens up to j.
+        mask = torch.ones(length, p + length, dtype=torch.bool, device=own.device).tril(diagonal=p)
+        for number in range(state.next_block, stop + 1):
+            block = self.transformer.resblocks[number - 1]
+            normed_shared, normed_own = layer_norm(block.ln_1, shared), layer_norm(block.ln_1, own)
+            q_shared, k_shared, v_shared = project_qkv(block.attn, normed_shared)
+            q, k, v = project_qkv(block.attn, normed_own)
+            k, v = _prepend(k_shared, k), _prepend(v_shared, v)
+            attended_shared = mix(block.attn, q_shared, k_shared, v_shared, causal=True)
+            shared = finish_block(block, number, shared, normed_shared, attended_shared, adapter)
+            own = finish_block(block, number, own, normed_own, mix(block.attn, q, k, v, mask=mask), adapter)
+        return TextState(shared, own, state.eot, max(stop + 1, state.next_block))
+
+    def _last_block(self, state: TextState, adapter: Adapter | None) -> Tensor:
+        """The last block for the end-of-text tokens alone: only keys and values need the others. -> [N, 1, D]."""
+        block = self.transformer.resblocks[-1]
+        k_shared, v_shared = project_kv(block.attn, layer_norm(block.ln_1, state.shared))
+        normed = layer_norm(block.ln_1, state.own)
+        k, v = project_kv(block.attn, normed)
+        normed_eot = pick_tokens(normed, state.eot)
+        p, length = state.shared.shape[1], state.own.shape[1]
+        position = torch.arange(p + length, device=state.eot.device)
+        mask = position <= (state.eot + p).view(-1, 1, 1, 1)  # [N, 1, 1, L]
+        q = project_q(block.attn, normed_eot)
+        attended = mix(block.attn, q, _prepend(k_shared, k), _prepend(v_shared, v), mask=mask)
+        return finish_block(block, self.depth, pick_tokens(state.own, state.eot), normed_eot, attended, adapter)
+
+
+def _prepend(shared: Tensor, own: Tensor) -> Tensor:
+    """Shared keys or values [1, H, P, d] in front of each prompt's own [N, H, L - P, d] -> [N, H, L, d]."""
+    return torch.cat([shared.expand(own.shape[0], -1, -1, -1), own], dim=2)

@@ -1,0 +1,200 @@
+"""CLIP's image encoder as blocks that can be run from anywhere to anywhere, with or without adapters.
+
+Legend: B images, N tokens (class token first), D width, C channels, E joint embedding.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .blocks import Adapter, add_adapter, finish_block, layer_norm, mix, project_kv, project_q, project_qkv
+
+
+class VisionTower(nn.Module):
+    """An image encoder cut into blocks numbered from 1.
+
+    Attributes:
+        kind: "vit" or "resnet".
+        depth: number of blocks (ResNet: residual blocks of all four stages, in order).
+        widths: block number -> width of what an adapter of that block sees and returns.
+        adaptable: block numbers that take an adapter by default (ViT: all; ResNet: those of the last two stages).
+        image_size: side length of the square input in pixels.
+        embed_dim: E.
+    """
+
+    kind: str
+    depth: int
+    widths: dict[int, int]
+    adaptable: tuple[int, ...]
+    image_size: int
+    embed_dim: int
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Compute dtype of the blocks."""
+
+    @abstractmethod
+    def _stem(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] -> what enters block 1."""
+
+    @abstractmethod
+    def _block(self, number: int, hidden: Tensor, adapter: Adapter | None) -> Tensor:
+        """Run one block."""
+
+    @abstractmethod
+    def suffix(self, hidden: Tensor, start: int, adapter: Adapter | None = None) -> Tensor:
+        """Run blocks ``start``..depth and the head on what enters block ``start``.
+
+        Args:
+            hidden: from ``prefix(images, start - 1)``: ViT [B, N, D], ResNet [B, C, H, W].
+            start: 1..depth + 1 (depth + 1: the head alone).
+            adapter: see ``blocks.Adapter``. A ViT's last block calls it for the class token alone, [B, 1, D].
+
+        Returns:
+            Image features [B, E], not normalised.
+        """
+
+    def prefix(self, images: Tensor, stop: int) -> Tensor:
+        """Run the stem and blocks 1..``stop``: what enters block ``stop + 1``.
+
+        Args:
+            images: [B, 3, S, S], normalised with CLIP's mean and deviation.
+            stop: 0..depth (0: after the stem).
+
+        Returns:
+            ViT: [B, N, D]; ResNet: [B, C, H, W].
+        """
+        if not 0 <= stop <= self.depth:
+            raise ValueError(f"Expected stop to be in 0..{self.depth} but got {stop}")
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"Expected images to have shape [B, {expected}] but got {tuple(images.shape)}")
+        hidden = self._stem(images.to(self.dtype))
+        for number in range(1, stop + 1):
+            hidden = self._block(number, hidden, None)
+        return hidden
+
+    def _check_start(self, start: int) -> None:
+        if not 1 <= start <= self.depth + 1:
+            raise ValueError(f"Expected start to be in 1..{self.depth + 1} but got {start}")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Image features [B, E], not normalised."""
+        return self.suffix(self.prefix(images, 0), 1)
+
+
+class ViTTower(VisionTower):
+    """Vision transformer read out at its class token."""
+
+    kind = "vit"
+
+    def __init__(self, visual: Any) -> None:
+        """Args: visual: open_clip's VisionTransformer with plain blocks and class-token pooling."""
+        super().__init__()
+        pooled_plainly = visual.attn_pool is None and visual.pool_type == "tok" and not visual.final_ln_after_pool
+        if not pooled_plainly or not isinstance(visual.transformer.resblocks[0].attn, nn.MultiheadAttention):
+            raise ValueError("Expected a vision transformer with plain attention blocks, read out at its class token")
+        self.visual = visual
+        self.depth = len(visual.transformer.resblocks)
+        self.width = int(visual.conv1.out_channels)
+        self.widths = {i: self.width for i in range(1, self.depth + 1)}
+        self.adaptable = tuple(self.widths)
+        self.image_size = int(visual.image_size[0])
+        self.embed_dim = int(visual.proj.shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.visual.conv1.weight.dtype
+
+    def _stem(self, images: Tensor) -> Tensor:
+        patches = self.visual.conv1(images).flatten(2).transpose(1, 2)  # [B, D, S/p, S/p] -> [B, N - 1, D]
+        cls = self.visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        x = torch.cat([cls, patches], dim=1) + self.visual.positional_embedding.to(patches.dtype)
+        return layer_norm(self.visual.ln_pre, x)
+
+    def _block(self, number: int, hidden: Tensor, adapter: Adapter | None) -> Tensor:
+        block = self.visual.transformer.resblocks[number - 1]
+        normed = layer_norm(block.ln_1, hidden)
+        attended = mix(block.attn, *project_qkv(block.attn, normed))
+        return finish_block(block, number, hidden, normed, attended, adapter)
+
+    def _last_block(self, hidden: Tensor, adapter: Adapter | None) -> Tensor:
+        """The last block for the class token alone: only its keys and values need every token. -> [B, 1, D]."""
+        block = self.visual.transformer.resblocks[-1]
+        normed = layer_norm(block.ln_1, hidden)
+        attended = mix(block.attn, project_q(block.attn, normed[:, :1]), *project_kv(block.attn, normed))
+        return finish_block(block, self.depth, hidden[:, :1], normed[:, :1], attended, adapter)
+
+    def suffix(self, hidden: Tensor, start: int, adapter: Adapter | None = None) -> Tensor:
+        self._check_start(start)
+        for number in range(start, self.depth):
+            hidden = self._block(number, hidden, adapter)
+        if start <= self.depth:
+            hidden = self._last_block(hidden, adapter)
+        return layer_norm(self.visual.ln_post, hidden[:, 0]) @ self.visual.proj
+
+
+class ResNetTower(VisionTower):
+    """CLIP's modified ResNet: three-convolution stem, four stages, attention pooling."""
+
+    kind = "resnet"
+
+    def __init__(self, visual: Any) -> None:
+        """Args: visual: open_clip's ModifiedResNet."""
+        super().__init__()
+        self.visual = visual
+        stages = [list(stage) for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4)]
+        self._blocks = [block for stage in stages for block in stage]
+        self.depth = len(self._blocks)
+        self.widths = {i: int(block.conv3.out_channels) for i, block in enumerate(self._blocks, start=1)}
+        self.adaptable = tuple(range(len(stages[0]) + len(stages[1]) + 1, self.depth + 1))
+        self.image_size = int(visual.image_size)
+        self.embed_dim = int(visual.attnpool.c_proj.out_features)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.visual.conv1.weight.dtype
+
+    def _stem(self, images: Tensor) -> Tensor:
+        return self.visual.stem(images)
+
+    def _block(self, number: int, hidden: Tensor, adapter: Adapter | None) -> Tensor:
+        out = self._blocks[number - 1](hidden)
+        return add_adapter(out, adapter, number, out)
+
+    def _pool(self, hidden: Tensor) -> Tensor:
+        """Attention pooling for its one query that is read, the mean over positions: [B, C, H, W] -> [B, E]."""
+        pool = self.visual.attnpool
+        x = hidden.flatten(2).transpose(1, 2)  # [B, HW, C]
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)  # [B, 1 + HW, C]
+        x = x + pool.positional_embedding.to(x.dtype)
+        q, k, v = (
+            y.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)  # [B, heads, tokens, C / heads]
+            for y in (pool.q_proj(x[:, :1]), pool.k_proj(x), pool.v_proj(x))
+        )
+        out = F.scaled_dot_product_attention(q, k, v)
+        return pool.c_proj(out.transpose(1, 2).flatten(2)).squeeze(1)
+
+    def suffix(self, hidden: Tensor, start: int, adapter: Adapter | None = None) -> Tensor:
+        self._check_start(start)
+        for number in range(start, self.depth + 1):
+            hidden = self._block(number, hidden, adapter)
+        return self._pool(hidden)
+
+
+def build_vision_tower(visual: nn.Module) -> VisionTower:
+    """The tower for open_clip's image encoder; ValueError for an encoder that is neither CLIP's ViT nor its ResNet."""
+    import open_clip.modified_resnet
+    import open_clip.transformer
+
+    if isinstance(visual, open_clip.transformer.VisionTransformer):
+        return ViTTower(visual)
+    if isinstance(visual, open_clip.modified_resnet.ModifiedResNet):
+        return ResNetTower(visual)
+    raise ValueError(f"Expected the image encoder to be CLIP's ViT or ResNet but got {type(visual).__name__}")

@@ -1,0 +1,256 @@
+"""Train or evaluate a registered trainer on a registered dataset, with CoOp's command line.
+
+    python train.py --trainer NAME --config-file FILE [flags] [KEY VALUE ...]
+
+Settings, later ones winning: defaults, --dataset-config-file, --config-file, named flags, KEY VALUE pairs. A flag that
+is not given changes nothing, and any value given counts, 0 included. Without a dataset, Digits is used.
+
+Exit codes: 0 done; 2 something given was wrong (one line on stderr; --debug adds the traceback); 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+
+import datasets
+import trainers
+from dassl.config import CfgNode, get_cfg_default
+from dassl.data.datasets import DATASET_REGISTRY
+from dassl.engine import TRAINER_REGISTRY, build_trainer
+from dassl.utils import InputError, check_availability, close_logger, collect_env_info, set_random_seed, setup_logger
+
+logger = logging.getLogger("train")
+
+DEFAULT_DATASET = "Digits"
+# While things are set up, these mean that something given was wrong. Once a run is going, only InputError does.
+SETUP_ERRORS = (InputError, ValueError, KeyError, OSError, yaml.YAMLError)
+# Flag -> the key that it sets.
+FLAG_KEYS = {
+    "root": "DATASET.ROOT",
+    "output_dir": "OUTPUT_DIR",
+    "resume": "RESUME",
+    "seed": "SEED",
+    "source_domains": "DATASET.SOURCE_DOMAINS",
+    "target_domains": "DATASET.TARGET_DOMAINS",
+    "transforms": "INPUT.TRANSFORMS",
+    "trainer": "TRAINER.NAME",
+    "backbone": "MODEL.BACKBONE.NAME",
+    "head": "MODEL.HEAD.NAME",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; every option that is not given is None (switches: False)."""
+    parser = _Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", help="folder that holds the datasets")
+    parser.add_argument("--output-dir", help="folder of this run (default: made of dataset, trainer, config, seed)")
+    parser.add_argument("--resume", help="folder of an earlier run to resume from")
+    parser.add_argument("--seed", type=int, help="0 or larger seeds everything; -1 nothing")
+    parser.add_argument("--source-domains", nargs="+", help="source domains of domain-adaptation datasets")
+    parser.add_argument("--target-domains", nargs="+", help="target domains of domain-adaptation datasets")
+    parser.add_argument("--transforms", nargs="+", help="names of the training transforms")
+    parser.add_argument("--config-file", help="YAML of the trainer")
+    parser.add_argument("--dataset-config-file", help="YAML of the dataset")
+    parser.add_argument("--trainer", help="name of the trainer")
+    parser.add_argument("--backbone", help="name of the backbone")
+    parser.add_argument("--head", help="name of the head")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate only")
+    parser.add_argument("--model-dir", help="with --eval-only: folder of the run to load")
+    parser.add_argument("--load-epoch", type=int, help="with --model-dir: epoch to load (default: see the trainer)")
+    parser.add_argument("--no-train", action="store_true", help="build everything, train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, run one batch, save nothing")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config pairs; must come last")
+    args = parser.parse_args(argv)
+    if args.opts[:1] == ["--"]:
+        del args.opts[0]
+    misplaced = [key for key in args.opts[::2] if key.startswith("-")]
+    if misplaced:
+        parser.error(f"Expected {misplaced[0]} to come before the KEY VALUE pairs")
+    if len(args.opts) % 2:
+        parser.error(f"Expected KEY VALUE pairs but {args.opts[-1]} has no value")
+    if args.model_dir is not None and not args.eval_only:
+        parser.error("Expected --model-dir to come with --eval-only (to continue a run, use --resume)")
+    if args.load_epoch is not None and args.model_dir is None:
+        parser.error("Expected --load-epoch to come with --model-dir")
+    return args
+
+
+def setup_cfg(args: argparse.Namespace) -> CfgNode:
+    """The frozen configuration, its names checked against the registries and its output folder chosen."""
+    cfg = get_cfg_default()
+    datasets.extend_cfg(cfg)
+    trainers.extend_cfg(cfg)
+    default_output = cfg.OUTPUT_DIR
+    for file in (args.dataset_config_file, args.config_file):
+        if file is not None:
+            cfg.merge_from_file(file)
+    cfg.merge_from_list(_flag_pairs(args))
+    cfg.merge_from_list(args.opts)
+
+    if not cfg.TRAINER.NAME:
+        names = ", ".join(TRAINER_REGISTRY.registered_names())
+        raise InputError(f"Expected --trainer to be one of {names} but none was given")
+    check_availability(cfg.TRAINER.NAME, TRAINER_REGISTRY.registered_names())
+    cfg.DATASET.NAME = cfg.DATASET.NAME or DEFAULT_DATASET
+    check_availability(cfg.DATASET.NAME, DATASET_REGISTRY.registered_names())
+    if cfg.SEED < -1:
+        raise InputError(f"Expected the seed to be -1 (none) or at least 0 but got {cfg.SEED}")
+
+    given = args.output_dir is not None or "OUTPUT_DIR" in args.opts[::2] or cfg.OUTPUT_DIR != default_output
+    if not given:
+        cfg.OUTPUT_DIR = str(choose_output_dir(cfg, args))
+    cfg.freeze()
+    return cfg
+
+
+def _flag_pairs(args: argparse.Namespace) -> list[Any]:
+    pairs: list[Any] = []
+    for flag, key in FLAG_KEYS.items():
+        value = getattr(args, flag)
+        if value is not None:
+            pairs += [key, tuple(value) if isinstance(value, list) else value]
+    return pairs
+
+
+def choose_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Path:
+    """A folder for a run whose command names none: `output/<dataset>/<trainer>/<config>_<k>shots/seed<s>[-n]`.
+
+    The first of `seed<s>`, `seed<s>-2`, `seed<s>-3`, ... that is free, or that holds a run of this very configuration
+    which was cut short (it is resumed there). A finished run is never written over.
+    """
+    dataset = Path(args.dataset_config_file).stem if args.dataset_config_file else cfg.DATASET.NAME.lower()
+    if cfg.DATASET.SUBSAMPLE_CLASSES != "all":
+        dataset += f"_{cfg.DATASET.SUBSAMPLE_CLASSES}"
+    config = Path(args.config_file).stem if args.config_file else "default"
+    shots = f"{cfg.DATASET.NUM_SHOTS}shots" if cfg.DATASET.NUM_SHOTS > 0 else "full"
+    if args.eval_only:
+        parent = Path("output", "evaluation", cfg.TRAINER.NAME, f"{config}_{shots}", dataset)
+    else:
+        parent = Path("output", dataset, cfg.TRAINER.NAME, f"{config}_{shots}")
+    number, folder = 1, parent / f"seed{cfg.SEED}"
+    while folder.exists() and not (_is_cut_short(folder, cfg) and not args.eval_only):
+        number += 1
+        folder = parent / f"seed{cfg.SEED}-{number}"
+    return folder
+
+
+def _is_cut_short(folder: Path, cfg: CfgNode) -> bool:
+    if (folder / "DONE").exists():
+        return False
+    try:
+        earlier = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    wanted = cfg.clone()
+    wanted.OUTPUT_DIR = str(folder)
+    return earlier == yaml.safe_load(wanted.dump())
+
+
+def print_head(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Arguments, configuration and system at the top of the log."""
+    _banner("Arguments")
+    for key, value in sorted(vars(args).items()):
+        logger.info(f"{key}: {value}")
+    _banner("Config")
+    logger.info(cfg)
+    logger.info("Collecting env info ...")
+    logger.info(f"** System info **\n{collect_env_info()}\n")
+
+
+def _banner(title: str) -> None:
+    stars = "*" * (len(title) + 6)
+    logger.info(f"{stars}\n** {title} **\n{stars}")
+
+
+def build(args: argparse.Namespace) -> Any:
+    """The trainer that the command line asks for, with its model loaded when only evaluation is wanted."""
+    cfg = setup_cfg(args)
+    if cfg.SEED >= 0:
+        set_random_seed(cfg.SEED)
+    log_file = setup_logger(None if args.dry_run else cfg.OUTPUT_DIR)
+    try:
+        if cfg.SEED >= 0:
+            logger.info(f"Setting fixed seed: {cfg.SEED}")
+        if torch.cuda.is_available() and cfg.USE_CUDA:
+            torch.backends.cudnn.benchmark = True
+        print_head(args, cfg)
+        if not args.dry_run:
+            logger.info(f"Output folder: {cfg.OUTPUT_DIR}")
+        trainer = build_trainer(cfg)
+        if args.eval_only:
+            trainer.load_model(args.model_dir or "", epoch=args.load_epoch)
+    except SETUP_ERRORS:
+        close_logger()
+        if log_file is not None and not args.debug:
+            _remove_if_only_log(log_file)
+        raise
+    return trainer
+
+
+def _remove_if_only_log(log_file: Path) -> None:
+    # A run that never started leaves no folder behind that looks like one.
+    if [path.name for path in log_file.parent.iterdir()] == [log_file.name]:
+        log_file.unlink()
+        log_file.parent.rmdir()
+
+
+def run(trainer: Any, args: argparse.Namespace) -> None:
+    """Do what was asked for with a trainer that is ready."""
+    if args.dry_run:
+        trainer.dry_run()
+    elif args.eval_only:
+        trainer.test()
+    elif not args.no_train:
+        trainer.train()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parse_args(argv)
+    try:
+        try:
+            trainer = build(args)
+        except SETUP_ERRORS as error:
+            return _fail(error, args.debug)
+        try:
+            run(trainer, args)
+        except InputError as error:  # a bad image, say, that only its turn in a batch could show
+            return _fail(error, args.debug)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
+        close_logger()
+    return 0
+
+
+def _fail(error: BaseException, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        message = f"{error.strerror}: {error.filename}"
+    elif isinstance(error, KeyError) and error.args:
+        message = str(error.args[0])  # str() of a KeyError would be the message's repr
+    else:
+        message = str(error) or type(error).__name__
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

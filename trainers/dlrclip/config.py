@@ -58,7 +58,16 @@ def add_dlrclip_config(cfg: Any) -> None:
     cfg.TRAINER.DLRCLIP = node
 
 
-def _check_number(node: Any, key: str, low: float, high: float = math.inf, *, open_low=False, open_high=False) -> None:
+def _check_number(
+    node: Any,
+    key: str,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    path: str = "TRAINER.DLRCLIP",
+) -> None:
     value = node[key]
     number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
     if number and low <= value <= high and not (open_low and value == low) and not (open_high and value == high):
@@ -69,7 +78,7 @@ def _check_number(node: Any, key: str, low: float, high: float = math.inf, *, op
     if high < math.inf:
         bounds.append(f"{'below' if open_high else 'at most'} {high:g}")
     wanted = " and ".join(bounds) or "finite"
-    raise ValueError(f"Expected TRAINER.DLRCLIP.{key} to be a number, {wanted}, but got {value!r}")
+    raise ValueError(f"Expected {path}.{key} to be a number, {wanted}, but got {value!r}")
 
 
 def _check_positive_int(node: Any, key: str) -> None:
@@ -120,7 +129,4 @@ def check_dlrclip_config(cfg: Any) -> None:
     _check_number(node, "SMOOTHING", 0, 1, open_high=True)
     _check_number(node, "EPS", 0, open_low=True)
     for key in node.LOSS:
-        try:
-            _check_number(node.LOSS, key, 0)
-        except ValueError as error:
-            raise ValueError(str(error).replace("DLRCLIP.", "DLRCLIP.LOSS.")) from None
+        _check_number(node.LOSS, key, 0, path="TRAINER.DLRCLIP.LOSS")

@@ -1,0 +1,377 @@
+"""The network of DLR-CLIP: a frozen CLIP, what is learnt beside it, its five heads and its named losses.
+
+Legend: B images, C classes, E width of the joint embedding. Logits are fp32, [B, C], and multiplied by CLIP's scale.
+
+    clip   zero-shot CLIP with the dataset's templates, frozen
+    cma    CLIP with the cross-modal adapter in both encoders, one prompt per class
+    glr    zero-shot logits with a learnt, gated residual
+    final  w * cma + (1 - w) * glr, w [B, 1] learnt per image
+    fused  beta * cma + (1 - beta) * glr, beta one number chosen on validation images after training
+
+Blocks before the first adapted one see no adapter: images run through them once, without autograd, for both branches.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..clip import CLIP, clean_classname, zeroshot_weights
+from .cma import CrossModalAdapter, share_in_order
+from .config import HEADS
+from .glr import FusionGate, GateLogitRefiner, fuse
+from .skd import mean_abs_difference, skd_loss
+
+logger = logging.getLogger(__name__)
+
+# The running mean of w forgets with this momentum once it has seen 1 / MOMENTUM steps; before, it is the plain mean.
+MOMENTUM = 0.1
+
+
+def build_adapter(clip: CLIP, start: int, end: int, dim: int, scale: float) -> CrossModalAdapter:
+    """The cross-modal adapter for blocks `start` to `end` of both encoders, `end` clipped to each one's depth.
+
+    A ResNet's residual blocks do not count like transformer blocks: there, all blocks of the last two stages are
+    adapted and their middle layers are tied to the last text blocks in order; `start` and `end` act on the text.
+
+    Raises:
+        ValueError: `start` lies beyond an encoder's last block.
+    """
+    depth = min(clip.text.depth, clip.visual.depth) if clip.visual.kind == "vit" else clip.text.depth
+    if start > depth:
+        raise ValueError(
+            f"Expected TRAINER.DLRCLIP.START to be at most {depth}, the number of blocks of {clip.name}, but got {start}"
+        )
+    text = {i: clip.text.widths[i] for i in range(start, min(end, clip.text.depth) + 1)}
+    if clip.visual.kind == "vit":
+        visual = {i: clip.visual.widths[i] for i in range(start, min(end, clip.visual.depth) + 1)}
+        return CrossModalAdapter(visual, text, dim=dim, scale=scale)
+    blocks = list(clip.visual.adaptable)
+    visual = {i: clip.visual.widths[i] for i in blocks}
+    return CrossModalAdapter(visual, text, dim=dim, scale=scale, share=share_in_order(blocks, list(text)))
+
+
+class DLRCLIPLearner(nn.Module):
+    """What is trained and saved: CMA, GLR, the fusion gate, and what they were trained on.
+
+    A checkpoint describes itself: its state holds the training class list and `facts` about the frozen CLIP beside
+    the weights, and loading it gives the layers of size C that class list's size.
+
+    Args:
+        classnames: the training class list.
+        cma: the adapter, or None where CMA is off.
+        glr: arguments of GateLogitRefiner other than the number of classes, or None where GLR is off.
+        fusion_dim: hidden width of the fusion gate.
+        fixed_weight: a number that replaces the fusion gate; None: learn it.
+        facts: plain values that a checkpoint must agree on to be used with this learner.
+    """
+
+    weight_mean: Tensor  # running mean of w over training
+    weight_steps: Tensor  # number of steps it has seen
+    beta: Tensor  # chosen fusion coefficient; nan: not chosen
+    beta_n: Tensor  # number of validation images it was chosen on; 0: on none
+
+    def __init__(
+        self,
+        classnames: Sequence[str],
+        *,
+        cma: CrossModalAdapter | None,
+        glr: Mapping[str, Any] | None,
+        fusion_dim: int = 128,
+        fixed_weight: float | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.cma = cma
+        self.glr: GateLogitRefiner | None = None
+        self.fusion: FusionGate | None = None
+        self.fixed_weight = fixed_weight
+        self.facts = dict(facts or {})
+        self._glr_arguments = None if glr is None else dict(glr)
+        self._fusion_dim = fusion_dim
+        self.register_buffer("weight_mean", torch.tensor(0.5 if fixed_weight is None else float(fixed_weight)))
+        self.register_buffer("weight_steps", torch.tensor(0))
+        self.register_buffer("beta", torch.tensor(float("nan")))
+        self.register_buffer("beta_n", torch.tensor(0))
+        self.classnames: list[str] = []
+        self._size_for(classnames)
+
+    def _size_for(self, classnames: Sequence[str]) -> None:
+        """Makes the class list the training class list; builds the layers of size C anew where C changes."""
+        old, self.classnames = len(self.classnames), list(classnames)
+        if len(self.classnames) == old:
+            return
+        device = self.beta.device
+        if self._glr_arguments is not None:
+            self.glr = GateLogitRefiner(len(classnames), **self._glr_arguments).to(device)
+        if self.fixed_weight is None:
+            self.fusion = FusionGate(len(classnames), hidden=self._fusion_dim).to(device)
+
+    def fusion_weight(self, cma_logits: Tensor) -> Tensor:
+        """w [B, 1] for images of the training classes, from cma_logits [B, C]."""
+        if self.fusion is None:
+            return cma_logits.new_full((len(cma_logits), 1), self.fixed_weight or 0.0)
+        return self.fusion(cma_logits)
+
+    def mean_weight(self) -> Tensor:
+        """The mean learnt w (or the fixed one), []."""
+        return self.weight_mean if self.fixed_weight is None else torch.full_like(self.weight_mean, self.fixed_weight)
+
+    def coefficient(self) -> Tensor:
+        """The chosen beta, or the mean learnt w while none is chosen, []."""
+        return torch.where(torch.isnan(self.beta), self.mean_weight(), self.beta)
+
+    @torch.no_grad()
+    def observe(self, weight: Tensor) -> None:
+        """Takes one step's w [B, 1] into the running mean."""
+        self.weight_steps += 1
+        rate = torch.clamp(1.0 / self.weight_steps, min=MOMENTUM)
+        self.weight_mean += rate * (weight.float().mean() - self.weight_mean)
+
+    def get_extra_state(self) -> Tensor:
+        """The training class list and the facts, as JSON in a uint8 tensor (which safe loaders admit)."""
+        text = json.dumps({"classnames": self.classnames, "facts": self.facts})
+        return torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Called by load_state_dict before the weights of the submodules are loaded."""
+        self._size_for(read_extra_state(state)["classnames"])
+
+
+def read_extra_state(state: Tensor) -> dict[str, Any]:
+    """What DLRCLIPLearner.get_extra_state wrote: {"classnames": [...], "facts": {...}}."""
+    return json.loads(bytes(state.cpu().tolist()).decode("utf-8"))
+
+
+class DLRCLIPNetwork(nn.Module):
+    """See the head of this file.
+
+    Only `learner` is to be trained and saved; whether it is in training mode decides what `forward` does.
+
+    Args:
+        clip: a frozen CLIP, on its device.
+        classnames: class names in the order of their labels.
+        templates: zero-shot prompt templates, each with one "{}".
+        cma, glr, skd: switches.
+        context: words before the class name in the prompt of the adapted branch.
+        start, end, dim, scale: see `build_adapter` and CrossModalAdapter.
+        glr_dim, res_scale, fixed_alpha: see GateLogitRefiner.
+        fusion_dim, fixed_weight: see DLRCLIPLearner.
+        loss_weights: weights of ce_cma, ce_glr, ce_final, l1_cma, l1_glr; 1 where absent.
+        kd_weight, temperature, smoothing: weight of the distillation loss, and see `skd_loss`.
+
+    Raises:
+        ValueError: CMA and GLR are both off, no loss is left, or the blocks do not exist in this CLIP.
+    """
+
+    zeroshot: Tensor  # [C, E], normalised
+
+    def __init__(
+        self,
+        clip: CLIP,
+        classnames: Sequence[str],
+        templates: Sequence[str],
+        *,
+        cma: bool = True,
+        glr: bool = True,
+        skd: bool = True,
+        context: str = "a photo of a",
+        start: int = 5,
+        end: int = 12,
+        dim: int = 32,
+        scale: float = 0.01,
+        glr_dim: int = 512,
+        res_scale: float = 0.01,
+        fixed_alpha: float | None = None,
+        fusion_dim: int = 128,
+        fixed_weight: float | None = None,
+        loss_weights: Mapping[str, float] | None = None,
+        kd_weight: float = 0.01,
+        temperature: float = 2.0,
+        smoothing: float = 0.2,
+    ) -> None:
+        super().__init__()
+        if not (cma or glr):
+            raise ValueError("Expected CMA or GLR to be on but got both off: nothing would be learnt")
+        self.clip = clip
+        self.templates = list(templates)
+        self.context = context.strip()
+        adapter = build_adapter(clip, start, end, dim, scale) if cma else None
+        facts: dict[str, Any] = {"backbone": clip.name, "weights_digest": clip.weights_digest}
+        if cma:
+            facts["context"] = self.context
+        self.learner = DLRCLIPLearner(
+            classnames,
+            cma=adapter,
+            glr={"dim": glr_dim, "res_scale": res_scale, "fixed_alpha": fixed_alpha} if glr else None,
+            fusion_dim=fusion_dim,
+            fixed_weight=fixed_weight,
+            facts=facts,
+        ).to(clip.device)
+        self.loss_weights = _present_losses(cma, glr, skd, loss_weights or {}, kd_weight)
+        self.temperature, self.smoothing = temperature, smoothing
+        self._text_start = min(int(i) for i in adapter.text) if adapter else 1
+        self._visual_start = min(adapter.share) if adapter else 1
+        self.register_buffer("zeroshot", torch.empty(0), persistent=False)
+        self.bind(classnames)
+
+    # Class lists
+
+    def bind(self, classnames: Sequence[str], class_indices: Sequence[int] | None = None) -> None:
+        """Sets the class list that logits are given for.
+
+        * the training class list: everything applies;
+        * a part of it, said by `class_indices` (position in the training class list of each class): everything is
+          computed over the training class list, then its columns are taken;
+        * another class list: GLR and the fusion gate, whose layers have the size of the training class list, cannot
+          be applied. Then glr_logits = clip_logits and w = its mean in training (or the fixed one); logged once.
+
+        Raises:
+            ValueError: no class.
+        """
+        names = list(classnames)
+        if not names:
+            raise ValueError("Expected at least one class name but got none")
+        trained = self.learner.classnames
+        indices = None if class_indices is None else [int(i) for i in class_indices]
+        subset = indices is not None and all(0 <= i < len(trained) for i in indices)
+        subset = subset and [trained[i] for i in indices or []] == names
+        self.classnames = names
+        self.seen = names == trained or subset
+        self.columns = torch.tensor(indices, device=self.clip.device) if subset and names != trained else None
+        if not self.seen:
+            logger.info(
+                "The class list (%d classes) is not the one trained on (%d classes): the logit refiner passes the "
+                "zero-shot logits on, and the fusion weight is its mean in training, %.4f",
+                len(names), len(trained), float(self.learner.mean_weight()),
+            )  # fmt: skip
+        computed = trained if subset else names
+        with torch.no_grad():
+            self.zeroshot = zeroshot_weights(self.clip, computed, self.templates).float()
+            if self.learner.cma is not None:
+                tokens = self.clip.text.tokenise([f"{self.context} {clean_classname(name)}." for name in computed])
+                self._text_state = self.clip.text.prefix(tokens, self._text_start - 1)
+        self._text_cache: tuple[Any, Tensor] | None = None
+
+    # Branches
+
+    def _logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """[B, E], normalised [C, E] -> [B, C]; in fp32 even under autocast."""
+        with torch.autocast(device_type=image_features.device.type, enabled=False):
+            return self.clip.logit_scale * F.normalize(image_features.float(), dim=-1) @ text_features.t()
+
+    def text_features(self) -> Tensor:
+        """Normalised text features [C, E] of the adapted branch; kept between calls while nothing has been learnt."""
+        cma = self.learner.cma
+        assert cma is not None
+        if self.learner.training:
+            self._text_cache = None
+            return self._compute_text_features(cma)
+        key = tuple((p.data_ptr(), p._version) for p in cma.parameters())
+        if self._text_cache is None or self._text_cache[0] != key:
+            with torch.no_grad():
+                self._text_cache = key, self._compute_text_features(cma)
+        return self._text_cache[1]
+
+    def _compute_text_features(self, cma: CrossModalAdapter) -> Tensor:
+        features = self.clip.text.suffix(self._text_state, self._text_start, cma.adapt_text)
+        return F.normalize(features.float(), dim=-1)
+
+    def branches(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, 3, H, W] -> (clip_logits, cma_logits), each [B, C]; gradients in the second only."""
+        visual, cma = self.clip.visual, self.learner.cma
+        with torch.no_grad():
+            hidden = visual.prefix(images, self._visual_start - 1)
+            clip_logits = self._logits(visual.suffix(hidden, self._visual_start), self.zeroshot)
+        if cma is None:
+            return clip_logits, clip_logits
+        adapt = cma.adapt_tokens if visual.kind == "vit" else cma.adapt_map
+        features = visual.suffix(hidden, self._visual_start, adapt)
+        return clip_logits, self._logits(features, self.text_features())
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """images [B, 3, H, W] -> clip, cma, glr, final [B, C], weight [B, 1] and, where GLR is applied, alpha [B, 1].
+
+        While the learner is in evaluation mode, also fused [B, C].
+        """
+        learner = self.learner
+        if learner.training and self.classnames != learner.classnames:
+            raise ValueError("Expected to train on the class list that the learner was made for but got another one")
+        clip_logits, cma_logits = self.branches(images)
+        glr_logits, alpha = clip_logits, None
+        if self.seen:
+            if learner.glr is not None:
+                glr_logits, alpha = learner.glr(clip_logits, cma_logits)
+            weight = learner.fusion_weight(cma_logits)
+        else:
+            weight = learner.mean_weight().expand(len(images), 1)
+        logits = {"clip": clip_logits, "cma": cma_logits, "glr": glr_logits}
+        logits["final"] = fuse(cma_logits, glr_logits, weight)
+        if learner.training:
+            learner.observe(weight)
+        else:
+            logits["fused"] = fuse(cma_logits, glr_logits, learner.coefficient())
+        if self.columns is not None:
+            logits = {name: value[:, self.columns] for name, value in logits.items()}
+        return {**logits, "weight": weight, **({} if alpha is None else {"alpha": alpha})}
+
+    @torch.no_grad()
+    def heads(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits [B, C] of the five heads; the learner must be in evaluation mode."""
+        outputs = self(images)
+        return {head: outputs[head] for head in HEADS}
+
+    def losses(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """The named losses, each times its weight; one that is switched off is absent. Their sum is to be minimised."""
+        terms = {}
+        for name, weight in self.loss_weights.items():
+            kind, _, branch = name.partition("_")
+            if kind == "ce":
+                value = F.cross_entropy(outputs[branch], labels)
+            elif kind == "l1":
+                value = mean_abs_difference(outputs[branch], outputs["clip"])
+            else:
+                value = skd_loss(
+                    outputs["final"], outputs["clip"], temperature=self.temperature, smoothing=self.smoothing
+                )
+            terms[name] = weight * value
+        return terms
+
+    def train(self, mode: bool = True) -> DLRCLIPNetwork:
+        """Sets the learner's mode; the frozen CLIP stays in evaluation mode."""
+        super().train(mode)
+        self.clip.eval()
+        return self
+
+
+def _present_losses(
+    cma: bool, glr: bool, skd: bool, weights: Mapping[str, float], kd_weight: float
+) -> dict[str, float]:
+    """Name -> weight of the losses that take part.
+
+    Without distillation: CE(cma) + CE(glr) + CE(final) + L1(cma, clip) + L1(glr, clip). With it, the two direct losses
+    of the adapted branch go and the distillation of clip into final comes.
+    """
+    unknown = set(weights) - {"ce_cma", "ce_glr", "ce_final", "l1_cma", "l1_glr"}
+    if unknown:
+        raise ValueError(f"Expected loss weights for ce_cma, ce_glr, ce_final, l1_cma, l1_glr but got {sorted(unknown)}")
+    wanted = {
+        "ce_cma": cma and not skd,
+        "ce_glr": glr,
+        "ce_final": True,
+        "l1_cma": cma and not skd,
+        "l1_glr": glr,
+    }
+    present = {name: float(weights.get(name, 1.0)) for name, on in wanted.items() if on}
+    if skd:
+        present["kd"] = float(kd_weight)
+    present = {name: weight for name, weight in present.items() if weight != 0}
+    if not present:
+        raise ValueError("Expected at least one loss with a weight above 0 but got none")
+    return present

@@ -1,0 +1,20 @@
+"""Configuration: the tree of defaults, YAML files that inherit by ``_BASE_``, and overrides."""
+
+from __future__ import annotations
+
+from .defaults import build_defaults
+from .node import CfgNode
+
+__all__ = ["CfgNode", "clean_cfg", "get_cfg_default"]
+
+
+def get_cfg_default() -> CfgNode:
+    """A new tree of all default values, free to be changed."""
+    return build_defaults()
+
+
+def clean_cfg(cfg: CfgNode, trainer: str) -> None:
+    """Remove the nodes of all trainers but ``trainer`` from ``cfg.TRAINER``, so that a printed config is short."""
+    for key in list(cfg.TRAINER.keys()):
+        if key not in ("NAME", trainer.upper()):
+            cfg.TRAINER.pop(key)

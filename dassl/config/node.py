@@ -1,0 +1,129 @@
+"""yacs' CfgNode with file inheritance, hints for misspelt keys, and integers accepted where a float is expected."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode as YacsNode
+
+from dassl.utils.errors import InputError, UnknownNameError
+from dassl.utils.tools import did_you_mean
+
+BASE_KEY = "_BASE_"
+_SEQUENCES = (list, tuple)
+
+
+class CfgNode(YacsNode):
+    """A tree of settings. Unknown keys and values of another type than the default's are InputErrors that say so."""
+
+    def merge_from_file(self, cfg_filename: str | os.PathLike[str]) -> None:
+        """Merge a YAML file; keys of the file that its ``_BASE_:`` names (relative to it) are merged before its own."""
+        for path, values in _read_chain(Path(cfg_filename).expanduser()):
+            try:
+                _merge(self, values, ())
+            except UnknownNameError as error:
+                raise UnknownNameError(f'In "{path}": {error}') from error
+            except InputError as error:
+                raise InputError(f'In "{path}": {error}') from error
+
+    def merge_from_other_cfg(self, cfg_other: Mapping[str, Any]) -> None:
+        """Merge another tree."""
+        _merge(self, cfg_other, ())
+
+    def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
+        """Merge ``[key, value, key, value, ...]``, keys with dots: ``["OPTIM.LR", "1e-3"]``."""
+        if len(cfg_list) % 2:
+            raise InputError(
+                f"Expected overrides as pairs KEY VALUE but got an odd number of words: {' '.join(map(str, cfg_list))}"
+            )
+        for name, value in zip(cfg_list[0::2], cfg_list[1::2], strict=True):
+            nested: Any = value
+            for part in reversed(str(name).split(".")):
+                nested = {part: nested}
+            _merge(self, nested, ())
+
+
+def _read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """(file, its own keys) of ``path`` and of the files it inherits from, the outermost base first."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    seen: list[Path] = []
+    while True:
+        resolved = path.resolve()
+        if resolved in seen:
+            loop = " -> ".join(str(p) for p in [*seen[seen.index(resolved) :], resolved])
+            raise InputError(f"Expected {BASE_KEY} to lead to a file without one but got a cycle: {loop}")
+        seen.append(resolved)
+        values = _read_yaml(path, needed_by=chain[-1][0] if chain else None)
+        base = values.pop(BASE_KEY, None)
+        chain.append((path, values))
+        if base is None:
+            return chain[::-1]
+        if not isinstance(base, str) or not base:
+            raise InputError(f'Expected {BASE_KEY} in "{path}" to be a file name but got {base!r}')
+        path = path.parent / Path(base).expanduser()  # an absolute base replaces the parent
+
+
+def _read_yaml(path: Path, needed_by: Path | None) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        where = f' ({BASE_KEY} of "{needed_by}")' if needed_by else ""
+        raise InputError(f'Expected a readable config file at "{path}"{where} but got: {error}') from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())  # PyYAML spreads its message over lines
+        raise InputError(f'Expected "{path}" to be YAML but got: {reason}') from error
+    if values is None:  # an empty file, or only comments
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f'Expected "{path}" to hold keys and values but got a {type(values).__name__}')
+    return values
+
+
+def _merge(into: YacsNode, values: Mapping[str, Any], parents: tuple[str, ...]) -> None:
+    """Merge nested ``values`` into the tree, checking each key and the type of each value."""
+    if into.is_frozen():
+        raise AttributeError("Expected a config that may be changed but got a frozen one")
+    for raw_key, raw_value in values.items():
+        key = str(raw_key)
+        path = (*parents, key)
+        name = ".".join(path)
+        is_section = isinstance(raw_value, Mapping)
+        value = raw_value if is_section else YacsNode._decode_cfg_value(copy.deepcopy(raw_value))
+        if key not in into:
+            if into.is_new_allowed():
+                into[key] = CfgNode(copy.deepcopy(dict(value))) if is_section else value
+                continue
+            hint = did_you_mean(key, list(into))
+            section = ".".join(parents) or "the config"
+            raise UnknownNameError(f'Expected a key of {section} but got the unknown key "{name}"{hint}')
+        old = into[key]
+        if isinstance(old, YacsNode):
+            if not is_section:
+                raise InputError(f"Expected {name} to be a section with keys of its own but got {value!r}")
+            _merge(old, value, path)
+        else:
+            if isinstance(old, str) and isinstance(raw_value, str) and not isinstance(value, str):
+                value = raw_value  # a text setting whose text happens to read as a number or a list
+            into[key] = _coerce(value, old, name)
+
+
+def _coerce(value: Any, old: Any, name: str) -> Any:
+    """``value`` in the type of the default ``old``: int becomes float, list and tuple interchange, else InputError."""
+    if old is None or value is None or type(value) is type(old):
+        return value
+    if isinstance(old, float) and type(value) is int:
+        return float(value)
+    for wanted, given in (_SEQUENCES, _SEQUENCES[::-1]):
+        if isinstance(old, wanted) and isinstance(value, given):
+            return wanted(value)
+    raise InputError(
+        f"Expected {name} to be of type {type(old).__name__} (like its default {old!r}) "
+        f"but got {value!r} of type {type(value).__name__}"
+    )

@@ -1,0 +1,303 @@
+"""Items and lists of items: what a dataset hands to the loaders."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+import random
+import tarfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dassl.utils import InputError, download_url
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["DatasetBase", "Datum"]
+
+
+class Datum:
+    """One item: where the image is, its label, domain and class name. Read-only.
+
+    Only the types are checked here. That the files exist is checked by DatasetBase for all items at once, which takes
+    one listing per folder instead of one file-system call per image.
+
+    Args:
+        impath: path of the image.
+        label: class label, 0-based.
+        domain: domain label, 0-based.
+        classname: name of the class.
+    """
+
+    def __init__(
+        self, impath: str | os.PathLike[str] = "", label: int = 0, domain: int = 0, classname: str = ""
+    ) -> None:
+        if not isinstance(impath, (str, os.PathLike)):
+            raise InputError(f"Expected impath to be a path but got {impath!r} of type {type(impath).__name__}")
+        if not isinstance(classname, str):
+            raise InputError(f"Expected classname to be a string but got {classname!r} for {impath}")
+        # These names are also those in pickles that upstream's readers left behind.
+        self._impath = os.fspath(impath)
+        self._label = _as_int(label, "label", self._impath)
+        self._domain = _as_int(domain, "domain", self._impath)
+        self._classname = classname
+
+    @property
+    def impath(self) -> str:
+        """Path of the image."""
+        return self._impath
+
+    @property
+    def label(self) -> int:
+        """Class label."""
+        return self._label
+
+    @property
+    def domain(self) -> int:
+        """Domain label."""
+        return self._domain
+
+    @property
+    def classname(self) -> str:
+        """Name of the class."""
+        return self._classname
+
+    def _key(self) -> tuple[str, int, int, str]:
+        return self._impath, self._label, self._domain, self._classname
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, Datum) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return (
+            f"Datum(impath={self._impath!r}, label={self._label}, domain={self._domain}, "
+            f"classname={self._classname!r})"
+        )
+
+
+def _as_int(value: Any, name: str, impath: str) -> int:
+    try:
+        return operator.index(value)  # int and NumPy's integers; not float, not str
+    except TypeError:
+        raise InputError(
+            f"Expected {name} to be an integer but got {value!r} of type {type(value).__name__} for {impath}"
+        ) from None
+
+
+class DatasetBase:
+    """Four lists of items and what follows from them.
+
+    Classes are those of ``train_x``: labels 0..C-1, each with one name. ``val`` and ``test`` may lack some of them but
+    may not have others.
+
+    Args:
+        train_x: labelled training items.
+        train_u: unlabelled training items.
+        val: validation items.
+        test: test items.
+
+    Raises:
+        InputError: files are missing (one error for all of them), labels have a gap, one label has two names, or val or
+            test hold a label that train_x lacks.
+    """
+
+    dataset_dir: str = ""  # the dataset's folder under DATASET.ROOT
+    domains: Sequence[str] = ()  # names of all domains
+    check_files: bool = True  # False where items are not files
+
+    def __init__(
+        self,
+        train_x: list[Datum] | None = None,
+        train_u: list[Datum] | None = None,
+        val: list[Datum] | None = None,
+        test: list[Datum] | None = None,
+    ) -> None:
+        if not train_x:
+            raise InputError(f"Expected {type(self).__name__} to have training items but got none")
+        self._train_x = train_x
+        self._train_u = train_u
+        self._val = val
+        self._test = test
+        if self.check_files:
+            self._check_files()
+        self._num_classes = self.get_num_classes(train_x)
+        self._lab2cname, self._classnames = self.get_lab2cname(train_x)
+        self._check_labels()
+
+    @property
+    def train_x(self) -> list[Datum]:
+        """Labelled training items."""
+        return self._train_x
+
+    @property
+    def train_u(self) -> list[Datum] | None:
+        """Unlabelled training items."""
+        return self._train_u
+
+    @property
+    def val(self) -> list[Datum] | None:
+        """Validation items."""
+        return self._val
+
+    @property
+    def test(self) -> list[Datum] | None:
+        """Test items."""
+        return self._test
+
+    @property
+    def lab2cname(self) -> dict[int, str]:
+        """Label to class name."""
+        return self._lab2cname
+
+    @property
+    def classnames(self) -> list[str]:
+        """Class names in the order of their labels."""
+        return self._classnames
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, C."""
+        return self._num_classes
+
+    @staticmethod
+    def get_num_classes(data_source: Iterable[Datum]) -> int:
+        """Highest label + 1."""
+        return max(item.label for item in data_source) + 1
+
+    @staticmethod
+    def get_lab2cname(data_source: Iterable[Datum]) -> tuple[dict[int, str], list[str]]:
+        """(label to name, names by label); a label with two names is an InputError."""
+        mapping: dict[int, str] = {}
+        for item in data_source:
+            name = mapping.setdefault(item.label, item.classname)
+            if name != item.classname:
+                raise InputError(
+                    f'Expected label {item.label} to have one name but got "{name}" and "{item.classname}"'
+                )
+        mapping = dict(sorted(mapping.items()))
+        return mapping, list(mapping.values())
+
+    def check_input_domains(self, source_domains: Sequence[str], target_domains: Sequence[str]) -> None:
+        """Raise an InputError unless all given domains are among ``self.domains``."""
+        for name, given in (("source", source_domains), ("target", target_domains)):
+            for domain in given:
+                if domain not in self.domains:
+                    raise InputError(
+                        f'Expected each {name} domain to be one of {list(self.domains)} but got "{domain}"'
+                    )
+
+    def download_data(self, url: str, dst: str, from_gdrive: bool = True) -> None:
+        """Download an archive (zip, tar, tar.gz) to ``dst`` unless it is there, and unpack it into dst's folder."""
+        if not os.path.isfile(dst):
+            download_url(url, dst, from_gdrive=from_gdrive)
+        folder = Path(dst).parent
+        logger.info("Extracting %s", dst)
+        try:
+            if zipfile.is_zipfile(dst):
+                with zipfile.ZipFile(dst) as archive:
+                    archive.extractall(folder)
+            elif tarfile.is_tarfile(dst):
+                with tarfile.open(dst) as tar:
+                    tar.extractall(folder, filter="data")  # nothing outside the folder, no devices
+            else:
+                raise InputError(f'Expected "{dst}" to be a zip or tar archive but it is neither')
+        except (zipfile.BadZipFile, tarfile.TarError) as error:
+            raise InputError(f'Expected "{dst}" to be a sound archive but got: {error}') from error
+
+    def generate_fewshot_dataset(
+        self,
+        *data_sources: list[Datum],
+        num_shots: int = -1,
+        repeat: bool = False,
+        rng: random.Random | ModuleType | None = None,
+    ) -> Any:
+        """Sample ``num_shots`` items per class from each list.
+
+        Classes are visited in the order in which they first appear in the list, with one draw for each class that has
+        enough items and none for the others; this order is what makes the picks those of the published protocol.
+
+        Args:
+            data_sources: one or more lists of items.
+            num_shots: items per class; below 1 the lists are returned as they are.
+            repeat: a class with too few items is drawn from with replacement; False: all its items are kept.
+            rng: source of randomness; None: Python's global ``random``, as upstream.
+
+        Returns:
+            A list if one list was given, else a list of lists (or the tuple of lists given, when num_shots < 1).
+        """
+        if num_shots < 1:
+            return data_sources[0] if len(data_sources) == 1 else data_sources
+        draw: Any = random if rng is None else rng
+        logger.info("Creating a %d-shot dataset", num_shots)
+        output = []
+        for data_source in data_sources:
+            picked: list[Datum] = []
+            for items in self.split_dataset_by_label(data_source).values():
+                if len(items) >= num_shots:
+                    picked.extend(draw.sample(items, num_shots))
+                elif repeat:
+                    picked.extend(draw.choices(items, k=num_shots))
+                else:
+                    picked.extend(items)
+            output.append(picked)
+        return output[0] if len(output) == 1 else output
+
+    def split_dataset_by_label(self, data_source: Iterable[Datum]) -> dict[int, list[Datum]]:
+        """Label to its items; labels in order of first appearance."""
+        output: defaultdict[int, list[Datum]] = defaultdict(list)
+        for item in data_source:
+            output[item.label].append(item)
+        return output
+
+    def split_dataset_by_domain(self, data_source: Iterable[Datum]) -> dict[int, list[Datum]]:
+        """Domain to its items; domains in order of first appearance."""
+        output: defaultdict[int, list[Datum]] = defaultdict(list)
+        for item in data_source:
+            output[item.domain].append(item)
+        return output
+
+    def _check_files(self) -> None:
+        """One InputError for all missing files of all lists; each folder is listed once."""
+        lists = (self._train_x, self._train_u, self._val, self._test)
+        paths = dict.fromkeys(item.impath for items in lists for item in items or ())
+        listings: dict[str, set[str]] = {}
+        missing = []
+        for path in paths:
+            folder, name = os.path.split(path)
+            if folder not in listings:
+                try:
+                    listings[folder] = set(os.listdir(folder or "."))
+                except (FileNotFoundError, NotADirectoryError):
+                    listings[folder] = set()
+            if name not in listings[folder]:
+                missing.append(path)
+        if missing:
+            more = ", ..." if len(missing) > 5 else ""
+            raise InputError(
+                f"Expected all files of the dataset {type(self).__name__} to exist but {len(missing):,} of {len(paths):,} "
+                f"are missing: {', '.join(missing[:5])}{more}"
+            )
+
+    def _check_labels(self) -> None:
+        name = type(self).__name__
+        absent = [label for label in range(self._num_classes) if label not in self._lab2cname]
+        if absent or len(self._lab2cname) != self._num_classes:  # the latter: a negative label
+            raise InputError(
+                f"Expected the training labels of {name} to be 0..{self._num_classes - 1} without a gap "
+                f"but got {sorted(self._lab2cname)[:10]}... (absent: {absent[:10]})"
+            )
+        for split, items in (("val", self._val), ("test", self._test)):
+            extra = sorted({item.label for item in items or ()} - self._lab2cname.keys() - {-1})  # -1: unlabelled
+            if extra:
+                raise InputError(
+                    f"Expected the {split} labels of {name} to be among its {self._num_classes} training labels "
+                    f"but got {extra[:10]}"
+                )

@@ -1,0 +1,23 @@
+"""Datasets by name."""
+
+from __future__ import annotations
+
+import logging
+
+from dassl.config import CfgNode
+from dassl.utils import Registry, check_availability
+
+from .base_dataset import DatasetBase
+
+logger = logging.getLogger(__name__)
+
+DATASET_REGISTRY = Registry("DATASET")
+
+
+def build_dataset(cfg: CfgNode) -> DatasetBase:
+    """The dataset that ``cfg.DATASET.NAME`` names, built from ``cfg``; an unknown name is an InputError."""
+    check_availability(cfg.DATASET.NAME, DATASET_REGISTRY.registered_names())
+    if cfg.VERBOSE:
+        logger.info("Loading dataset: %s", cfg.DATASET.NAME)
+    dataset: DatasetBase = DATASET_REGISTRY.get(cfg.DATASET.NAME)(cfg)
+    return dataset

@@ -1,0 +1,6 @@
+"""Optimisers and learning-rate schedules by name."""
+
+from .lr_scheduler import ClosedFormLR, build_lr_scheduler
+from .optimizer import build_optimizer
+
+__all__ = ["ClosedFormLR", "build_lr_scheduler", "build_optimizer"]

@@ -1,0 +1,147 @@
+"""Learning-rate schedules with an optional warm-up, as functions of the number of steps taken.
+
+The rate at position t is computed from t alone, not from the rate before it. So a resumed run has the rates of an
+uninterrupted one, and what a checkpoint holds of a schedule is one number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dassl.config import CfgNode
+from dassl.utils import InputError, check_availability
+
+__all__ = ["AVAI_SCHEDS", "AVAI_UNITS", "AVAI_WARMUPS", "ClosedFormLR", "build_lr_scheduler"]
+
+AVAI_SCHEDS = ["single_step", "multi_step", "cosine"]
+AVAI_WARMUPS = ["linear", "constant"]
+AVAI_UNITS = ["epoch", "step"]
+
+Curve = Callable[[int], float]  # position -> multiple of the base rate
+Rate = Callable[[int, float], float]  # position, base rate -> rate
+
+
+class ClosedFormLR(LRScheduler):
+    """Sets each parameter group's rate to ``rate(t, base rate)``, t = the number of ``step`` calls so far.
+
+    Args:
+        optimizer: the optimiser; its present rates are the base rates.
+        rate: position and base rate -> rate.
+    """
+
+    def __init__(self, optimizer: Optimizer, rate: Rate) -> None:
+        self._rate = rate
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """The rates at the present position, one for each parameter group."""
+        return [self._rate(self.last_epoch, float(base)) for base in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and the rates there for the reader's sake; plain numbers only."""
+        return {"last_epoch": self.last_epoch, "_last_lr": [float(lr) for lr in self.get_last_lr()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the position of ``state_dict`` and set the optimiser's rates to those of this schedule there.
+
+        The curve itself (length, milestones, base rates) stays that of the present config: a run that is resumed with
+        more epochs follows the longer curve.
+        """
+        self.last_epoch = int(state_dict["last_epoch"])
+        rates = self.get_lr()
+        for group, base, rate in zip(self.optimizer.param_groups, self.base_lrs, rates, strict=True):
+            group["initial_lr"] = base  # the optimiser's own state, loaded before, has overwritten these two
+            group["lr"] = rate
+        self._last_lr = rates
+
+
+def build_lr_scheduler(
+    optimizer: Optimizer, optim_cfg: CfgNode, steps_per_epoch: int | None = None
+) -> ClosedFormLR:
+    """The schedule that ``optim_cfg`` (``cfg.OPTIM``) describes: a main curve, after a warm-up if WARMUP_EPOCH > 0.
+
+    One ``step`` call is one unit, in which MAX_EPOCH, STEPSIZE and WARMUP_EPOCH count. With LR_UNIT "step" and
+    ``steps_per_epoch`` given, MAX_EPOCH still means epochs and is converted; the other two count steps.
+
+    The main curve starts at the full rate right after the warm-up. With WARMUP_RECOUNT it counts from 0 there and keeps
+    its length, so a cosine does not reach zero within MAX_EPOCH; without it, it goes on from where it would have been,
+    scaled such that it begins at the full rate, and a cosine does reach zero.
+
+    Args:
+        optimizer: the optimiser to steer.
+        optim_cfg: the OPTIM node.
+        steps_per_epoch: batches in an epoch; counts only with LR_UNIT "step".
+
+    Raises:
+        InputError: an unknown schedule, warm-up or unit, or a length that is not positive.
+    """
+    unit = optim_cfg.get("LR_UNIT", "epoch")  # a config written for upstream has no such key
+    check_availability(unit, AVAI_UNITS)
+    check_availability(optim_cfg.LR_SCHEDULER, AVAI_SCHEDS)
+    length = optim_cfg.MAX_EPOCH
+    if unit == "step" and steps_per_epoch is not None:
+        length *= steps_per_epoch
+    if length < 1:
+        raise InputError(f"Expected OPTIM.MAX_EPOCH to be at least 1 but got {optim_cfg.MAX_EPOCH}")
+    curve = _main_curve(optim_cfg, length)
+    warmup = optim_cfg.WARMUP_EPOCH
+    if warmup <= 0:
+        return ClosedFormLR(optimizer, lambda t, base: base * curve(t))
+    check_availability(optim_cfg.WARMUP_TYPE, AVAI_WARMUPS)
+    if optim_cfg.WARMUP_TYPE == "constant":
+        start: Rate = partial(_constant_warmup, optim_cfg.WARMUP_CONS_LR)
+    else:
+        start = partial(_linear_warmup, optim_cfg.WARMUP_MIN_LR, warmup)
+    after = _recounted(curve, warmup) if optim_cfg.WARMUP_RECOUNT else _continued(curve, warmup)
+    return ClosedFormLR(optimizer, lambda t, base: start(t, base) if t < warmup else base * after(t))
+
+
+def _main_curve(optim_cfg: CfgNode, length: int) -> Curve:
+    steps = optim_cfg.STEPSIZE
+    gamma = optim_cfg.GAMMA
+    if optim_cfg.LR_SCHEDULER == "cosine":
+        return partial(_cosine, length)
+    if optim_cfg.LR_SCHEDULER == "single_step":
+        size = steps[-1] if isinstance(steps, (list, tuple)) else steps
+        if not isinstance(size, int):
+            raise InputError(f"Expected OPTIM.STEPSIZE to end in an integer but got {steps}")
+        return partial(_single_step, size if size > 0 else length, gamma)
+    if not isinstance(steps, (list, tuple)) or not all(isinstance(step, int) and step > 0 for step in steps):
+        raise InputError(f"Expected OPTIM.STEPSIZE to be positive integers for multi_step but got {steps}")
+    return partial(_multi_step, tuple(steps), gamma)
+
+
+def _cosine(length: int, t: int) -> float:
+    """From 1 at t = 0 to 0 at t = length, and 0 beyond."""
+    return 0.5 * (1.0 + math.cos(math.pi * min(t, length) / length))
+
+
+def _single_step(size: int, gamma: float, t: int) -> float:
+    return gamma ** (t // size)
+
+
+def _multi_step(milestones: tuple[int, ...], gamma: float, t: int) -> float:
+    return gamma ** sum(milestone <= t for milestone in milestones)
+
+
+def _constant_warmup(rate: float, t: int, base: float) -> float:
+    return rate
+
+
+def _linear_warmup(least: float, warmup: int, t: int, base: float) -> float:
+    return least if t == 0 else base * t / warmup
+
+
+def _recounted(curve: Curve, warmup: int) -> Curve:
+    return lambda t: curve(t - warmup)
+
+
+def _continued(curve: Curve, warmup: int) -> Curve:
+    begin = curve(warmup)
+    return lambda t: curve(t) / begin if begin > 0 else 0.0

@@ -1,0 +1,148 @@
+"""Console and log.txt: where the lines of a run go.
+
+Code of this project writes with ``logging``. Trainers written for upstream use ``print``, and their lines belong in
+log.txt too, so stdout is tee'd into the same file. Lines logged go to the console and to the file directly, not through
+the tee: a later replacement of ``sys.stdout`` cannot lose or double them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+__all__ = ["Logger", "close_logger", "setup_logger"]
+
+
+class Logger:
+    """A text stream that copies what is written to the console into a file.
+
+    Args:
+        fpath: the file to write; its folder is made when missing. None: console only.
+    """
+
+    def __init__(self, fpath: str | os.PathLike[str] | None = None) -> None:
+        self.console: Any = sys.stdout
+        self.file: IO[str] | None = None
+        if fpath is not None:
+            Path(fpath).parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(fpath, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
+
+    def write(self, msg: str) -> int:
+        self.console.write(msg)
+        if self.file is not None:
+            self.file.write(msg)
+        return len(msg)
+
+    def flush(self) -> None:
+        self.console.flush()
+        if self.file is not None:
+            self.file.flush()
+
+    def close(self) -> None:
+        """Close the file; the console stays open, since it is not ours."""
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> Any:  # isatty, encoding, fileno, ...: as the console has them
+        if name == "console":  # not there yet: __init__ failed, or a copy is being unpickled
+            raise AttributeError(name)
+        return getattr(self.console, name)
+
+
+class _Active:
+    """What setup_logger changed, so that it can be put back."""
+
+    def __init__(self) -> None:
+        self.tee: Logger | None = None
+        self.handlers: list[logging.Handler] = []
+        self.level = logging.WARNING
+
+
+_active: _Active | None = None
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Drop the chatter of libraries that log to the nameless root logger; warnings always pass."""
+    installed = "site-packages" in record.pathname or "dist-packages" in record.pathname
+    return record.levelno >= logging.WARNING or record.name != "root" or not installed
+
+
+def _free_name(path: Path) -> Path:
+    """``path`` if nothing is there, else with the time (and, within one second, a number) appended."""
+    if not path.exists():
+        return path
+    stamped = path.with_name(path.name + time.strftime("-%Y-%m-%d-%H-%M-%S"))
+    candidate, number = stamped, 1
+    while candidate.exists():
+        number += 1
+        candidate = stamped.with_name(f"{stamped.name}-{number}")
+    return candidate
+
+
+def setup_logger(output: str | os.PathLike[str] | None = None) -> Path | None:
+    """Send log records and stdout to the console and to a file. Calling it again replaces the earlier set-up.
+
+    Args:
+        output: folder for ``log.txt``, or a file name ending in .txt or .log. If the file exists, the time is appended
+            to the name, so that an older log stays. None: console only.
+
+    Returns:
+        The log file's path, or None.
+    """
+    global _active
+    close_logger()
+    active = _Active()
+    console = sys.stdout
+    streams: list[Any] = [console]
+    path = None
+    if output is not None and os.fspath(output) != "":
+        path = Path(output)
+        if path.suffix not in (".txt", ".log"):
+            path = path / "log.txt"
+        path = _free_name(path)
+        active.tee = Logger(path)
+        sys.stdout = active.tee  # type: ignore[assignment]
+        streams.append(active.tee.file)
+
+    root = logging.getLogger()
+    active.level = root.level
+    root.setLevel(logging.INFO)
+    for stream in streams:
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.addFilter(_is_wanted)
+        root.addHandler(handler)
+        active.handlers.append(handler)
+    _active = active
+    return path
+
+
+def close_logger() -> None:
+    """Undo setup_logger: remove its handlers, give stdout back, close the file. Harmless when nothing is set up."""
+    global _active
+    if _active is None:
+        return
+    root = logging.getLogger()
+    for handler in _active.handlers:
+        root.removeHandler(handler)
+        handler.flush()
+    root.setLevel(_active.level)
+    if _active.tee is not None:
+        if sys.stdout is _active.tee:  # somebody may have put another stream there since: leave that one alone
+            sys.stdout = _active.tee.console
+        _active.tee.close()
+    _active = None

@@ -111,8 +111,8 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     if cfg.SEED < -1:
         raise InputError(f"Expected the seed to be -1 (none) or at least 0 but got {cfg.SEED}")
 
-    given = args.output_dir is not None or "OUTPUT_DIR" in args.opts[::2] or cfg.OUTPUT_DIR != default_output
-    if not given:
+    named = args.output_dir is not None or "OUTPUT_DIR" in args.opts[::2]
+    if not named and cfg.OUTPUT_DIR == default_output:
         cfg.OUTPUT_DIR = str(choose_output_dir(cfg, args))
     cfg.freeze()
     return cfg

@@ -83,9 +83,10 @@ def _from_json(
     for part in ("train", "val"):
         data = []
         items = content.get(part)
-        for item in items if isinstance(items, list) else [None]:
-            datum = index.get(item[0]) if isinstance(item, list) and item and isinstance(item[0], str) else None
-            if datum is None or item != [item[0], datum.label, datum.classname]:
+        for item in items if isinstance(items, list) else [items]:
+            relative = item[0] if isinstance(item, list) and item else None
+            datum = index.get(relative) if isinstance(relative, str) else None
+            if datum is None or item != [relative, datum.label, datum.classname]:
                 return f"{part} holds {item!r}, which the split does not", None
             data.append(datum)
         parts.append(data)

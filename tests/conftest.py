@@ -1,0 +1,55 @@
+"""Fixtures for all tests: a cache folder of their own, Digits in it, and a small CLIP with the bundled one's format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Eight blocks like the bundled CLIP, so that its configs fit; everything else as small as it goes.
+RANDOM_TINY = {
+    "embed_dim": 32,
+    "quick_gelu": True,
+    "vision_cfg": {"layers": 8, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 64},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 8},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_cache(tmp_path_factory) -> Iterator[Path]:
+    """The cache folder of this test run: nothing is read from or written to the user's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DLR_CLIP_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def random_tiny(tmp_path_factory) -> Path:
+    """A folder with a small CLIP with random weights, for MODEL.BACKBONE.WEIGHTS with the backbone "tiny"."""
+    import open_clip  # here, not above: tests that need no CLIP start without it
+    import torch
+
+    from trainers.clip.tiny import save_tiny
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.CLIP(**RANDOM_TINY)
+    words = "a photo of the number digit zero one two three four five six seven eight nine red square circle ."
+    ids = set(open_clip.get_tokenizer("ViT-B-32")(words).flatten().tolist())
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny(model, ids, {"weights": "random"}, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(random_tiny) -> str:
+    """MODEL.BACKBONE.WEIGHTS for tests that want the bundled CLIP: "" where it is there, else the random one."""
+    from trainers.clip.tiny import tiny_files
+
+    try:
+        tiny_files(None)
+    except FileNotFoundError:
+        return str(random_tiny)
+    return ""

@@ -1,0 +1,162 @@
+"""Every registered trainer and dataset, found by enumerating the registries: a new one is tested without a new test."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import datasets
+import trainers
+from dassl.config import get_cfg_default
+from dassl.data.datasets import DATASET_REGISTRY, build_dataset
+from dassl.engine import TRAINER_REGISTRY, build_trainer
+from dassl.utils import read_image, set_random_seed
+
+TRAINERS = TRAINER_REGISTRY.registered_names()
+DATASETS = DATASET_REGISTRY.registered_names()
+
+
+def make_cfg(folder: Path, *pairs: Any):
+    cfg = get_cfg_default()
+    datasets.extend_cfg(cfg)
+    trainers.extend_cfg(cfg)
+    cfg.merge_from_list(["OUTPUT_DIR", str(folder), "DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", 1, "SEED", 1])
+    cfg.merge_from_list(["MODEL.BACKBONE.NAME", "tiny", "INPUT.SIZE", (64, 64), "INPUT.TRANSFORMS", ("normalize",)])
+    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "DATALOADER.TRAIN_X.BATCH_SIZE", 4, "OPTIM.MAX_EPOCH", 1])
+    cfg.merge_from_list(["OPTIM.NAME", "adamw", "OPTIM.LR", 1e-2, "OPTIM.LR_SCHEDULER", "cosine", "USE_CUDA", False])
+    cfg.merge_from_list(list(pairs))
+    cfg.freeze()
+    return cfg
+
+
+@pytest.fixture
+def build(tmp_path, random_tiny):
+    def build(name: str, seed: int = 1):
+        cfg = make_cfg(tmp_path, "TRAINER.NAME", name, "MODEL.BACKBONE.WEIGHTS", str(random_tiny), "SEED", seed)
+        set_random_seed(seed)
+        return build_trainer(cfg)
+
+    return build
+
+
+def one_step(trainer) -> dict[str, Any]:
+    """The loss summary of the first training step."""
+    trainer.set_model_mode("train")
+    trainer.epoch, trainer.batch_idx, trainer.num_batches = 0, 0, len(trainer.train_loader_x)
+    return trainer.forward_backward(next(iter(trainer.train_loader_x)))
+
+
+def tuned(trainer) -> dict[int, tuple[str, torch.nn.Parameter]]:
+    """The parameters that a trainer claims to tune: those of its registered models that require gradients."""
+    return {
+        id(parameter): (f"{model}.{name}", parameter)
+        for model in trainer.get_model_names()
+        for name, parameter in trainer._models[model].named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def learns(trainer) -> bool:
+    return len(trainer.get_model_names()) > 0
+
+
+@torch.no_grad()
+def logits(trainer) -> torch.Tensor:
+    trainer.set_model_mode("eval")
+    images, _ = trainer.parse_batch_test(next(iter(trainer.test_loader)))
+    return trainer.model_inference(images[:8])
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_gradients_reach_exactly_what_the_trainer_tunes(name, build):
+    trainer = build(name)
+    if not learns(trainer):
+        pytest.skip("learns nothing")
+    claimed = tuned(trainer)
+    assert claimed
+    before = {key: parameter.detach().clone() for key, (_, parameter) in claimed.items()}
+    one_step(trainer)
+    assert [label for label, parameter in claimed.values() if parameter.grad is None] == []
+    assert any(not torch.equal(before[key], parameter) for key, (_, parameter) in claimed.items())
+    in_optimisers = {
+        id(parameter)
+        for optimiser in trainer._optims.values()
+        for group in optimiser.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+    }
+    assert in_optimisers == set(claimed)
+    # Whatever else is alive, frozen towers above all, got no gradient.
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.nn.Parameter) and id(thing) not in claimed:
+            assert thing.grad is None
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_saved_and_loaded_gives_equal_logits(name, build, tmp_path):
+    trainer = build(name)
+    if not learns(trainer):
+        pytest.skip("saves nothing")
+    one_step(trainer)
+    trainer.save_model(0, str(tmp_path / "saved"))
+    other = build(name, seed=2)
+    one_step(other)
+    expected = logits(trainer)
+    assert not torch.equal(logits(other), expected)
+    other.load_model(str(tmp_path / "saved"), epoch=1)
+    assert torch.equal(logits(other), expected)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_same_seed_gives_equal_numbers(name, build):
+    first, second = build(name), build(name)
+    if learns(first):
+        assert one_step(first) == one_step(second)
+    assert torch.equal(logits(first), logits(second))
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_logits_have_a_column_per_class(name, build):
+    trainer = build(name)
+    assert logits(trainer).shape == (8, 10)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_configuration_may_be_extended_twice(name):
+    cfg = get_cfg_default()
+    for _ in range(2):
+        datasets.extend_cfg(cfg)
+        trainers.extend_cfg(cfg)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_dataset_builds_picks_and_loads_an_image(name, tmp_path):
+    dataset = build_dataset(make_cfg(tmp_path, "DATASET.NAME", name, "DATASET.NUM_SHOTS", 2))
+    assert dataset.num_classes == len(dataset.classnames) == len(dataset.lab2cname)
+    assert {item.label for item in dataset.test} <= set(range(dataset.num_classes))
+    assert all(dataset.lab2cname[item.label] == item.classname for item in dataset.test)
+    for part in (dataset.train_x, dataset.val, dataset.test):
+        if part:
+            image = read_image(part[0].impath)
+            assert image.mode == "RGB" and min(image.size) >= 32
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_dataset_is_the_same_twice_and_its_parts_are_apart(name, tmp_path):
+    first, second = (build_dataset(make_cfg(tmp_path, "DATASET.NAME", name, "DATASET.NUM_SHOTS", 2)) for _ in range(2))
+    for part in ("train_x", "val", "test"):
+        assert [i.impath for i in getattr(first, part) or []] == [i.impath for i in getattr(second, part) or []]
+    if first.val is not None:
+        train, val, test = ({i.impath for i in part} for part in (first.train_x, first.val, first.test))
+        assert not (train & val or train & test or val & test)
+        assert len(first.train_x) == 2 * first.num_classes
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_dataset_has_a_config_that_names_it(name):
+    folder = Path(datasets.__file__).parent.parent / "configs" / "datasets"
+    assert f'DATASET:\n  NAME: "{name}"\n' in [file.read_text() for file in folder.glob("*.yaml")]

@@ -1,0 +1,367 @@
+"""The loop itself, and the bookkeeping of registered models that every trainer shares."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dassl.utils import InputError, load_checkpoint, save_checkpoint, tolist_if_not
+from dassl.utils.torchtools import BEST_NAME, POINTER_NAME, checkpoint_entry, load_into, pointed_file, restore
+
+from .evaluate import Evaluation
+from .precision import Precision
+from .state import EpochStats
+
+if TYPE_CHECKING:
+    from .hooks import HookBase
+
+logger = logging.getLogger(__name__)
+
+_Names = str | Sequence[str] | None
+
+
+class TrainerBase:
+    """Models by name, the training loop, and the hooks around it.
+
+    The methods ``before_train``, ``before_epoch``, ``run_epoch``, ``after_epoch``, ``after_train`` are there to be
+    overridden; hooks hear of events through ``call_hooks``, so that a trainer that overrides one of the methods without
+    calling its parent loses only what that method did.
+    """
+
+    def __init__(self) -> None:
+        self._models: OrderedDict[str, nn.Module] = OrderedDict()
+        self._optims: OrderedDict[str, Any] = OrderedDict()
+        self._scheds: OrderedDict[str, Any] = OrderedDict()
+        self._writer: Any = None
+        self._hooks: list[HookBase] = []
+        self.precision = Precision()
+        self.stats = EpochStats()
+        self.selected: dict[str, dict[str, Any]] = {}  # name -> {value, on, n}: what was chosen, on what
+        self.evaluation: Evaluation | None = None  # the latest
+        self.phase = "idle"  # "train" while epochs run, "final" from their end to the end of train()
+        self.start_epoch = self.epoch = self.max_epoch = 0
+        self.batch_idx = self.num_batches = 0
+        self.output_dir = ""
+
+    # ---- the loop
+
+    def train(self, start_epoch: int, max_epoch: int) -> None:
+        """Run the epochs start_epoch..max_epoch-1 (before_train may move start_epoch, to resume)."""
+        self.start_epoch, self.max_epoch = start_epoch, max_epoch
+        self.phase = "train"
+        try:
+            self.call_hooks("start")
+            self.before_train()
+            if self.has_training_step():
+                if self.start_epoch >= self.max_epoch:
+                    logger.info("Nothing left to train: %d of %d epochs are done", self.start_epoch, self.max_epoch)
+                for self.epoch in range(self.start_epoch, self.max_epoch):
+                    self.call_hooks("before_epoch")
+                    self.before_epoch()
+                    self.run_epoch()
+                    self.after_epoch()
+                self.epoch = max(self.max_epoch - 1, 0)  # where a run without any epoch left stands, too
+            self.phase = "final"
+            self.after_train()
+            self.call_hooks("finish")
+        finally:
+            self.phase = "idle"
+            self.call_hooks("close")
+            self.close_writer()
+
+    def has_training_step(self) -> bool:
+        """False for methods that only evaluate; the loop then runs no epoch."""
+        return True
+
+    def before_train(self) -> None:
+        """Called once before the first epoch."""
+
+    def after_train(self) -> None:
+        """Called once after the last epoch."""
+
+    def before_epoch(self) -> None:
+        """Called before each epoch."""
+
+    def after_epoch(self) -> None:
+        """Called after each epoch."""
+
+    def run_epoch(self) -> None:
+        """One pass over the training data."""
+        raise NotImplementedError
+
+    def test(self, split: str | None = None) -> float:
+        """Evaluate and return the main result."""
+        raise NotImplementedError
+
+    def parse_batch_train(self, batch: Any) -> Any:
+        """Take what forward_backward needs out of a training batch, on the device."""
+        raise NotImplementedError
+
+    def parse_batch_test(self, batch: Any) -> Any:
+        """Take input and label out of a test batch, on the device."""
+        raise NotImplementedError
+
+    def forward_backward(self, batch: Any) -> dict[str, Any] | None:
+        """One training step; returns named numbers to show (``{"loss": ..., "acc": ...}``)."""
+        raise NotImplementedError
+
+    def model_inference(self, input: Any) -> Any:
+        """Logits [B, C] for a test input."""
+        raise NotImplementedError
+
+    # ---- hooks
+
+    def register_hooks(self, hooks: Iterable[HookBase]) -> None:
+        """Append hooks; they are called in this order."""
+        self._hooks.extend(hooks)
+
+    def call_hooks(self, event: str, *args: Any) -> None:
+        """Call the method ``event`` of every hook with this trainer and ``args``."""
+        for hook in self._hooks:
+            getattr(hook, event)(self, *args)
+
+    # ---- registered models
+
+    def register_model(self, name: str = "model", model: Any = None, optim: Any = None, sched: Any = None) -> None:
+        """Have a model saved, switched between modes, stepped and scheduled under ``name``.
+
+        Raises:
+            AttributeError: called before ``super().__init__()``.
+            ValueError: the name is taken.
+        """
+        if self.__dict__.get("_models") is None:
+            raise AttributeError("Expected super().__init__() to be called before register_model() but it was not")
+        if name in self._models:
+            raise ValueError(f'Expected a new model name but got "{name}", which is registered')
+        self._models[name] = model
+        self._optims[name] = optim
+        self._scheds[name] = sched
+
+    def get_model_names(self, names: _Names = None) -> list[str]:
+        """All registered names, or ``names`` as a list after a check that they are registered."""
+        known = list(self._models)
+        if names is None:
+            return known
+        wanted = tolist_if_not(names)
+        for name in wanted:
+            if name not in known:
+                raise KeyError(f'Expected a registered model ({", ".join(known)}) but got "{name}"')
+        return wanted
+
+    def set_model_mode(self, mode: str = "train", names: _Names = None) -> None:
+        """Put registered models into mode "train", or "eval" (also called "test")."""
+        if mode not in ("train", "eval", "test"):
+            raise KeyError(f'Expected the mode to be "train", "eval" or "test" but got "{mode}"')
+        for name in self.get_model_names(names):
+            if self._models[name] is not None:
+                self._models[name].train(mode == "train")
+
+    def update_lr(self, names: _Names = None) -> None:
+        """Step the schedulers."""
+        for name in self.get_model_names(names):
+            if self._scheds[name] is not None:
+                self._scheds[name].step()
+
+    def get_current_lr(self, names: _Names = None) -> float:
+        """Learning rate of the first parameter group of the first model that has an optimiser; 0 without any."""
+        for name in self.get_model_names(names):
+            if self._optims[name] is not None:
+                return self._optims[name].param_groups[0]["lr"]
+        return 0.0
+
+    # ---- the step
+
+    def set_precision(self, prec: str) -> None:
+        """Compute in fp32, fp16, amp or bf16 from now on; see Precision."""
+        device = getattr(self, "device", torch.device("cpu"))
+        self.precision = Precision(prec, torch.device(device).type)
+
+    def where(self) -> str:
+        """The place in the run, for messages; counted from 1."""
+        return f"epoch [{self.epoch + 1}/{self.max_epoch}] batch [{self.batch_idx + 1}/{self.num_batches}]"
+
+    @property
+    def global_step(self) -> int:
+        """0-based number of the step over all epochs."""
+        return self.epoch * self.num_batches + self.batch_idx
+
+    def detect_anomaly(self, loss: Tensor) -> None:
+        """Raise a FloatingPointError that names the place when the loss is infinite or NaN."""
+        if not torch.isfinite(loss).all():
+            raise FloatingPointError(
+                f"Expected the loss to be finite but got {loss.detach().flatten().tolist()[:4]} at {self.where()}"
+            )
+
+    def model_zero_grad(self, names: _Names = None) -> None:
+        """Clear the gradients of the named models (all by default)."""
+        for optimizer in self._optimizers(names):
+            optimizer.zero_grad()
+
+    def model_backward(self, loss: Tensor) -> None:
+        """Check the loss and back-propagate it."""
+        self.detect_anomaly(loss)
+        self.precision.backward(loss)
+
+    def model_update(self, names: _Names = None) -> None:
+        """Step the optimisers of the named models (all by default)."""
+        self.precision.update(self._optimizers(names))
+
+    def model_backward_and_update(self, loss: Tensor, names: _Names = None) -> None:
+        """Zero the gradients, check and back-propagate the loss, step."""
+        self.model_zero_grad(names)
+        self.model_backward(loss)
+        self.model_update(names)
+
+    def _optimizers(self, names: _Names) -> list[Any]:
+        return [self._optims[name] for name in self.get_model_names(names) if self._optims[name] is not None]
+
+    # ---- TensorBoard
+
+    @property
+    def writer(self) -> Any:
+        """The open SummaryWriter, or None."""
+        return self.__dict__.get("_writer")
+
+    def init_writer(self, log_dir: str | os.PathLike[str], purge_step: int | None = None) -> None:
+        """Open TensorBoard's event file unless one is open; values from ``purge_step`` on are hidden (a resumed run)."""
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only when training
+
+            logger.info("Initialize tensorboard (log_dir=%s)", log_dir)
+            self._writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step)
+
+    def close_writer(self) -> None:
+        """Close the event file if one is open."""
+        if self.writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def write_scalar(self, tag: str, scalar_value: Any, global_step: int | None = None) -> None:
+        """Write a number to TensorBoard, at the current step by default; nothing happens when no writer is open."""
+        if self.writer is not None:
+            step = self.global_step if global_step is None else global_step
+            self._writer.add_scalar(tag, scalar_value, step)
+
+    # ---- checkpoints
+
+    def engine_state(self) -> dict[str, Any]:
+        """What a resumed run needs beside models and optimisers: plain values."""
+        hooks = {type(hook).__name__: hook.state_dict(self) for hook in self._hooks}
+        return {
+            "selected": self.selected,
+            "precision": self.precision.state_dict(),
+            "hooks": {name: state for name, state in hooks.items() if state},
+        }
+
+    def load_engine_state(self, state: dict[str, Any]) -> None:
+        """Put ``engine_state`` back; entries that a file lacks (it may be upstream's) are left as they are."""
+        self.selected = dict(state.get("selected", self.selected))
+        self.precision.load_state_dict(state.get("precision", {}))
+        saved = state.get("hooks", {})
+        for hook in self._hooks:
+            if type(hook).__name__ in saved:
+                hook.load_state_dict(self, saved[type(hook).__name__])
+
+    def save_model(
+        self,
+        epoch: int,
+        directory: str | os.PathLike[str],
+        is_best: bool = False,
+        val_result: float | None = None,
+        model_name: str = "",
+    ) -> None:
+        """Write a checkpoint of every registered model to ``<directory>/<name>/``; ``epoch`` counts from 0."""
+        engine = self.engine_state()
+        for name in self.get_model_names():
+            optim, sched = self._optims[name], self._scheds[name]
+            save_checkpoint(
+                {
+                    "state_dict": self._models[name].state_dict(),
+                    "epoch": epoch + 1,
+                    "optimizer": None if optim is None else optim.state_dict(),
+                    "scheduler": None if sched is None else sched.state_dict(),
+                    "val_result": val_result,
+                    "engine": engine,
+                },
+                Path(directory) / name,
+                is_best=is_best,
+                model_name=model_name,
+            )
+
+    def resume_model_if_exist(self, directory: str | os.PathLike[str]) -> int:
+        """Load the newest checkpoint of every registered model when all have one there.
+
+        Returns:
+            The epoch to go on with; 0 when there is nothing to resume.
+        """
+        names = self.get_model_names()
+        if not names or not all((Path(directory) / name / POINTER_NAME).is_file() for name in names):
+            logger.info("No checkpoint found, train from scratch")
+            return 0
+        logger.info("Found checkpoint at %s (will resume training)", directory)
+        epoch = 0
+        for position, (name, path) in enumerate(self._newest_common(Path(directory), names).items()):
+            logger.info('Loading checkpoint from "%s"', path)
+            checkpoint = load_checkpoint(path)
+            epoch = restore(checkpoint, path, self._models[name], self._optims[name], self._scheds[name])
+            if position == 0:  # the same in all of them
+                self.load_engine_state(checkpoint.get("engine") or {})
+        return epoch
+
+    @staticmethod
+    def _newest_common(directory: Path, names: Sequence[str]) -> dict[str, Path]:
+        """One checkpoint per model, all of the same epoch, even when a run died between writing two of them."""
+        newest = {name: pointed_file(directory / name) for name in names}
+        epochs = {checkpoint_entry(load_checkpoint(path), "epoch", path) for path in newest.values()}
+        if len(epochs) == 1:
+            return newest
+        common = set.intersection(*({p.name for p in (directory / name).glob("model.pth.tar-*")} for name in names))
+        if not common:
+            raise InputError(
+                f'Expected the checkpoints of {", ".join(names)} in "{directory}" to be of the same epoch '
+                f"but got epochs {sorted(epochs)}"
+            )
+        latest = max(common, key=lambda file: int(file.rpartition("-")[2]))
+        return {name: directory / name / latest for name in names}
+
+    def load_model(self, directory: str | os.PathLike[str], epoch: int | None = None) -> None:
+        """Load every registered model strictly from ``<directory>/<name>/``.
+
+        Args:
+            directory: empty: nothing is loaded, with a note.
+            epoch: 1-based number of a checkpoint; None: the best one.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint; the message lists those there are.
+            InputError: it cannot be read, or does not fit.
+        """
+        if not directory:
+            logger.info(
+                "Note that load_model() is skipped as no pretrained model is given "
+                "(ignore this if it's done on purpose)"
+            )
+            return
+        file_name = BEST_NAME if epoch is None else f"model.pth.tar-{epoch}"
+        for name in self.get_model_names():
+            path = Path(directory) / name / file_name
+            if not path.is_file():
+                found = sorted(p.name for p in path.parent.glob("model*.pth.tar*"))
+                raise FileNotFoundError(f'Expected a model at "{path}" but found {", ".join(found) or "none"} there')
+            checkpoint = load_checkpoint(path)
+            load_into(self._models[name], checkpoint_entry(checkpoint, "state_dict", path), path, "model")
+            val_result = checkpoint.get("val_result")
+            logger.info(
+                "Load %s to %s (epoch=%s, val_result=%s)",
+                path,
+                name,
+                checkpoint.get("epoch"),
+                "none" if val_result is None else f"{val_result:.1f}",
+            )
+            self.selected.update((checkpoint.get("engine") or {}).get("selected", {}))

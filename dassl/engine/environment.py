@@ -1,0 +1,69 @@
+"""What a run ran on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dassl
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "torchmetrics",
+    "numpy",
+    "scikit-learn",
+    "pillow",
+    "yacs",
+    "tensorboard",
+)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Versions, commit, device, command and time, as plain values for environment.json."""
+    return {
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "dassl": dassl.__version__,
+        **_commit(Path(dassl.__file__).parent),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(folder: Path) -> dict[str, Any]:
+    """The commit of the checkout, and whether tracked files differ from it; None where git or a checkout is missing."""
+    head = _git(folder, "rev-parse", "HEAD")
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no") if head else None
+    return {"commit": head, "modified": None if changes is None else bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,124 @@
+"""One pass over a split for all heads of a trainer.
+
+Shapes: B images in a batch, N images in the split, C classes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dassl.evaluation import HeadMetrics
+
+HeadsFn = Callable[[Any], "tuple[dict[str, Tensor], Tensor]"]
+
+
+@dataclass
+class Example:
+    """A test image with what the heads made of it."""
+
+    impath: str  # "" when the batch does not say
+    image: Tensor | None  # the model's input, on the CPU
+    label: int
+    logits: dict[str, Tensor]  # head -> [C], on the CPU
+
+
+@dataclass
+class Evaluation:
+    """What one pass over a split found; percentages."""
+
+    split: str
+    main: str  # the head that counts as the method's accuracy
+    heads: dict[str, dict[str, float]] = field(default_factory=dict)
+    n: int = 0  # images
+    seconds: float = 0.0
+    confusion: Tensor | None = None  # [C, C] counts of the main head, rows true
+    examples: list[Example] = field(default_factory=list)
+
+
+def spread(total: int, count: int) -> set[int]:
+    """Up to ``count`` positions spread evenly over 0..total-1 (test sets are ordered by class)."""
+    count = min(total, count)
+    return {round(i * (total - 1) / max(count - 1, 1)) for i in range(count)}
+
+
+def progress_bar(iterable: Any = None, **kwargs: Any) -> tqdm:
+    """A tqdm bar on stderr that redraws rarely when stderr is a file, so that a job's log stays short."""
+    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 10.0, dynamic_ncols=True, **kwargs)
+
+
+def run_pass(
+    loader: Any,
+    forward: HeadsFn,
+    evaluation: Evaluation,
+    process: Callable[[Tensor, Tensor], None],
+    num_examples: int = 0,
+    keep_bar: bool = True,
+) -> None:
+    """Fill ``evaluation`` from one pass.
+
+    Args:
+        loader: batches; a dict may say ``impath``.
+        forward: batch -> (head name -> logits [B, C], labels [B]).
+        evaluation: its ``split`` and ``main`` are read, the rest is filled in.
+        process: called with the main head's logits and the labels of each batch.
+        num_examples: how many images to keep, spread over the split.
+        keep_bar: leave the progress bar on the screen at the end.
+    """
+    metrics: dict[str, HeadMetrics] = {}
+    start = time.perf_counter()
+    wanted = spread(_length(loader), num_examples)
+    for batch in progress_bar(loader, desc=evaluation.split, unit="batch", leave=keep_bar):
+        heads, labels = forward(batch)
+        if evaluation.main not in heads:
+            raise ValueError(f'Expected main_head to be one of {", ".join(heads)} but got "{evaluation.main}"')
+        process(heads[evaluation.main], labels)
+        for name, logits in heads.items():
+            if name not in metrics:
+                metrics[name] = HeadMetrics(logits.shape[1], logits.device)
+            metrics[name].update(logits, labels)
+        evaluation.examples.extend(_examples(batch, heads, labels, evaluation.n, wanted))
+        evaluation.n += len(labels)
+    if metrics:
+        evaluation.heads = {name: metric.compute() for name, metric in metrics.items()}
+        evaluation.confusion = metrics[evaluation.main].confusion()
+    evaluation.seconds = time.perf_counter() - start
+
+
+def _length(loader: Any) -> int:
+    """N where the loader knows it, else 0 (no examples are kept then)."""
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError):
+        return 0
+
+
+def _examples(
+    batch: Any, heads: Mapping[str, Tensor], labels: Tensor, offset: int, wanted: set[int]
+) -> Iterator[Example]:
+    fields = batch if isinstance(batch, Mapping) else {}
+    paths, images = fields.get("impath"), fields.get("img")
+    for row in range(len(labels)):
+        if offset + row in wanted:
+            yield Example(
+                impath=str(paths[row]) if paths is not None else "",
+                image=images[row].detach().float().cpu() if isinstance(images, Tensor) else None,
+                label=int(labels[row]),
+                logits={name: logits[row].detach().float().cpu() for name, logits in heads.items()},
+            )
+
+
+def as_heads(output: Any) -> dict[str, Tensor]:
+    """The heads of a trainer's output: a dict as it is, one tensor of logits as the head "main"."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(f"Expected model_inference to return logits [B, C] but got {type(output).__name__}")
+    return {"main": output}

@@ -1,0 +1,57 @@
+"""What cuts across methods, as hooks around the training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import HookBase
+from .checkpoint import BestModel, Checkpoint
+from .console import ConsoleLine
+from .evaluation import FinalTest
+from .losses import Losses
+from .progress import ProgressBar
+from .results import Results
+from .tensorboard import TensorBoard
+from .timing import LearningRate, Timing
+
+__all__ = [
+    "BestModel",
+    "Checkpoint",
+    "ConsoleLine",
+    "FinalTest",
+    "HookBase",
+    "LearningRate",
+    "Losses",
+    "ProgressBar",
+    "Results",
+    "TensorBoard",
+    "Timing",
+    "build_hooks",
+]
+
+
+def build_hooks(cfg: Any) -> list[HookBase]:
+    """The hooks of a run, in the order in which each event reaches them. Why this order:
+
+    * Results first: at the start it removes an old completion marker and records config and environment, so that a run
+      that dies at any later point has its records and no marker.
+    * Timing next, so that no other hook's work is counted into a step; LearningRate reads the rate before the step.
+    * Losses before all that show them; it stops the run on a loss that is not finite, before anything is saved.
+    * ProgressBar before whatever writes lines after an epoch or a run, because it takes its bar out of their way.
+    * BestModel before Checkpoint: the file written last is the one resumed from, and it must know the new best result.
+    * Checkpoint before TensorBoard: resuming decides at which step the event file goes on.
+    * FinalTest before TensorBoard: the hyper-parameter tab shows the test result.
+    """
+    timing, losses = Timing(), Losses()
+    return [
+        Results(timing, losses),
+        timing,
+        LearningRate(),
+        losses,
+        ProgressBar(),
+        ConsoleLine(cfg.TRAIN.PRINT_FREQ),
+        BestModel(),
+        Checkpoint(),
+        FinalTest(),
+        TensorBoard(),
+    ]

@@ -1,0 +1,39 @@
+"""The progress line, in the form that readers of upstream's logs know."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from .base import HookBase
+
+logger = logging.getLogger(__name__)
+
+
+class ConsoleLine(HookBase):
+    """A line every ``print_freq`` steps, or each step of an epoch that has fewer; values with their epoch means."""
+
+    def __init__(self, print_freq: int) -> None:
+        self.print_freq = print_freq
+
+    def after_step(self, trainer: Any) -> None:
+        few = trainer.num_batches < self.print_freq
+        if not few and (trainer.batch_idx + 1) % self.print_freq != 0:
+            return
+        stats = trainer.stats
+        left = trainer.num_batches - trainer.batch_idx - 1
+        left += (trainer.max_epoch - trainer.epoch - 1) * trainer.num_batches
+        parts = [
+            trainer.where(),
+            f"time {stats.batch_time.val:.3f} ({stats.batch_time.avg:.3f})",
+            f"data {stats.data_time.val:.3f} ({stats.data_time.avg:.3f})",
+            str(stats.losses),
+            f"lr {stats.lr:.4e}",
+            f"eta {datetime.timedelta(seconds=int(stats.batch_time.avg * left))}",
+        ]
+        with tqdm.external_write_mode(file=sys.stdout):  # takes the bar off the screen while the line is written
+            logger.info("%s", " ".join(part for part in parts if part))

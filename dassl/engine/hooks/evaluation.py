@@ -1,0 +1,32 @@
+"""The test at the end of training."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ..evaluate import Evaluation
+from .base import HookBase
+
+logger = logging.getLogger(__name__)
+
+
+class FinalTest(HookBase):
+    """Test the best or the last model, unless TEST.NO_TEST."""
+
+    def after_train(self, trainer: Any) -> None:
+        test = trainer.cfg.TEST
+        trainer.evaluation = None
+        if test.NO_TEST:
+            return
+        if not trainer.has_training_step():
+            pass  # there is only one model
+        elif test.FINAL_MODEL == "best_val":
+            logger.info("Deploy the model with the best val performance")
+            trainer.load_model(trainer.output_dir)
+        else:
+            logger.info("Deploy the last-epoch model")
+        result = trainer.test()
+        if trainer.evaluation is None and result is not None:
+            # The method brings its own test: what it returns is all there is to report.
+            trainer.evaluation = Evaluation(test.SPLIT, "main", heads={"main": {"accuracy": float(result)}})

@@ -1,0 +1,38 @@
+"""The progress bar of training, on stderr."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..evaluate import progress_bar
+from .base import HookBase
+
+
+class ProgressBar(HookBase):
+    """One bar over all epochs; it counts batches."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def after_step(self, trainer: Any) -> None:
+        # Made at the first step: only then is the number of batches known for sure.
+        if self._bar is None:
+            self._bar = progress_bar(
+                desc="train",
+                unit="batch",
+                total=trainer.max_epoch * trainer.num_batches,
+                initial=trainer.start_epoch * trainer.num_batches,
+            )
+        self._bar.update()
+
+    def after_epoch(self, trainer: Any) -> None:
+        if self._bar is not None:
+            self._bar.clear()  # an evaluation's bar and lines may follow; the next step draws it again
+
+    def after_train(self, trainer: Any) -> None:
+        self.close(trainer)
+
+    def close(self, trainer: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,143 @@
+"""The files that tell what a run was and what came out, and its closing lines."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dassl.evaluation import HEAD_COLUMNS, heads_table
+from dassl.utils import atomic_write
+from dassl.utils.torchtools import POINTER_NAME
+
+from ..environment import describe
+from .base import HookBase
+from .losses import Losses
+from .timing import Timing
+
+logger = logging.getLogger(__name__)
+
+METRICS, EVAL_METRICS, CONFIG, ENVIRONMENT, DONE = (
+    "metrics.json",
+    "metrics-eval.json",
+    "config.yaml",
+    "environment.json",
+    "DONE",
+)
+
+
+class Results(HookBase):
+    """config.yaml and environment.json at the start; metrics.json and, last of all, DONE at the end.
+
+    Evaluating only, into a folder that holds a training run, writes metrics-eval.json and leaves that run's files alone.
+    """
+
+    def __init__(self, timing: Timing, losses: Losses) -> None:
+        self._timing = timing
+        self._losses = losses
+        self._aside = False
+
+    def start(self, trainer: Any) -> None:
+        folder = Path(trainer.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        training = trainer.phase != "idle"
+        self._aside = not training and is_training_run(folder)
+        if self._aside:
+            return
+        (folder / DONE).unlink(missing_ok=True)
+        with atomic_write(folder / CONFIG) as stream:
+            stream.write(trainer.cfg.dump())
+        _write_json(folder / ENVIRONMENT, describe(trainer.device))
+
+    def finish(self, trainer: Any) -> None:
+        folder = Path(trainer.output_dir)
+        metrics = self.metrics(trainer)
+        name = EVAL_METRICS if self._aside else METRICS
+        _write_json(folder / name, metrics)
+        self._closing_lines(trainer, folder)
+        if not self._aside:
+            finished = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            _write_json(folder / DONE, {"finished": finished, "metrics": name})
+
+    def metrics(self, trainer: Any) -> dict[str, Any]:
+        """The content of metrics.json: percent and seconds, unrounded. The evaluated split is also a key of it."""
+        cfg, evaluation = trainer.cfg, trainer.evaluation
+        training = trainer.phase != "idle"
+        split = evaluation.split if evaluation is not None else cfg.TEST.SPLIT
+        main = evaluation.heads.get(evaluation.main, {}) if evaluation is not None else {}
+        return {
+            "trainer": cfg.TRAINER.NAME,
+            "dataset": cfg.DATASET.NAME,
+            "shots": cfg.DATASET.NUM_SHOTS,
+            "seed": cfg.SEED,
+            "backbone": cfg.MODEL.BACKBONE.NAME,
+            "mode": "train" if training else "eval",
+            "epochs": trainer.max_epoch if training and trainer.has_training_step() else 0,
+            "split": split,
+            "split_digest": getattr(getattr(trainer.dm, "dataset", None), "split_digest", None),
+            "accuracy": main.get("accuracy"),
+            split: {
+                "heads": evaluation.heads if evaluation is not None else {},
+                "main": evaluation.main if evaluation is not None else None,
+                "n": evaluation.n if evaluation is not None else 0,
+            },
+            "selected": trainer.selected,
+            "train": self._losses.means,
+            "params": count_parameters(trainer),
+            "timing": self._timing.summary(),
+        }
+
+    @staticmethod
+    def _closing_lines(trainer: Any, folder: Path) -> None:
+        evaluation = trainer.evaluation
+        if evaluation is not None and all(set(HEAD_COLUMNS) <= set(v) for v in evaluation.heads.values()):
+            logger.info("%s", heads_table(evaluation.heads, evaluation.main))
+        for name, choice in trainer.selected.items():
+            logger.info("Selected %s = %s (on %s)", name, choice.get("value"), choice.get("on"))
+        logger.info("Output folder: %s", folder)
+        if (folder / "tensorboard").is_dir():
+            logger.info("Curves and pictures: tensorboard --logdir %s", folder / "tensorboard")
+
+
+def is_training_run(folder: Path) -> bool:
+    """Whether a training run, finished or not, has left checkpoints in this folder."""
+    return any(folder.glob(f"*/{POINTER_NAME}"))
+
+
+def count_parameters(trainer: Any) -> dict[str, int]:
+    """Parameters of all modules a trainer holds, each counted once: those that train, and all of them."""
+    parameters = {id(p): p for module in _modules(trainer) for p in module.parameters()}
+    return {
+        "trainable": sum(p.numel() for p in parameters.values() if p.requires_grad),
+        "total": sum(p.numel() for p in parameters.values()),
+    }
+
+
+def _modules(trainer: Any) -> Iterator[nn.Module]:
+    """Registered models, modules among the trainer's attributes, and modules hidden in attributes of those.
+
+    A frozen backbone is often kept in a plain attribute or a list, so that it stays out of the state dict.
+    """
+    roots = [model for model in trainer._models.values() if model is not None] + list(_held(trainer))
+    for root in roots:
+        yield root
+        for module in root.modules():
+            yield from _held(module)
+
+
+def _held(owner: Any) -> Iterator[nn.Module]:
+    for value in vars(owner).values():
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, nn.Module):
+                yield item
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_write(path) as stream:
+        json.dump(content, stream, indent=2)
+        stream.write("\n")

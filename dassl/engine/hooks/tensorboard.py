@@ -1,0 +1,88 @@
+"""What goes into the event files of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..evaluate import Evaluation
+from ..state import count_images
+from .base import HookBase
+
+
+class TensorBoard(HookBase):
+    """Losses, learning rate and speed per step; all heads per evaluation; pictures and hyper-parameters at the end."""
+
+    def before_train(self, trainer: Any) -> None:
+        steps = trainer.count_batches() if trainer.start_epoch else 0
+        trainer.init_writer(Path(trainer.output_dir) / "tensorboard", purge_step=trainer.start_epoch * steps or None)
+
+    def after_step(self, trainer: Any) -> None:
+        stats, step = trainer.stats, trainer.global_step
+        for name, meter in stats.losses.meters.items():
+            trainer.write_scalar(f"train/{name}", meter.avg, step)
+        trainer.write_scalar("train/lr", stats.lr, step)
+        if stats.batch_time.val > 0:
+            trainer.write_scalar("train/images_per_second", count_images(stats.batches) / stats.batch_time.val, step)
+
+    def after_test(self, trainer: Any, evaluation: Evaluation) -> None:
+        for head, values in evaluation.heads.items():
+            for name, value in values.items():
+                trainer.write_scalar(f"{evaluation.split}/{head}/{name}", value, trainer.epoch)
+        if trainer.writer is not None and trainer.phase == "final":
+            self._pictures(trainer, evaluation)
+
+    @staticmethod
+    def _pictures(trainer: Any, evaluation: Evaluation) -> None:
+        from .. import figures  # matplotlib is slow to import, and wanted once per run
+
+        split, step, names = evaluation.split, trainer.epoch, trainer.lab2cname
+        if evaluation.confusion is not None:
+            title = f"{split}, head {evaluation.main}"
+            image = figures.confusion_image(evaluation.confusion, names, title)
+            trainer.writer.add_image(f"{split}/confusion_matrix", image, step, dataformats="HWC")
+        if evaluation.examples:
+            before = getattr(trainer, "reference_head", "")
+            image = figures.examples_image(evaluation.examples, names, evaluation.main, before)
+            trainer.writer.add_image(f"{split}/examples", image, step, dataformats="HWC")
+
+    def after_train(self, trainer: Any) -> None:
+        evaluation = trainer.evaluation
+        if trainer.writer is None or evaluation is None:
+            return
+        metrics = {
+            f"hparam/{head}_accuracy": values["accuracy"]
+            for head, values in evaluation.heads.items()
+            if "accuracy" in values
+        }
+        # run_name ".": into the run's own folder; the default would be a new sub-folder named after the time.
+        trainer.writer.add_hparams(hyper_parameters(trainer.cfg), metrics, run_name=".", global_step=trainer.epoch)
+
+
+def hyper_parameters(cfg: Any) -> dict[str, Any]:
+    """The settings that tell runs apart: dataset, seed, backbone, optimiser, batch size, and the method's own node."""
+    found = {
+        "DATASET.NAME": cfg.DATASET.NAME,
+        "DATASET.NUM_SHOTS": cfg.DATASET.NUM_SHOTS,
+        "SEED": cfg.SEED,
+        "MODEL.BACKBONE.NAME": cfg.MODEL.BACKBONE.NAME,
+        "DATALOADER.TRAIN_X.BATCH_SIZE": cfg.DATALOADER.TRAIN_X.BATCH_SIZE,
+        "TRAINER.NAME": cfg.TRAINER.NAME,
+        **_leaves("OPTIM", cfg.OPTIM),
+    }
+    own = cfg.TRAINER.get(cfg.TRAINER.NAME.upper())
+    if own is not None:
+        found.update(_leaves(f"TRAINER.{cfg.TRAINER.NAME.upper()}", own))
+    return found
+
+
+def _leaves(prefix: str, node: Any) -> dict[str, Any]:
+    """Dotted names of all values under a config node; what TensorBoard cannot hold becomes text."""
+    leaves: dict[str, Any] = {}
+    for key, value in node.items():
+        name = f"{prefix}.{key}"
+        if hasattr(value, "items"):
+            leaves.update(_leaves(name, value))
+        else:
+            leaves[name] = value if isinstance(value, bool | int | float | str) else str(value)
+    return leaves

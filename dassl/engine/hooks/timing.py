@@ -1,0 +1,57 @@
+"""Clocks and the learning rate."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..evaluate import Evaluation
+from ..state import count_images
+from .base import HookBase
+
+
+class Timing(HookBase):
+    """Time of each step and of waiting for its batch; sums over the run, resumed parts included. Seconds."""
+
+    def __init__(self) -> None:
+        self.train_seconds = 0.0
+        self.images = 0
+        self.test_seconds: dict[str, float] = {}  # by split
+        self._mark = time.perf_counter()
+
+    def before_epoch(self, trainer: Any) -> None:
+        self._mark = time.perf_counter()
+
+    def before_step(self, trainer: Any) -> None:
+        trainer.stats.data_time.update(time.perf_counter() - self._mark)
+
+    def after_step(self, trainer: Any) -> None:
+        now = time.perf_counter()
+        trainer.stats.batch_time.update(now - self._mark)
+        self.train_seconds += now - self._mark
+        self.images += count_images(trainer.stats.batches)
+        self._mark = now
+
+    def after_test(self, trainer: Any, evaluation: Evaluation) -> None:
+        self.test_seconds[evaluation.split] = self.test_seconds.get(evaluation.split, 0.0) + evaluation.seconds
+
+    def summary(self) -> dict[str, float]:
+        """train_seconds, images_per_second of training, and <split>_seconds."""
+        speed = self.images / self.train_seconds if self.train_seconds > 0 else 0.0
+        splits = {f"{split}_seconds": seconds for split, seconds in self.test_seconds.items()}
+        return {"train_seconds": self.train_seconds, "images_per_second": speed, **splits}
+
+    def state_dict(self, trainer: Any) -> dict[str, Any]:
+        return {"train_seconds": self.train_seconds, "images": self.images, "test_seconds": self.test_seconds}
+
+    def load_state_dict(self, trainer: Any, state: dict[str, Any]) -> None:
+        self.train_seconds = state["train_seconds"]
+        self.images = state["images"]
+        self.test_seconds = dict(state["test_seconds"])
+
+
+class LearningRate(HookBase):
+    """The rate a step uses. Read before the step: trainers move the schedule on within their last step."""
+
+    def before_step(self, trainer: Any) -> None:
+        trainer.stats.lr = trainer.get_current_lr()

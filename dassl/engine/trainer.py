@@ -1,0 +1,304 @@
+"""The trainer classes that methods derive from: one labelled loader (TrainerX), or one more without labels (TrainerXU).
+
+What a subclass may offer beyond upstream's methods, all of it optional:
+
+* ``model_heads(input) -> dict[str, Tensor]``: logits [B, C] of several heads; without it there is the head "main".
+* ``main_head``: the name of the head that counts as the method's accuracy (default: the first).
+* ``reference_head``: the name of the head that pictures show as "before".
+* ``selected``: what was chosen, on what: ``{"beta": {"value": 0.4, "on": "val", "n": 40}}``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dassl.data import DataManager
+from dassl.evaluation import build_evaluator, heads_table
+from dassl.optim import build_lr_scheduler, build_optimizer
+from dassl.utils import InputError, check_availability, count_num_param, load_pretrained_weights
+
+from .base import TrainerBase
+from .evaluate import Evaluation, as_heads, run_pass
+from .hooks import HookBase, build_hooks
+from .hooks.losses import check_finite
+from .net import SimpleNet
+from .state import EpochStats
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["SimpleNet", "SimpleTrainer", "TrainerBase", "TrainerX", "TrainerXU"]
+
+NUM_EXAMPLES = 8  # test images shown in TensorBoard
+
+
+class SimpleTrainer(TrainerBase):
+    """Data, model, evaluator and hooks from a config; how batches are drawn is left to TrainerX and TrainerXU."""
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.check_cfg(cfg)
+        self._check_run_cfg(cfg)
+        self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.USE_CUDA else "cpu")
+        self.start_epoch = self.epoch = 0
+        self.max_epoch = cfg.OPTIM.MAX_EPOCH
+        self.output_dir = cfg.OUTPUT_DIR
+        self.cfg = cfg
+        self.best_result = -math.inf
+
+        self.build_data_loader()
+        self._check_data()
+        self.build_model()
+        self.evaluator = build_evaluator(cfg, lab2cname=self.lab2cname)
+        self.register_hooks(self.build_hooks())
+
+    # ---- set-up
+
+    def check_cfg(self, cfg: Any) -> None:
+        """Raise when the config does not suit the method; called before anything is built."""
+
+    @staticmethod
+    def _check_run_cfg(cfg: Any) -> None:
+        for key, value, allowed in (
+            ("TEST.FINAL_MODEL", cfg.TEST.FINAL_MODEL, ("last_step", "best_val")),
+            ("TEST.SPLIT", cfg.TEST.SPLIT, ("test", "val")),
+            ("TRAIN.COUNT_ITER", cfg.TRAIN.COUNT_ITER, ("train_x", "train_u", "smaller_one")),
+        ):
+            if value not in allowed:
+                raise InputError(f'Expected {key} to be one of {", ".join(allowed)} but got "{value}"')
+        for key, value, least in (
+            ("OPTIM.MAX_EPOCH", cfg.OPTIM.MAX_EPOCH, 0),
+            ("TRAIN.PRINT_FREQ", cfg.TRAIN.PRINT_FREQ, 1),
+            ("TRAIN.CHECKPOINT_FREQ", cfg.TRAIN.CHECKPOINT_FREQ, 0),
+        ):
+            if value < least:
+                raise InputError(f"Expected {key} to be at least {least} but got {value}")
+        if not cfg.OUTPUT_DIR:
+            raise InputError("Expected OUTPUT_DIR to be a folder but got an empty string")
+
+    def _check_data(self) -> None:
+        """The splits every use of this config needs are there; called before the model is built."""
+        if not self.cfg.TEST.NO_TEST:
+            self._loader_of(self.cfg.TEST.SPLIT, f"TEST.SPLIT {self.cfg.TEST.SPLIT}")
+
+    def _check_training_data(self) -> None:
+        """The splits that training needs beyond that (evaluating a best_val run elsewhere needs no val there)."""
+        if self.cfg.TEST.FINAL_MODEL == "best_val" and not self.cfg.TEST.NO_TEST:
+            self._loader_of("val", "TEST.FINAL_MODEL best_val")
+
+    def build_data_loader(self) -> None:
+        """Make the data manager and take over what it offers."""
+        dm = DataManager(self.cfg)
+        self.train_loader_x = dm.train_loader_x
+        self.train_loader_u = dm.train_loader_u  # None when there is no such data, as the next
+        self.val_loader = dm.val_loader
+        self.test_loader = dm.test_loader
+        self.num_classes = dm.num_classes
+        self.num_source_domains = dm.num_source_domains
+        self.lab2cname = dm.lab2cname
+        self.dm = dm
+
+    def build_model(self) -> None:
+        """Build and register the model with its optimiser and scheduler; the default is a SimpleNet."""
+        cfg = self.cfg
+        logger.info("Building model")
+        self.model = SimpleNet(cfg, cfg.MODEL, self.num_classes)
+        if cfg.MODEL.INIT_WEIGHTS:
+            load_pretrained_weights(self.model, cfg.MODEL.INIT_WEIGHTS)
+        self.model.to(self.device)
+        logger.info("# params: %s", f"{count_num_param(self.model):,}")
+        self.optim = build_optimizer(self.model, cfg.OPTIM)
+        self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
+        self.register_model("model", self.model, self.optim, self.sched)
+
+    def build_hooks(self) -> list[HookBase]:
+        """The hooks of a run, in order; a subclass may add its own."""
+        return build_hooks(self.cfg)
+
+    # ---- training
+
+    def train(self) -> None:  # type: ignore[override]  # upstream's signature
+        """Train from start_epoch to OPTIM.MAX_EPOCH, resuming when OUTPUT_DIR (or RESUME) holds checkpoints; test."""
+        self._check_training_data()
+        super().train(self.start_epoch, self.max_epoch)
+
+    def has_training_step(self) -> bool:
+        """Whether the class says how to train: forward_backward, or the whole of run_epoch."""
+        cls = type(self)
+        return (
+            cls.forward_backward is not TrainerBase.forward_backward or cls.run_epoch is not SimpleTrainer.run_epoch
+        )
+
+    def before_train(self) -> None:
+        """Resume if possible; open TensorBoard."""
+        self.time_start = time.time()
+        self.call_hooks("before_train")
+
+    def after_epoch(self) -> None:
+        """Evaluate on val and keep the best model if configured; save a checkpoint when one is due."""
+        self.call_hooks("after_epoch")
+
+    def after_train(self) -> None:
+        """Test the final model unless TEST.NO_TEST."""
+        logger.info("Finish training")
+        self.call_hooks("after_train")
+        start = getattr(self, "time_start", None)  # a subclass may have replaced before_train
+        if start is not None:
+            logger.info("Elapsed: %s", datetime.timedelta(seconds=round(time.time() - start)))
+        self.close_writer()
+
+    def run_epoch(self) -> None:
+        """One pass over the training batches, a step each."""
+        self.set_model_mode("train")
+        self.stats = EpochStats()
+        self.num_batches = self.count_batches()
+        for self.batch_idx, batches in enumerate(self.train_batches()):
+            self.stats.batches = batches
+            self.call_hooks("before_step")
+            self.stats.summary = self.forward_backward(*batches) or {}
+            self.call_hooks("after_step")
+
+    def count_batches(self) -> int:
+        """Steps in an epoch."""
+        raise NotImplementedError
+
+    def train_batches(self) -> Iterator[tuple[Any, ...]]:
+        """The arguments of forward_backward, step by step, for one epoch."""
+        raise NotImplementedError
+
+    def dry_run(self) -> None:
+        """One training step and one test batch, to see that everything fits. Nothing is saved."""
+        self._check_training_data()
+        if self.has_training_step():
+            self.set_model_mode("train")
+            self.batch_idx, self.num_batches = 0, self.count_batches()
+            batches = next(iter(self.train_batches()))
+            summary = self.forward_backward(*batches) or {}
+            check_finite(self, summary)
+            logger.info("One training batch: %s", " ".join(f"{k} {float(v):.4f}" for k, v in summary.items()))
+        split = self.cfg.TEST.SPLIT
+        self.set_model_mode("eval")
+        with torch.no_grad():
+            heads, labels = self._infer(next(iter(self._loader_of(split, "dry run"))))
+        logger.info("One %s batch of %d: logits of %s", split, len(labels), ", ".join(heads))
+        logger.info("Dry run: OK")
+
+    # ---- evaluation
+
+    @torch.no_grad()
+    def test(self, split: str | None = None) -> float:
+        """Evaluate all heads in one pass; returns the main head's accuracy (percent, unrounded).
+
+        Called outside of ``train`` (evaluation only) it also writes the run's result files.
+
+        Args:
+            split: "test" or "val"; None: TEST.SPLIT.
+
+        Raises:
+            InputError: there is no validation set; test images never stand in for it.
+        """
+        split = self.cfg.TEST.SPLIT if split is None else split
+        check_availability(split, ("test", "val"))
+        loader = self._loader_of(split, f'test("{split}")')
+        alone = self.phase == "idle"
+        if alone:
+            self.call_hooks("start")
+        self.set_model_mode("eval")
+        self.evaluator.reset()
+        logger.info("Evaluate on the *%s* set", split)
+        evaluation = Evaluation(split, getattr(self, "main_head", ""))
+        run_pass(
+            loader,
+            self._infer,
+            evaluation,
+            self.evaluator.process,
+            num_examples=NUM_EXAMPLES if self.phase == "final" else 0,
+            keep_bar=self.phase != "train",
+        )
+        results = self.evaluator.evaluate()
+        if self.phase == "train" and len(evaluation.heads) > 1:  # otherwise the closing lines have the table
+            logger.info("%s", heads_table(evaluation.heads, evaluation.main))
+        self.evaluation = evaluation
+        for name, value in results.items():
+            self.write_scalar(f"{split}/{name}", value, self.epoch)
+        self.call_hooks("after_test", evaluation)
+        if alone:
+            self.call_hooks("finish")
+        return next(iter(results.values()))
+
+    def _loader_of(self, split: str, asked_by: str) -> Any:
+        loader = self.val_loader if split == "val" else self.test_loader
+        if loader is None:
+            raise InputError(f"Expected a {split} set for {asked_by} but the dataset {self.cfg.DATASET.NAME} has none")
+        return loader
+
+    def _infer(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """Logits [B, C] by head, and labels [B], of a test batch."""
+        input, label = self.parse_batch_test(batch)
+        model_heads = getattr(self, "model_heads", None)
+        with self.precision.autocast():
+            output = self.model_inference(input) if model_heads is None else model_heads(input)
+        return as_heads(output), label
+
+    def model_inference(self, input: Any) -> Any:
+        """Logits [B, C]."""
+        return self.model(input)
+
+    def parse_batch_test(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Images and labels on the device."""
+        return batch["img"].to(self.device), batch["label"].to(self.device)
+
+
+class TrainerX(SimpleTrainer):
+    """Trains on labelled batches: ``forward_backward(batch)``."""
+
+    def count_batches(self) -> int:
+        """Steps in an epoch: batches of train_loader_x."""
+        return len(self.train_loader_x)
+
+    def train_batches(self) -> Iterator[tuple[Any, ...]]:
+        """Each labelled batch."""
+        for batch in self.train_loader_x:
+            yield (batch,)
+
+    def parse_batch_train(self, batch: Any) -> Any:
+        """Images, labels and domains on the device."""
+        return batch["img"].to(self.device), batch["label"].to(self.device), batch["domain"].to(self.device)
+
+
+class TrainerXU(SimpleTrainer):
+    """Trains on pairs of a labelled and an unlabelled batch: ``forward_backward(batch_x, batch_u)``."""
+
+    def _check_training_data(self) -> None:
+        super()._check_training_data()
+        if self.train_loader_u is None:
+            raise InputError(f"Expected unlabelled data (train_u) but {self.cfg.DATASET.NAME} has none")
+
+    def count_batches(self) -> int:
+        """Steps in an epoch: those of the loader TRAIN.COUNT_ITER names, or the fewer of the two."""
+        steps_x, steps_u = len(self.train_loader_x), len(self.train_loader_u)
+        return {"train_x": steps_x, "train_u": steps_u, "smaller_one": min(steps_x, steps_u)}[
+            self.cfg.TRAIN.COUNT_ITER
+        ]
+
+    def train_batches(self) -> Iterator[tuple[Any, ...]]:
+        """Pairs of batches; the loader that runs out first starts again."""
+        stream_x, stream_u = _endless(self.train_loader_x), _endless(self.train_loader_u)
+        for _ in range(self.count_batches()):
+            yield next(stream_x), next(stream_u)
+
+    def parse_batch_train(self, batch_x: Any, batch_u: Any) -> Any:  # type: ignore[override]  # upstream's signature
+        """Labelled images, their labels, unlabelled images, on the device."""
+        return batch_x["img"].to(self.device), batch_x["label"].to(self.device), batch_u["img"].to(self.device)
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader

@@ -1,0 +1,317 @@
+"""Checkpoints and small tools for modules.
+
+A checkpoint holds tensors and plain Python values only, so that ``torch.load(weights_only=True)`` reads it: nothing
+else is ever written or accepted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .errors import InputError
+from .files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "count_num_param",
+    "init_network_weights",
+    "load_checkpoint",
+    "load_pretrained_weights",
+    "open_all_layers",
+    "open_specified_layers",
+    "resume_from_checkpoint",
+    "save_checkpoint",
+]
+
+BEST_NAME = "model-best.pth.tar"
+POINTER_NAME = "checkpoint"  # text file with the name of the file written last
+
+_PathLike = str | os.PathLike[str]
+
+
+def plain(value: Any, where: str = "state") -> Any:
+    """A copy of ``value`` made of tensors, dicts, lists, tuples, numbers, strings, bytes, bools and None only.
+
+    Args:
+        value: nested containers of such values; NumPy scalars and subclasses of dict or Tensor are turned plain.
+        where: how to call ``value`` in an error.
+
+    Raises:
+        TypeError: something else is in it, e.g. a live scheduler object.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().as_subclass(torch.Tensor)
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return value
+    if isinstance(value, Mapping):
+        return {plain(k, f"a key of {where}"): plain(v, f"{where}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        copy = [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return tuple(copy) if isinstance(value, tuple) else copy
+    raise TypeError(
+        f"Expected {where} to be a tensor or a plain value (a checkpoint holds nothing else) "
+        f"but got {type(value).__module__}.{type(value).__qualname__}"
+    )
+
+
+def _without_module(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the ``module.`` that DataParallel and DistributedDataParallel put before every name."""
+    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+
+
+def save_checkpoint(
+    state: Mapping[str, Any],
+    save_dir: _PathLike,
+    is_best: bool = False,
+    remove_module_from_keys: bool = True,
+    model_name: str = "",
+) -> None:
+    """Write ``state`` to ``<save_dir>/<model_name>`` and the file's name to ``<save_dir>/checkpoint``.
+
+    Args:
+        state: at least ``state_dict`` and ``epoch`` (number of finished epochs); tensors and plain values only.
+        save_dir: folder, made when missing.
+        is_best: copy the file to ``model-best.pth.tar`` too.
+        remove_module_from_keys: drop a leading ``module.`` from the names in ``state_dict``.
+        model_name: file name; empty: ``model.pth.tar-<epoch>``.
+
+    Raises:
+        TypeError: ``state`` holds something that is neither a tensor nor a plain value.
+    """
+    content = plain(state, "the checkpoint")
+    if remove_module_from_keys:
+        content["state_dict"] = _without_module(content["state_dict"])
+    folder = Path(save_dir)
+    path = folder / (model_name or f"model.pth.tar-{content['epoch']}")
+    with atomic_write(path, "wb") as stream:
+        torch.save(content, stream)
+    # Written after the file it names, so that it never names one that is not there.
+    with atomic_write(folder / POINTER_NAME) as stream:
+        stream.write(f"{path.name}\n")
+    logger.info("Checkpoint saved to %s", path)
+    if is_best:
+        with open(path, "rb") as source, atomic_write(folder / BEST_NAME, "wb") as stream:
+            shutil.copyfileobj(source, stream)
+        logger.info('Best checkpoint saved to "%s"', folder / BEST_NAME)
+
+
+def load_checkpoint(fpath: _PathLike | None) -> Any:
+    """Read a checkpoint to the CPU, admitting tensors and plain values only.
+
+    Raises:
+        InputError: no path given, or the file is damaged or holds Python objects.
+        FileNotFoundError: no such file.
+    """
+    if fpath is None:
+        raise InputError("Expected the path of a checkpoint but got None")
+    if not os.path.isfile(fpath):
+        raise FileNotFoundError(f'Expected a checkpoint at "{fpath}" but found no file')
+    try:
+        return torch.load(fpath, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message advises to switch the check off; ours must not.
+        raise InputError(
+            f'Expected "{fpath}" to hold tensors and plain values only but it holds other Python objects '
+            "or is damaged; loading those could run code, so the file is refused"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f'Expected "{fpath}" to be a readable checkpoint but got: {reason}') from error
+
+
+def checkpoint_entry(checkpoint: Any, key: str, fpath: _PathLike) -> Any:
+    """``checkpoint[key]``; an InputError naming the file when it is not there."""
+    if not isinstance(checkpoint, Mapping) or key not in checkpoint:
+        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+        raise InputError(f'Expected the checkpoint "{fpath}" to have an entry "{key}" but got {found}')
+    return checkpoint[key]
+
+
+def load_into(target: Any, state: Any, fpath: _PathLike, what: str) -> None:
+    """``target.load_state_dict(state)``, with whatever does not fit told as an InputError that names the file."""
+    try:
+        target.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f'Expected "{fpath}" to fit the {what} but got: {reason}') from error
+
+
+def pointed_file(fdir: _PathLike) -> Path:
+    """The checkpoint that ``<fdir>/checkpoint`` names.
+
+    Raises:
+        InputError: there is no such text file, or it names a file that is not there.
+    """
+    pointer = Path(fdir) / POINTER_NAME
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except FileNotFoundError as error:
+        raise InputError(f'Expected a file "{pointer}" naming the checkpoint to resume but found none') from error
+    path = Path(fdir) / name
+    if not path.is_file():
+        raise InputError(f'Expected "{pointer}" to name a file of its folder but got "{name}", which is not there')
+    return path
+
+
+def restore(
+    checkpoint: Mapping[str, Any],
+    fpath: _PathLike,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    scheduler: Any = None,
+) -> int:
+    """Put the parts of a checkpoint (as read by load_checkpoint from ``fpath``) back; returns its epoch."""
+    load_into(model, checkpoint_entry(checkpoint, "state_dict", fpath), fpath, "model")
+    logger.info("Loaded model weights")
+    for name, target in (("optimizer", optimizer), ("scheduler", scheduler)):
+        state = checkpoint.get(name)
+        if target is not None and state is not None:
+            load_into(target, state, fpath, name)
+            logger.info("Loaded %s", name)
+        elif target is not None:
+            logger.warning('No %s state in "%s": it starts afresh', name, fpath)
+    epoch = int(checkpoint_entry(checkpoint, "epoch", fpath))
+    logger.info("Previous epoch: %d", epoch)
+    return epoch
+
+
+def resume_from_checkpoint(
+    fdir: _PathLike, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None
+) -> int:
+    """Load the checkpoint that ``<fdir>/checkpoint`` names into model, optimiser and scheduler.
+
+    Returns:
+        Number of finished epochs, which is the 0-based epoch to start with.
+
+    Raises:
+        InputError: nothing to resume there, a file that cannot be read, or one that does not fit.
+    """
+    path = pointed_file(fdir)
+    logger.info('Loading checkpoint from "%s"', path)
+    return restore(load_checkpoint(path), path, model, optimizer, scheduler)
+
+
+def load_pretrained_weights(model: nn.Module, weight_path: _PathLike) -> None:
+    """Load those tensors of a file that fit ``model`` by name and shape.
+
+    Args:
+        model: changed in place.
+        weight_path: a state dict, or a checkpoint with one under ``state_dict``; ``module.`` prefixes are dropped.
+
+    Raises:
+        InputError: not one tensor fits, so that nothing would have been loaded.
+    """
+    checkpoint = load_checkpoint(weight_path)
+    if isinstance(checkpoint, Mapping) and "state_dict" in checkpoint:
+        checkpoint = checkpoint["state_dict"]
+    if not isinstance(checkpoint, Mapping):
+        raise InputError(f'Expected "{weight_path}" to hold a state dict but got {type(checkpoint).__name__}')
+    weights = _without_module(checkpoint)
+    own = model.state_dict()
+    matched = {
+        name: tensor
+        for name, tensor in weights.items()
+        if isinstance(tensor, torch.Tensor) and name in own and own[name].shape == tensor.shape
+    }
+    discarded = [name for name in weights if name not in matched]
+    if not matched:
+        raise InputError(
+            f'Expected "{weight_path}" to have tensors with the names and shapes of the model '
+            f"(such as {_first(own)}) but none of its {len(weights)} fits (such as {_first(weights)})"
+        )
+    model.load_state_dict({**own, **matched})
+    logger.info('Loaded %d of %d tensors from "%s"', len(matched), len(own), weight_path)
+    if discarded:
+        logger.warning("Discarded, for want of the same name and shape in the model: %s", ", ".join(discarded))
+
+
+def _first(names: Iterable[str], count: int = 3) -> str:
+    return ", ".join(list(names)[:count]) or "nothing"
+
+
+def count_num_param(model: nn.Module | None = None, params: Any = None) -> int:
+    """Number of values in all parameters of ``model``, or in ``params`` (parameters, or optimiser groups of them)."""
+    if model is not None:
+        return sum(parameter.numel() for parameter in model.parameters())
+    if params is not None:
+        return sum(
+            sum(p.numel() for p in item["params"]) if isinstance(item, Mapping) else item.numel() for item in params
+        )
+    raise ValueError("Expected a model or its parameters but got neither")
+
+
+def open_all_layers(model: nn.Module) -> None:
+    """Make every parameter trainable and put the model into training mode."""
+    model.train()
+    model.requires_grad_(True)
+
+
+def open_specified_layers(model: nn.Module, open_layers: str | Sequence[str]) -> None:
+    """Train the named direct children only: the others are frozen and put into evaluation mode.
+
+    Raises:
+        InputError: the model has no child of such a name.
+    """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    wanted = [open_layers] if isinstance(open_layers, str) else list(open_layers)
+    children = dict(model.named_children())
+    for name in wanted:
+        if name not in children:
+            raise InputError(f'Expected a layer among {", ".join(children)} but got "{name}"')
+    for name, child in children.items():
+        child.train(name in wanted)
+        child.requires_grad_(name in wanted)
+
+
+_INITIALISERS = {
+    "normal": lambda weight, gain: nn.init.normal_(weight, 0.0, gain),
+    "xavier": lambda weight, gain: nn.init.xavier_normal_(weight, gain=gain),
+    "kaiming": lambda weight, gain: nn.init.kaiming_normal_(weight, a=0, mode="fan_in"),
+    "orthogonal": lambda weight, gain: nn.init.orthogonal_(weight, gain=gain),
+}
+_WEIGHTED = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+def init_network_weights(model: nn.Module, init_type: str = "normal", gain: float = 0.02) -> None:
+    """Initialise linear and convolution weights; norms get weight 1; all biases 0.
+
+    Args:
+        model: changed in place.
+        init_type: normal (``gain`` = standard deviation), xavier, kaiming (fan-in; no gain) or orthogonal.
+        gain: scale of the values.
+    """
+    if init_type not in _INITIALISERS:
+        raise InputError(f'Expected init_type to be one of {", ".join(_INITIALISERS)} but got "{init_type}"')
+    for module in model.modules():
+        if isinstance(module, _WEIGHTED):
+            _INITIALISERS[init_type](module.weight, gain)
+        elif isinstance(module, _NORMS) and module.weight is not None:
+            nn.init.ones_(module.weight)
+        else:
+            continue
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -152,7 +152,7 @@ def _test() -> CN:
 
 
 def _trainer() -> CN:
-    """Trainer nodes that upstream declares. None of these trainers is here; their keys keep upstream's YAML mergeable."""
+    """Nodes of upstream's own trainers, none of which is here: their keys keep upstream's YAML files mergeable."""
     node = CN()
     node.NAME = ""
     node.MCD = CN({"N_STEP_F": 4})

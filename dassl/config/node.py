@@ -98,7 +98,11 @@ def _merge(into: YacsNode, values: Mapping[str, Any], parents: tuple[str, ...]) 
         value = raw_value if is_section else YacsNode._decode_cfg_value(copy.deepcopy(raw_value))
         if key not in into:
             if into.is_new_allowed():
-                into[key] = CfgNode(copy.deepcopy(dict(value))) if is_section else value
+                if is_section:
+                    into[key] = CfgNode(new_allowed=True)
+                    _merge(into[key], value, path)
+                else:
+                    into[key] = value
                 continue
             hint = did_you_mean(key, list(into))
             section = ".".join(parents) or "the config"

@@ -204,9 +204,9 @@ class DataManager:
 class DatasetWrapper(Dataset[dict[str, Any]]):
     """Items as dicts: ``label``, ``domain`` (int), ``impath`` (str), ``index`` (int), ``img``.
 
-    ``img`` is the transformed image (a list of K versions when K_TRANSFORMS = K > 1, in training only), or the PIL image
-    when there is no transform; a list of transforms gives img, img2, img3, ...; RETURN_IMG0 adds ``img0``, the image
-    resized and not augmented.
+    ``img`` is the transformed image (a list of K versions when K_TRANSFORMS = K > 1, in training only), or the PIL
+    image when there is no transform; a list of transforms gives img, img2, img3, ...; RETURN_IMG0 adds ``img0``, the
+    image resized and not augmented.
 
     Args:
         cfg: the run's config.

@@ -115,9 +115,7 @@ class RandomDomainSampler(_DomainSampler):
 class SeqDomainSampler(_DomainSampler):
     """Each batch: the same number of items from every domain, domains in the order of first appearance."""
 
-    def __init__(
-        self, data_source: Sequence[Datum], batch_size: int, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, data_source: Sequence[Datum], batch_size: int, generator: torch.Generator | None = None) -> None:
         super().__init__(data_source, batch_size, 0, generator)
 
     def choose(self, rng: random.Random) -> list[int]:

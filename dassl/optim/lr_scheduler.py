@@ -39,7 +39,7 @@ class ClosedFormLR(LRScheduler):
         self._rate = rate
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[Any]:
         """The rates at the present position, one for each parameter group."""
         return [self._rate(self.last_epoch, float(base)) for base in self.base_lrs]
 
@@ -61,9 +61,7 @@ class ClosedFormLR(LRScheduler):
         self._last_lr = rates
 
 
-def build_lr_scheduler(
-    optimizer: Optimizer, optim_cfg: CfgNode, steps_per_epoch: int | None = None
-) -> ClosedFormLR:
+def build_lr_scheduler(optimizer: Optimizer, optim_cfg: CfgNode, steps_per_epoch: int | None = None) -> ClosedFormLR:
     """The schedule that ``optim_cfg`` (``cfg.OPTIM``) describes: a main curve, after a warm-up if WARMUP_EPOCH > 0.
 
     One ``step`` call is one unit, in which MAX_EPOCH, STEPSIZE and WARMUP_EPOCH count. With LR_UNIT "step" and

@@ -78,7 +78,7 @@ def _staged_groups(model: nn.Module | Iterable[Any], optim_cfg: CfgNode) -> list
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected a module with OPTIM.STAGED_LR but got {type(model).__name__}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
+        return _staged_groups(model.module, optim_cfg)
     wanted = optim_cfg.NEW_LAYERS
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
     children = [name for name, _ in model.named_children()]

@@ -20,20 +20,16 @@ from .tools import (
     tolist_if_not,
     write_json,
 )
-
-try:
-    from .torchtools import (
-        count_num_param,
-        init_network_weights,
-        load_checkpoint,
-        load_pretrained_weights,
-        open_all_layers,
-        open_specified_layers,
-        resume_from_checkpoint,
-        save_checkpoint,
-    )
-except ModuleNotFoundError:
-    pass
+from .torchtools import (
+    count_num_param,
+    init_network_weights,
+    load_checkpoint,
+    load_pretrained_weights,
+    open_all_layers,
+    open_specified_layers,
+    resume_from_checkpoint,
+    save_checkpoint,
+)
 
 __all__ = [
     "AverageMeter",

@@ -115,7 +115,7 @@ def setup_logger(output: str | os.PathLike[str] | None = None) -> Path | None:
             path = path / "log.txt"
         path = _free_name(path)
         active.tee = Logger(path)
-        sys.stdout = active.tee  # type: ignore[assignment]
+        sys.stdout = active.tee
         streams.append(active.tee.file)
 
     root = logging.getLogger()

@@ -165,7 +165,9 @@ def download_url(
             stream.flush()
             _check_sha256(Path(stream.name), sha256, url)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise InputError(f'Expected to download "{url}" but got: {error}. Put the file at "{target}" by hand') from error
+        raise InputError(
+            f'Expected to download "{url}" but got: {error}. Put the file at "{target}" by hand'
+        ) from error
 
 
 def _download_from_gdrive(url: str, target: Path, sha256: str | None) -> None:

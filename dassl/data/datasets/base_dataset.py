@@ -78,8 +78,7 @@ class Datum:
 
     def __repr__(self) -> str:
         return (
-            f"Datum(impath={self._impath!r}, label={self._label}, domain={self._domain}, "
-            f"classname={self._classname!r})"
+            f"Datum(impath={self._impath!r}, label={self._label}, domain={self._domain}, classname={self._classname!r})"
         )
 
 
@@ -282,8 +281,8 @@ class DatasetBase:
         if missing:
             more = ", ..." if len(missing) > 5 else ""
             raise InputError(
-                f"Expected all files of the dataset {type(self).__name__} to exist but {len(missing):,} of {len(paths):,} "
-                f"are missing: {', '.join(missing[:5])}{more}"
+                f"Expected all files of the dataset {type(self).__name__} to exist but {len(missing):,} of "
+                f"{len(paths):,} are missing: {', '.join(missing[:5])}{more}"
             )
 
     def _check_labels(self) -> None:

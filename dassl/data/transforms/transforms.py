@@ -122,9 +122,7 @@ def to_float_tensor() -> list[Any]:
     return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
 
 
-def build_transform(
-    cfg: CfgNode, is_train: bool = True, choices: Sequence[str] | None = None
-) -> v2.Compose | None:
+def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] | None = None) -> v2.Compose | None:
     """PIL image -> tensor [3, H, W], as ``cfg.INPUT`` says; None when INPUT.NO_TRANSFORM is set.
 
     Args:

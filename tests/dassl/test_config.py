@@ -1,0 +1,191 @@
+"""Config: the tree of defaults, merging and its errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from yacs.config import CfgNode as YacsNode
+
+from dassl.config import CfgNode, clean_cfg, get_cfg_default
+from dassl.utils import InputError
+
+
+def leaves(node):
+    return sum(leaves(value) if isinstance(value, YacsNode) else 1 for value in node.values())
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_upstreams_plus_two():
+    cfg = get_cfg_default()
+    assert leaves(cfg) == 135 + len(["OPTIM.ADAM_EPS", "OPTIM.LR_UNIT"])
+    assert leaves(cfg.TRAINER) == 45
+    assert cfg.OPTIM.WEIGHT_DECAY == 5e-4 and cfg.SEED == -1 and cfg.INPUT.SIZE == (224, 224)
+
+
+def test_each_default_tree_is_its_own():
+    first = get_cfg_default()
+    first.OPTIM.LR = 1.0
+    first.INPUT.PIXEL_MEAN.append(0.0)
+    assert get_cfg_default().OPTIM.LR == 0.0003
+    assert len(get_cfg_default().INPUT.PIXEL_MEAN) == 3
+
+
+def test_every_node_is_ours():
+    def walk(node):
+        assert type(node) is CfgNode
+        for value in node.values():
+            if isinstance(value, YacsNode):
+                walk(value)
+
+    walk(get_cfg_default())
+    walk(get_cfg_default().clone())
+
+
+def test_strings_of_yaml_become_literals(tmp_path):
+    cfg = get_cfg_default()
+    cfg.merge_from_file(write(tmp_path / "a.yaml", "INPUT:\n  SIZE: (64, 32)\nOPTIM:\n  LR: 1e-5\n  STEPSIZE: [3]\n"))
+    assert cfg.INPUT.SIZE == (64, 32)
+    assert cfg.OPTIM.LR == 1e-5
+    assert cfg.OPTIM.STEPSIZE == (3,)  # a list for a tuple
+
+
+@pytest.mark.parametrize("value", ["1", 1])
+def test_an_integer_is_a_float_too(value):
+    cfg = get_cfg_default()
+    cfg.merge_from_list(["OPTIM.LR", value])
+    assert cfg.OPTIM.LR == 1.0 and isinstance(cfg.OPTIM.LR, float)
+
+
+@pytest.mark.parametrize("text", ["123", "1e5", "(a, b)", "[1]"])
+def test_a_text_setting_keeps_its_text(text):
+    cfg = get_cfg_default()
+    cfg.merge_from_list(["OUTPUT_DIR", text])
+    assert text == cfg.OUTPUT_DIR
+
+
+@pytest.mark.parametrize(
+    "key, value, told",
+    [
+        ("OPTIM.MAX_EPOCH", "1.5", "OPTIM.MAX_EPOCH to be of type int"),
+        ("OPTIM.LR", "True", "OPTIM.LR to be of type float"),
+        ("OPTIM.LR", "fast", "OPTIM.LR to be of type float"),
+        ("USE_CUDA", "1", "USE_CUDA to be of type bool"),
+        ("OPTIM", "3", "OPTIM to be a section"),
+        ("OPTIM.LR.X", "3", "OPTIM.LR to be of type float"),
+        ("OPTIM.LEARNING", "3", 'unknown key "OPTIM.LEARNING"'),
+        ("OPTIM.MAX_EPOCHS", "3", 'did you mean "MAX_EPOCH"'),
+        ("OPTIN.LR", "3", 'did you mean "OPTIM"'),
+    ],
+)
+def test_a_wrong_override_is_named(key, value, told):
+    with pytest.raises(InputError) as caught:
+        get_cfg_default().merge_from_list([key, value])
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_is_a_key_error_as_well():
+    with pytest.raises(KeyError):
+        get_cfg_default().merge_from_list(["NOSUCH", 1])
+
+
+def test_overrides_come_in_pairs():
+    with pytest.raises(InputError, match="pairs KEY VALUE"):
+        get_cfg_default().merge_from_list(["OPTIM.LR"])
+
+
+def test_base_chain_outer_first(tmp_path):
+    write(tmp_path / "root.yaml", "SEED: 1\nOPTIM:\n  LR: 0.1\n  NAME: sgd\n")
+    write(tmp_path / "sub" / "middle.yaml", "_BASE_: ../root.yaml\nSEED: 2\nOPTIM:\n  LR: 0.2\n")
+    top = write(tmp_path / "top.yaml", "_BASE_: sub/middle.yaml\nSEED: 3\n")
+    cfg = get_cfg_default()
+    cfg.merge_from_file(str(top))
+    assert (cfg.SEED, cfg.OPTIM.LR, cfg.OPTIM.NAME) == (3, 0.2, "sgd")
+    assert "_BASE_" not in cfg
+
+
+def test_base_cycle(tmp_path):
+    write(tmp_path / "a.yaml", "_BASE_: b.yaml\n")
+    write(tmp_path / "b.yaml", "_BASE_: a.yaml\n")
+    with pytest.raises(InputError, match=r"cycle: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+        get_cfg_default().merge_from_file(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("_BASE_: nosuch.yaml\n", "_BASE_ of"),
+        ("_BASE_: [a.yaml]\n", "to be a file name"),
+        ("OPTIM: [1\n", "to be YAML"),
+        ("- 1\n", "to hold keys and values"),
+        ("OPTIM:\n  LRR: 1\n", "LRR"),
+        ("OPTIM:\n  NAME: 2020-01-01\n", "OPTIM.NAME to be of type str"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, text, told):
+    path = write(tmp_path / "wrong.yaml", text)
+    with pytest.raises(InputError) as caught:
+        get_cfg_default().merge_from_file(path)
+    assert told in str(caught.value)
+    assert "wrong.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_and_empty_files(tmp_path):
+    cfg = get_cfg_default()
+    with pytest.raises(InputError, match="nosuch"):
+        cfg.merge_from_file(tmp_path / "nosuch.yaml")
+    cfg.merge_from_file(write(tmp_path / "empty.yaml", "# nothing\n"))
+    assert cfg == get_cfg_default()
+
+
+def test_nodes_added_with_plain_yacs_merge_like_ours(tmp_path):
+    cfg = get_cfg_default()
+    cfg.TRAINER.COOP = YacsNode()  # what a CoOp-style extend_cfg does
+    cfg.TRAINER.COOP.N_CTX = 16
+    cfg.merge_from_file(write(tmp_path / "a.yaml", "TRAINER:\n  COOP:\n    N_CTX: 4\n"))
+    assert cfg.TRAINER.COOP.N_CTX == 4
+    with pytest.raises(InputError, match='did you mean "N_CTX"'):
+        cfg.merge_from_list(["TRAINER.COOP.N_CTXX", 1])
+
+
+def test_a_tree_that_admits_new_keys():
+    cfg = CfgNode(new_allowed=True)
+    cfg.merge_from_list(["A.B", "3"])
+    assert cfg.A.B == 3
+
+
+def test_frozen():
+    cfg = get_cfg_default()
+    cfg.freeze()
+    with pytest.raises(AttributeError, match="frozen"):
+        cfg.merge_from_list(["SEED", 1])
+    with pytest.raises(AttributeError):
+        cfg.OPTIM.LR = 1.0
+
+
+def test_merge_from_other_cfg_copies():
+    cfg, other = get_cfg_default(), get_cfg_default()
+    other.INPUT.PIXEL_MEAN = [0.0, 0.0, 0.0]
+    cfg.merge_from_other_cfg(other)
+    other.INPUT.PIXEL_MEAN[0] = 9.0
+    assert cfg.INPUT.PIXEL_MEAN == [0.0, 0.0, 0.0]
+
+
+def test_clean_cfg():
+    cfg = get_cfg_default()
+    clean_cfg(cfg, "mme")
+    assert set(cfg.TRAINER) == {"NAME", "MME"}
+
+
+def test_dump_can_be_merged_again(tmp_path):
+    cfg = get_cfg_default()
+    cfg.merge_from_list(["INPUT.SIZE", "(64, 64)", "OPTIM.LR", "1e-5"])
+    again = get_cfg_default()
+    again.merge_from_file(write(tmp_path / "config.yaml", cfg.dump()))
+    assert again == cfg

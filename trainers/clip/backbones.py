@@ -22,7 +22,7 @@ BACKBONES = (*OPENAI, "tiny")
 OPEN_CLIP_PREFIX = "open_clip:"
 
 _VOCABULARY = 49408  # rows of CLIP's byte-pair vocabulary, the only one spoken here
-# What of open_clip's architectures our towers run; anything else (timm and Hugging Face towers, other pooling) is refused.
+# What of open_clip's architectures our towers run; the rest (timm and Hugging Face towers, other pooling) is refused.
 _VISION_KEYS = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "ls_init_value", "no_ln_pre",
                 "act_kwargs", "norm_kwargs"}  # fmt: skip
 _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "ls_init_value", "act_kwargs",

@@ -9,6 +9,7 @@ Legend: B sequences, L tokens, M key tokens, D width, H heads, d = D / H.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def add_adapter(out: Tensor, adapter: Adapter | None, number: int, seen: Tensor)
 
 
 def finish_block(
-    block: nn.Module, number: int, x: Tensor, normed: Tensor, attended: Tensor, adapter: Adapter | None
+    block: Any, number: int, x: Tensor, normed: Tensor, attended: Tensor, adapter: Adapter | None
 ) -> Tensor:
     """Everything of a block after its attention: ``x' = x + attn``, ``x' + mlp(ln_2(x')) + adapter(ln_1(x))``.
 

@@ -6,6 +6,8 @@ OpenAI's TorchScript archive, from which only the state dict is taken.
 
 from __future__ import annotations
 
+import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -67,8 +69,10 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"Expected {path} to be a readable {form} file but got: {_first_line(error)}") from error
-    except Exception as error:  # pickle.UnpicklingError and whatever a malformed pickle provokes
-        raise ValueError(f"Expected {path} to hold nothing but tensors but got: {_first_line(error)}") from error
+    except pickle.UnpicklingError as error:  # torch's own text advises to load the file unsafely: not repeated
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = f"it asks for {wanted.group(1)}" if wanted else "its pickle is damaged or holds other things"
+        raise ValueError(f"Expected {path} to hold nothing but tensors, but {found}; it was not loaded") from error
     return clean_state(content, path)
 
 
@@ -98,7 +102,7 @@ def clean_state(content: Any, path: Path) -> dict[str, Tensor]:
     if all(key.startswith("module.") for key in state):  # saved from a data-parallel wrapper
         state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key.removeprefix("text."): value for key, value in state.items()}  # open_clip's layout with a text module
-    for key in ("input_resolution", "context_length", "vocab_size", "attn_mask", "attn_mask"):
+    for key in ("input_resolution", "context_length", "vocab_size", "attn_mask"):
         state.pop(key, None)  # OpenAI's bookkeeping; a constant that old open_clip versions stored
     if "logit_scale" in state:
         state["logit_scale"] = state["logit_scale"].reshape(())

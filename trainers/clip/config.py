@@ -13,7 +13,7 @@ def add_clip_config(cfg: Any) -> None:
     """
     if "WEIGHTS" not in cfg.MODEL.BACKBONE:
         # Path of a local checkpoint for MODEL.BACKBONE.NAME (.pt or .safetensors); "" = the backbone's own weights,
-        # from the cache folder or downloaded once. For "tiny": the folder or the .safetensors file of another tiny CLIP.
+        # from the cache folder or downloaded once. For "tiny": folder or .safetensors file of another tiny CLIP.
         cfg.MODEL.BACKBONE.WEIGHTS = ""
     if "TEMPLATE" not in cfg.DATASET:
         # Zero-shot prompt with exactly one "{}" for the class name; "" = the dataset's own (see templates.py).

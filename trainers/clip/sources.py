@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Protocol
 
 import huggingface_hub
-import open_clip
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from open_clip.pretrained import download_pretrained_from_hf
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 20  # bytes read at once
 _TIMEOUT = 30  # seconds without an answer while downloading
+_OFFLINE = "network access is switched off (HF_HUB_OFFLINE)"
 _PROBE_TIMEOUT = 5  # seconds to wait when only asking whether a download would be possible
 
 
@@ -109,7 +110,7 @@ class UrlSource:
                 return path
             logger.warning("%s has not the checksum %s...: fetching it again", path, self.sha256[:8])
         if offline():
-            raise OSError("network access is switched off (HF_HUB_OFFLINE)")
+            raise OSError(_OFFLINE)
         target = cache_folders()[0] / self.filename
         download(self.url, target, self.sha256)
         return target
@@ -132,17 +133,21 @@ class HubSource:
                 return Path(found)
         return None
 
-    def _url(self) -> str:
-        return huggingface_hub.hf_hub_url(self.repo, HF_SAFE_WEIGHTS_NAME)
-
     def reachable(self) -> bool:
-        return _answers(self._url())
+        urls = (huggingface_hub.hf_hub_url(self.repo, name) for name in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME))
+        return any(_answers(url) for url in urls)
 
     def fetch(self) -> Path:
-        return self.cached() or Path(open_clip.download_pretrained_from_hf(self.repo))
+        path = self.cached()
+        if path is None and offline():
+            raise OSError(_OFFLINE)
+        if path is None and not self.reachable():  # the hub library would ask for most of a minute
+            raise OSError(f"no answer for {self.repo} on the Hugging Face hub")
+        return path or Path(download_pretrained_from_hf(self.repo))
 
     def describe(self) -> str:
-        return f"{self._url()} (its sha256 stands on its page there)"
+        url = huggingface_hub.hf_hub_url(self.repo, HF_SAFE_WEIGHTS_NAME)
+        return f"{url} (its sha256 stands on its page there)"
 
 
 def download(url: str, target: Path, sha256: str) -> None:

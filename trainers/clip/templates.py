@@ -89,9 +89,7 @@ def zeroshot_weights(clip: CLIP, classnames: Sequence[str], templates: Sequence[
         fp32 weights [C, E] with unit rows, on CLIP's device.
     """
     if not classnames or not templates:
-        raise ValueError(
-            f"Expected at least one class and one template but got {len(classnames)} and {len(templates)}"
-        )
+        raise ValueError(f"Expected at least one class and one template but got {len(classnames)} and {len(templates)}")
     total = torch.zeros(len(classnames), clip.embed_dim, device=clip.device)
     for template in templates:  # one template at a time: its leading words are then shared by all prompts
         prompts = [fill_template(template, name) for name in classnames]

@@ -102,7 +102,9 @@ class TextTower(nn.Module):
         eot = ids.argmax(dim=-1)  # end-of-text has the highest id
         longest = int(eot.max())
         if longest == self.context_length - 1:
-            logger.warning("Prompts of more than %d tokens are cut: %r", self.context_length, prompts[int(eot.argmax())])
+            logger.warning(
+                "Prompts of more than %d tokens are cut: %r", self.context_length, prompts[int(eot.argmax())]
+            )
         ids = ids[:, : longest + 1]
         same = (ids == ids[:1]).all(dim=0).long().cumprod(dim=0)  # [L], 1 up to the first column that differs
         shared = min(int(same.sum()), int(eot.min()))

@@ -65,9 +65,15 @@ def expand_vocabulary(state: Mapping[str, Tensor], vocab_size: int) -> dict[str,
         raise ValueError(f"Expected a tiny CLIP's weights to have {ROWS} and {IDS} but got neither or one of them")
     out = {key: value.float() for key, value in state.items() if key not in (ROWS, IDS)}
     rows, ids = state[ROWS].float(), state[IDS].long()
-    if ids.ndim != 1 or len(ids) != len(rows) or len(ids) == 0 or not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+    if (
+        ids.ndim != 1
+        or len(ids) != len(rows)
+        or len(ids) == 0
+        or not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size
+    ):
         raise ValueError(
-            f"Expected {IDS} to be one id in 0..{vocab_size - 1} per stored row ({len(rows)}) but got {tuple(ids.shape)}"
+            f"Expected {IDS} to be one id in 0..{vocab_size - 1} per stored row ({len(rows)}) "
+            f"but got shape {tuple(ids.shape)}"
         )
     table = rows.mean(dim=0).repeat(vocab_size, 1)  # [vocab_size, width]
     table[ids] = rows
@@ -77,7 +83,11 @@ def expand_vocabulary(state: Mapping[str, Tensor], vocab_size: int) -> dict[str,
 
 def describe_arch(model: Any) -> dict[str, Any]:
     """The constructor arguments of a ViT-based ``open_clip.CLIP``, read off its modules."""
-    visual, text_block, vision_block = model.visual, model.transformer.resblocks[0], model.visual.transformer.resblocks[0]
+    visual, text_block, vision_block = (
+        model.visual,
+        model.transformer.resblocks[0],
+        model.visual.transformer.resblocks[0],
+    )
     width, text_width = int(visual.conv1.out_channels), int(model.transformer.width)
     return {
         "embed_dim": int(model.text_projection.shape[1]),

@@ -9,9 +9,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def compute_accuracy(
-    output: Tensor | Sequence[Tensor], target: Tensor, topk: Sequence[int] = (1,)
-) -> list[Tensor]:
+def compute_accuracy(output: Tensor | Sequence[Tensor], target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:
     """Share of rows, in percent, whose label is among the k highest scores, for each k.
 
     Args:

@@ -19,9 +19,7 @@ def compute_distance_matrix(input1: Tensor, input2: Tensor, metric: str = "eucli
     """
     check_availability(metric, ["euclidean", "cosine"])
     if input1.dim() != 2 or input2.dim() != 2 or input1.shape[1] != input2.shape[1]:
-        raise ValueError(
-            f"Expected matrices [M, D] and [N, D] but got {tuple(input1.shape)} and {tuple(input2.shape)}"
-        )
+        raise ValueError(f"Expected matrices [M, D] and [N, D] but got {tuple(input1.shape)} and {tuple(input2.shape)}")
     return euclidean_squared_distance(input1, input2) if metric == "euclidean" else cosine_distance(input1, input2)
 
 

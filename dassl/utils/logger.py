@@ -63,6 +63,18 @@ class Logger:
         return getattr(self.console, name)
 
 
+class _Handler(logging.StreamHandler):
+    """A handler that is silent once its stream is closed, as a console borrowed by a test or a notebook may be."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not getattr(self.stream, "closed", False):
+            super().emit(record)
+
+    def flush(self) -> None:
+        if not getattr(self.stream, "closed", False):
+            super().flush()
+
+
 class _Active:
     """What setup_logger changed, so that it can be put back."""
 
@@ -122,7 +134,7 @@ def setup_logger(output: str | os.PathLike[str] | None = None) -> Path | None:
     active.level = root.level
     root.setLevel(logging.INFO)
     for stream in streams:
-        handler = logging.StreamHandler(stream)
+        handler = _Handler(stream)
         handler.setFormatter(logging.Formatter("%(message)s"))
         handler.addFilter(_is_wanted)
         root.addHandler(handler)

@@ -59,6 +59,4 @@ class MetricMeter:
             self.meters[name].update(value)
 
     def __str__(self) -> str:
-        return self.delimiter.join(
-            f"{name} {meter.val:.4f} ({meter.avg:.4f})" for name, meter in self.meters.items()
-        )
+        return self.delimiter.join(f"{name} {meter.val:.4f} ({meter.avg:.4f})" for name, meter in self.meters.items())

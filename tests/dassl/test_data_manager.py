@@ -1,0 +1,246 @@
+"""Loaders: batches, reproducibility, the summary."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dassl.config import get_cfg_default
+from dassl.data import DataManager, DatasetWrapper
+from dassl.data import data_manager as module
+from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
+from dassl.utils import InputError
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Twelve images, two classes."""
+    output = []
+    for number in range(12):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (20, 16), (number * 20, 0, 0)).save(path)
+        output.append(Datum(str(path), number % 2, 0, ["cat", "dog"][number % 2]))
+    return output
+
+
+@pytest.fixture
+def cfg(files, monkeypatch):
+    """A config of the dataset Tiny: 10 training, 2 test images."""
+
+    class Tiny(DatasetBase):
+        def __init__(self, cfg):
+            super().__init__(train_x=files[:10], test=files[10:])
+
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, "Tiny", Tiny)
+    cfg = get_cfg_default()
+    cfg.DATASET.NAME = "Tiny"
+    cfg.SEED = 0
+    cfg.INPUT.SIZE = (8, 8)
+    cfg.INPUT.TRANSFORMS = ("normalize",)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.DATALOADER.TRAIN_X.BATCH_SIZE = 4
+    return cfg
+
+
+def order(loader):
+    return [index for batch in loader for index in batch["index"].tolist()]
+
+
+def with_unlabelled(cfg, files, monkeypatch):
+    class Semi(DatasetBase):
+        def __init__(self, cfg):
+            super().__init__(train_x=files[:10], train_u=files[:10], val=files[10:11], test=files[11:])
+
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, "Semi", Semi)
+    cfg.DATASET.NAME = "Semi"
+    return cfg
+
+
+class RandomNoise:
+    """Draws from all three generators, as transforms of others may."""
+
+    def __call__(self, image):
+        import random
+
+        return torch.tensor([random.random(), np.random.rand(), torch.rand(1).item()])
+
+
+def test_loaders_and_summary(cfg, caplog):
+    cfg.DATASET.SOURCE_DOMAINS = ("photo",)
+    with caplog.at_level("INFO"):
+        manager = DataManager(cfg)
+    assert manager.num_classes == 2 and manager.lab2cname == {0: "cat", 1: "dog"} and manager.num_source_domains == 1
+    assert manager.train_loader_u is None and manager.val_loader is None
+    batches = list(manager.train_loader_x)
+    assert [len(batch["label"]) for batch in batches] == [4, 4]  # the last two items are dropped
+    batch = batches[0]
+    assert batch["img"].shape == (4, 3, 8, 8) and batch["label"].dtype == torch.int64
+    assert list(batch) == ["label", "domain", "impath", "index", "img"]
+    assert order(manager.test_loader) == [0, 1]
+    table = caplog.messages[-1]
+    rows = [line.split("  ") for line in table.splitlines() if not line.startswith("-")]
+    assert [row[0] for row in rows] == ["Dataset", "Source", "# classes", "# train_x", "# test"]
+    assert rows[3][-1].strip() == "10"
+
+
+def test_thousands_separators(cfg, caplog, monkeypatch):
+    manager = DataManager(cfg)
+    monkeypatch.setattr(manager.dataset, "_train_x", [None] * 12345)
+    with caplog.at_level("INFO"):
+        manager.show_dataset_summary(cfg)
+    assert "12,345" in caplog.messages[-1]
+
+
+def test_verbose_off(cfg, caplog):
+    cfg.VERBOSE = False
+    with caplog.at_level("INFO"):
+        DataManager(cfg)
+    assert caplog.messages == []
+
+
+def test_a_single_small_batch_is_kept(cfg):
+    cfg.DATALOADER.TRAIN_X.BATCH_SIZE = 64
+    assert len(DataManager(cfg).train_loader_x) == 1
+
+
+def test_order_depends_on_the_seed_only(cfg):
+    first = order(DataManager(cfg).train_loader_x)
+    torch.rand(7)
+    manager = DataManager(cfg)
+    torch.rand(7)
+    assert order(manager.train_loader_x) == first
+    assert order(manager.train_loader_x) != first
+    cfg.SEED = 1
+    assert order(DataManager(cfg).train_loader_x) != first
+
+
+def test_unseeded_follows_torchs_generator(cfg):
+    cfg.SEED = -1
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(order(DataManager(cfg).train_loader_x))
+    assert found[0] == found[1] != found[2]
+
+
+def test_set_epoch_lets_a_resumed_run_go_on(cfg):
+    manager = DataManager(cfg)
+    epochs = []
+    for epoch in range(3):
+        manager.set_epoch(epoch)
+        epochs.append(order(manager.train_loader_x))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    resumed = DataManager(cfg)
+    resumed.set_epoch(2)
+    assert order(resumed.train_loader_x) == epochs[2]
+    assert order(DataManager(cfg).train_loader_x) == epochs[0]
+
+
+def test_set_epoch_with_a_planned_sampler(cfg):
+    cfg.DATALOADER.TRAIN_X.SAMPLER = "RandomClassSampler"
+    cfg.DATALOADER.TRAIN_X.N_INS = 2
+    one, two = DataManager(cfg), DataManager(cfg)
+    one.set_epoch(1)
+    list(two.train_loader_x)
+    two.set_epoch(1)
+    assert order(one.train_loader_x) == order(two.train_loader_x)
+
+
+def test_unlabelled_loader(cfg, files, monkeypatch):
+    cfg = with_unlabelled(cfg, files, monkeypatch)
+    manager = DataManager(cfg)
+    assert manager.train_loader_u.batch_size == 4 and len(manager.val_loader) == 1
+    assert order(manager.train_loader_u) != order(manager.train_loader_x)
+    cfg.DATALOADER.TRAIN_U.SAME_AS_X = False
+    cfg.DATALOADER.TRAIN_U.BATCH_SIZE = 5
+    assert DataManager(cfg).train_loader_u.batch_size == 5
+
+
+def test_workers_are_seeded_and_kept(cfg, monkeypatch):
+    monkeypatch.setattr(module, "usable_workers", lambda requested: requested)
+    cfg.DATALOADER.NUM_WORKERS = 2
+    runs = []
+    for _ in range(2):
+        loader = DataManager(cfg, custom_tfm_train=RandomNoise(), custom_tfm_test=RandomNoise()).train_loader_x
+        assert loader.persistent_workers and loader.num_workers == 2
+        runs.append(torch.stack([torch.cat([batch["img"] for batch in loader]) for _ in range(2)]))  # [2, 8, 3]
+    assert torch.equal(runs[0], runs[1])
+    values = runs[0].reshape(-1, 3)
+    assert all(len(values[:, i].unique()) == len(values) for i in range(3))  # no worker or epoch repeats another
+
+
+def test_an_unreadable_image_in_a_worker_is_one_line(cfg, files, monkeypatch):
+    monkeypatch.setattr(module, "usable_workers", lambda requested: requested)
+    cfg.DATALOADER.NUM_WORKERS = 1
+    with open(files[10].impath, "wb") as stream:
+        stream.write(b"not an image")
+    batches = iter(DataManager(cfg).test_loader)
+    with pytest.raises(InputError) as caught:
+        next(batches)
+    batches._shutdown_workers()  # left to the garbage collector, this would take torch five seconds
+    assert str(caught.value).startswith(f'Expected "{files[10].impath}" to be a readable image')
+    assert "\n" not in str(caught.value) and "Traceback" in caught.value.worker_traceback
+
+
+def test_number_of_workers(cfg, monkeypatch, caplog):
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert [module.usable_workers(n) for n in (0, 2, 8)] == [0, 2, 2]
+    with pytest.raises(InputError, match="NUM_WORKERS"):
+        module.usable_workers(-1)
+    cfg.DATALOADER.NUM_WORKERS = 8
+    with caplog.at_level("INFO"):
+        manager = DataManager(cfg)
+    assert sum("NUM_WORKERS" in line for line in caplog.messages) == 1
+    assert manager.train_loader_x.num_workers == 2
+
+
+def test_wrong_numbers(cfg):
+    cfg.DATALOADER.TRAIN_X.BATCH_SIZE = 0
+    with pytest.raises(InputError, match="batch size"):
+        DataManager(cfg)
+
+
+def test_custom_wrapper(cfg):
+    class Mine(DatasetWrapper):
+        def __getitem__(self, idx):
+            return {"index": idx}
+
+    batch = next(iter(DataManager(cfg, dataset_wrapper=Mine).test_loader))
+    assert list(batch) == ["index"]
+
+
+# DatasetWrapper
+
+
+def test_item_without_transform(cfg, files):
+    entry = DatasetWrapper(cfg, files)[3]
+    assert isinstance(entry["img"], Image.Image) and entry["img"].getpixel((0, 0)) == (60, 0, 0)
+    assert (entry["label"], entry["domain"], entry["index"], entry["impath"]) == (1, 0, 3, files[3].impath)
+    assert len(DatasetWrapper(cfg, files)) == 12
+
+
+def test_several_transforms(cfg, files):
+    names = {"a", "b", "c"}
+    entry = DatasetWrapper(cfg, files, transform=[lambda image, n=n: n for n in sorted(names)])[0]
+    assert (entry["img"], entry["img2"], entry["img3"]) == ("a", "b", "c")
+
+
+def test_k_versions_in_training_only(cfg, files):
+    cfg.DATALOADER.K_TRANSFORMS = 3
+    assert len(DatasetWrapper(cfg, files, transform=lambda image: 1, is_train=True)[0]["img"]) == 3
+    assert DatasetWrapper(cfg, files, transform=lambda image: 1)[0]["img"] == 1
+    with pytest.raises(InputError, match="3 versions"):
+        DatasetWrapper(cfg, files, is_train=True)
+
+
+def test_img0(cfg, files):
+    cfg.DATALOADER.RETURN_IMG0 = True
+    image = DatasetWrapper(cfg, files, transform=lambda image: 1)[0]["img0"]
+    assert image.shape == (3, 8, 8)
+    torch.testing.assert_close(
+        image[:, 0, 0], -torch.tensor([0.485, 0.456, 0.406]) / torch.tensor([0.229, 0.224, 0.225])
+    )
+    cfg.INPUT.TRANSFORMS = ()
+    assert DatasetWrapper(cfg, files, transform=lambda image: 1)[0]["img0"].abs().max() == 0

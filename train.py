@@ -26,7 +26,7 @@ import trainers
 from dassl.config import CfgNode, get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
-from dassl.utils import InputError, check_availability, close_logger, collect_env_info, set_random_seed, setup_logger
+from dassl.utils import InputError, close_logger, collect_env_info, did_you_mean, set_random_seed, setup_logger
 
 logger = logging.getLogger("train")
 
@@ -102,12 +102,9 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     cfg.merge_from_list(_flag_pairs(args))
     cfg.merge_from_list(args.opts)
 
-    if not cfg.TRAINER.NAME:
-        names = ", ".join(TRAINER_REGISTRY.registered_names())
-        raise InputError(f"Expected --trainer to be one of {names} but none was given")
-    check_availability(cfg.TRAINER.NAME, TRAINER_REGISTRY.registered_names())
+    _check_name("--trainer (or TRAINER.NAME)", cfg.TRAINER.NAME, TRAINER_REGISTRY.registered_names())
     cfg.DATASET.NAME = cfg.DATASET.NAME or DEFAULT_DATASET
-    check_availability(cfg.DATASET.NAME, DATASET_REGISTRY.registered_names())
+    _check_name("the dataset (DATASET.NAME)", cfg.DATASET.NAME, DATASET_REGISTRY.registered_names())
     if cfg.SEED < -1:
         raise InputError(f"Expected the seed to be -1 (none) or at least 0 but got {cfg.SEED}")
 
@@ -116,6 +113,12 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
         cfg.OUTPUT_DIR = str(choose_output_dir(cfg, args))
     cfg.freeze()
     return cfg
+
+
+def _check_name(what: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        got = f'got "{name}"{did_you_mean(name, known)}' if name else "none was given"
+        raise InputError(f"Expected {what} to be one of {', '.join(known)} but {got}")
 
 
 def _flag_pairs(args: argparse.Namespace) -> list[Any]:
@@ -182,6 +185,7 @@ def build(args: argparse.Namespace) -> Any:
     cfg = setup_cfg(args)
     if cfg.SEED >= 0:
         set_random_seed(cfg.SEED)
+    found = _existing(Path(cfg.OUTPUT_DIR))
     log_file = setup_logger(None if args.dry_run else cfg.OUTPUT_DIR)
     try:
         if cfg.SEED >= 0:
@@ -197,16 +201,22 @@ def build(args: argparse.Namespace) -> Any:
     except SETUP_ERRORS:
         close_logger()
         if log_file is not None and not args.debug:
-            _remove_if_only_log(log_file)
+            _remove_traces(log_file, found)
         raise
     return trainer
 
 
-def _remove_if_only_log(log_file: Path) -> None:
-    # A run that never started leaves no folder behind that looks like one.
-    if [path.name for path in log_file.parent.iterdir()] == [log_file.name]:
-        log_file.unlink()
-        log_file.parent.rmdir()
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _remove_traces(log_file: Path, found: Path) -> None:
+    # A run that never started leaves nothing that looks like one: neither its log nor the folders made for it.
+    log_file.unlink()
+    for folder in (log_file.parent.absolute(), *log_file.absolute().parents[1:]):
+        if folder == found.absolute() or any(folder.iterdir()):
+            break
+        folder.rmdir()
 
 
 def run(trainer: Any, args: argparse.Namespace) -> None:

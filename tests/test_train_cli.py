@@ -180,6 +180,7 @@ def assert_one_line(stderr: str, *words: str) -> None:
         (["--trainer", "DLRCLOP"], [], ["DLRCLOP", "did you mean", "DLRCLIP"]),
         ([], ["TRAINER.NAME", ""], ["--trainer", "DLRCLIP"]),
         ([], ["DATASET.NAME", "Digit"], ["Digit", "did you mean", "Digits"]),
+        ([], ["OPTIM.NAME", "adamx"], ["adamx", "did you mean"]),
         ([], ["DATASET.NUM_SHOT", "1"], ["NUM_SHOT", "did you mean", "NUM_SHOTS"]),
         ([], ["OPTIM.LR", "fast"], ["OPTIM.LR", "fast"]),
         ([], ["OPTIM.LR"], ["KEY VALUE", "OPTIM.LR"]),
@@ -209,6 +210,14 @@ def test_wrong_input_is_one_line_and_exit_code_2(command, tmp_path, capsys, flag
     assert code == 2
     assert_one_line(capsys.readouterr().err, *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_never_started_leaves_only_what_was_there(command, tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert train.main(command(output="mine", pairs=("DATASET.NUM_SHOTS", "0"))) == 2
+    assert list((tmp_path / "mine").iterdir()) == []
+    assert train.main(command(output="deep/er/run", pairs=("DATASET.NUM_SHOTS", "0"))) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 
 @pytest.mark.parametrize("content", ["DATASET: [", "- 1\n- 2\n", "\x00"])

@@ -62,7 +62,7 @@ class TrainerBase:
             if self.has_training_step():
                 if self.start_epoch >= self.max_epoch:
                     logger.info("Nothing left to train: %d of %d epochs are done", self.start_epoch, self.max_epoch)
-                for self.epoch in range(self.start_epoch, self.max_epoch):
+                for self.epoch in range(self.start_epoch, self.max_epoch):  # noqa: B020
                     self.call_hooks("before_epoch")
                     self.before_epoch()
                     self.run_epoch()
@@ -230,7 +230,7 @@ class TrainerBase:
         return self.__dict__.get("_writer")
 
     def init_writer(self, log_dir: str | os.PathLike[str], purge_step: int | None = None) -> None:
-        """Open TensorBoard's event file unless one is open; values from ``purge_step`` on are hidden (a resumed run)."""
+        """Open TensorBoard's event file unless one is open; earlier values from ``purge_step`` on are hidden."""
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only when training
 

@@ -16,7 +16,6 @@ import torch
 import dassl
 
 PACKAGES = (
-    "torch",
     "torchvision",
     "open_clip_torch",
     "torchmetrics",
@@ -35,7 +34,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"torch": torch.__version__, **{name: _version(name) for name in PACKAGES}},
         "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpus": os.cpu_count(),

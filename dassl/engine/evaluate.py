@@ -5,6 +5,7 @@ Shapes: B images in a batch, N images in the split, C classes.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +36,7 @@ class Evaluation:
     """What one pass over a split found; percentages."""
 
     split: str
-    main: str  # the head that counts as the method's accuracy
+    main: str = ""  # the head that counts as the method's accuracy; "": the first
     heads: dict[str, dict[str, float]] = field(default_factory=dict)
     n: int = 0  # images
     seconds: float = 0.0
@@ -52,6 +53,11 @@ def spread(total: int, count: int) -> set[int]:
 def progress_bar(iterable: Any = None, **kwargs: Any) -> tqdm:
     """A tqdm bar on stderr that redraws rarely when stderr is a file, so that a job's log stays short."""
     return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 10.0, dynamic_ncols=True, **kwargs)
+
+
+def lines_above_bars() -> contextlib.AbstractContextManager[Any]:
+    """Context for writing a line to stdout: takes bars off the screen meanwhile, where both share one."""
+    return tqdm.external_write_mode(file=sys.stdout) if sys.stderr.isatty() else contextlib.nullcontext()
 
 
 def run_pass(
@@ -77,6 +83,7 @@ def run_pass(
     wanted = spread(_length(loader), num_examples)
     for batch in progress_bar(loader, desc=evaluation.split, unit="batch", leave=keep_bar):
         heads, labels = forward(batch)
+        evaluation.main = evaluation.main or next(iter(heads))
         if evaluation.main not in heads:
             raise ValueError(f'Expected main_head to be one of {", ".join(heads)} but got "{evaluation.main}"')
         process(heads[evaluation.main], labels)

@@ -67,9 +67,7 @@ def examples_image(
     """
     shown = [head for head in (before, after) if head and all(head in e.logits for e in examples)]
     figure = Figure(figsize=(2.2 + 2.8 * len(shown), 1.5 * len(examples)), dpi=100, layout="constrained")
-    grid = figure.subplots(
-        len(examples), 1 + len(shown), squeeze=False, width_ratios=[1.0] + [1.6] * len(shown)
-    )
+    grid = figure.subplots(len(examples), 1 + len(shown), squeeze=False, width_ratios=[1.0] + [1.6] * len(shown))
     for row, example in enumerate(examples):
         _draw_picture(grid[row, 0], example)
         grid[row, 0].set_title(names.get(example.label, str(example.label)), fontsize=9)

@@ -132,9 +132,7 @@ class SimpleTrainer(TrainerBase):
     def has_training_step(self) -> bool:
         """Whether the class says how to train: forward_backward, or the whole of run_epoch."""
         cls = type(self)
-        return (
-            cls.forward_backward is not TrainerBase.forward_backward or cls.run_epoch is not SimpleTrainer.run_epoch
-        )
+        return cls.forward_backward is not TrainerBase.forward_backward or cls.run_epoch is not SimpleTrainer.run_epoch
 
     def before_train(self) -> None:
         """Resume if possible; open TensorBoard."""
@@ -159,7 +157,9 @@ class SimpleTrainer(TrainerBase):
         self.set_model_mode("train")
         self.stats = EpochStats()
         self.num_batches = self.count_batches()
-        for self.batch_idx, batches in enumerate(self.train_batches()):
+        if hasattr(self.dm, "set_epoch"):  # a subclass may bring another data manager
+            self.dm.set_epoch(self.epoch)  # the order of the batches depends on seed and epoch, so resuming keeps it
+        for self.batch_idx, batches in enumerate(self.train_batches()):  # noqa: B020
             self.stats.batches = batches
             self.call_hooks("before_step")
             self.stats.summary = self.forward_backward(*batches) or {}
@@ -283,10 +283,8 @@ class TrainerXU(SimpleTrainer):
 
     def count_batches(self) -> int:
         """Steps in an epoch: those of the loader TRAIN.COUNT_ITER names, or the fewer of the two."""
-        steps_x, steps_u = len(self.train_loader_x), len(self.train_loader_u)
-        return {"train_x": steps_x, "train_u": steps_u, "smaller_one": min(steps_x, steps_u)}[
-            self.cfg.TRAIN.COUNT_ITER
-        ]
+        steps_x, steps_u = len(self.train_loader_x), len(self.train_loader_u or ())
+        return {"train_x": steps_x, "train_u": steps_u, "smaller_one": min(steps_x, steps_u)}[self.cfg.TRAIN.COUNT_ITER]
 
     def train_batches(self) -> Iterator[tuple[Any, ...]]:
         """Pairs of batches; the loader that runs out first starts again."""

@@ -114,4 +114,5 @@ def heads_table(heads: Mapping[str, Mapping[str, float]], main: str) -> str:
         [f"{name} (main)" if name == main else name, *(f"{values[column]:.2f}" for column in HEAD_COLUMNS)]
         for name, values in heads.items()
     ]
-    return tabulate(rows, headers=["head", "accuracy %", "top-5 %", "macro F1 %", "ECE %"], stralign="right")
+    headers = ["head", "accuracy %", "top-5 %", "macro F1 %", "ECE %"]
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * len(HEAD_COLUMNS)))

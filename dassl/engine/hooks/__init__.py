@@ -42,15 +42,15 @@ def build_hooks(cfg: Any) -> list[HookBase]:
     * Checkpoint before TensorBoard: resuming decides at which step the event file goes on.
     * FinalTest before TensorBoard: the hyper-parameter tab shows the test result.
     """
-    timing, losses = Timing(), Losses()
+    timing, losses, best = Timing(), Losses(), BestModel()
     return [
-        Results(timing, losses),
+        Results(timing, losses, best),
         timing,
         LearningRate(),
         losses,
         ProgressBar(),
         ConsoleLine(cfg.TRAIN.PRINT_FREQ),
-        BestModel(),
+        best,
         Checkpoint(),
         FinalTest(),
         TensorBoard(),

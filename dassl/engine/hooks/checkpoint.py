@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 class BestModel(HookBase):
     """With TEST.FINAL_MODEL best_val: validate after each epoch and save on strict improvement."""
 
+    def __init__(self) -> None:
+        self.choice: dict[str, dict[str, Any]] = {}  # the epoch chosen, in the form of ``trainer.selected``
+
     def after_epoch(self, trainer: Any) -> None:
         test = trainer.cfg.TEST
         if test.NO_TEST or test.FINAL_MODEL != "best_val":
@@ -26,14 +29,15 @@ class BestModel(HookBase):
         if result > trainer.best_result:
             trainer.best_result = result
             count = trainer.evaluation.n if trainer.evaluation is not None else None
-            trainer.selected["epoch"] = {"value": trainer.epoch + 1, "on": "val", "n": count}
+            self.choice = {"epoch": {"value": trainer.epoch + 1, "on": "val", "n": count}}
             trainer.save_model(trainer.epoch, trainer.output_dir, val_result=result, model_name=BEST_NAME)
 
     def state_dict(self, trainer: Any) -> dict[str, Any]:
-        return {"best_result": trainer.best_result}
+        return {"best_result": trainer.best_result, "choice": self.choice}
 
     def load_state_dict(self, trainer: Any, state: dict[str, Any]) -> None:
         trainer.best_result = state["best_result"]
+        self.choice = dict(state["choice"])
 
 
 class Checkpoint(HookBase):
@@ -44,7 +48,8 @@ class Checkpoint(HookBase):
         names = trainer.get_model_names()
         if resume and names and not any((Path(resume) / name / POINTER_NAME).is_file() for name in names):
             raise InputError(
-                f'Expected RESUME to be a folder with "{names[0]}/{POINTER_NAME}" in it but got "{resume}", which has none'
+                f'Expected RESUME to be a folder with "{names[0]}/{POINTER_NAME}" in it '
+                f'but got "{resume}", which has none'
             )
         directory = resume or trainer.cfg.OUTPUT_DIR
         trainer.start_epoch = trainer.resume_model_if_exist(directory)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import datetime
 import logging
-import sys
 from typing import Any
 
-from tqdm import tqdm
-
+from ..evaluate import lines_above_bars
 from .base import HookBase
 
 logger = logging.getLogger(__name__)
@@ -35,5 +33,5 @@ class ConsoleLine(HookBase):
             f"lr {stats.lr:.4e}",
             f"eta {datetime.timedelta(seconds=int(stats.batch_time.avg * left))}",
         ]
-        with tqdm.external_write_mode(file=sys.stdout):  # takes the bar off the screen while the line is written
+        with lines_above_bars():
             logger.info("%s", " ".join(part for part in parts if part))

@@ -17,6 +17,7 @@ from dassl.utils.torchtools import POINTER_NAME
 
 from ..environment import describe
 from .base import HookBase
+from .checkpoint import BestModel
 from .losses import Losses
 from .timing import Timing
 
@@ -34,12 +35,13 @@ METRICS, EVAL_METRICS, CONFIG, ENVIRONMENT, DONE = (
 class Results(HookBase):
     """config.yaml and environment.json at the start; metrics.json and, last of all, DONE at the end.
 
-    Evaluating only, into a folder that holds a training run, writes metrics-eval.json and leaves that run's files alone.
+    Evaluating only, into a folder that holds a training run, writes metrics-eval.json and leaves its files alone.
     """
 
-    def __init__(self, timing: Timing, losses: Losses) -> None:
+    def __init__(self, timing: Timing, losses: Losses, best: BestModel) -> None:
         self._timing = timing
         self._losses = losses
+        self._best = best
         self._aside = False
 
     def start(self, trainer: Any) -> None:
@@ -86,18 +88,21 @@ class Results(HookBase):
                 "main": evaluation.main if evaluation is not None else None,
                 "n": evaluation.n if evaluation is not None else 0,
             },
-            "selected": trainer.selected,
+            "selected": self.selected(trainer),
             "train": self._losses.means,
             "params": count_parameters(trainer),
             "timing": self._timing.summary(),
         }
 
-    @staticmethod
-    def _closing_lines(trainer: Any, folder: Path) -> None:
+    def selected(self, trainer: Any) -> dict[str, dict[str, Any]]:
+        """What was chosen, on what: the best epoch, and what the method says of itself."""
+        return {**self._best.choice, **trainer.selected}
+
+    def _closing_lines(self, trainer: Any, folder: Path) -> None:
         evaluation = trainer.evaluation
         if evaluation is not None and all(set(HEAD_COLUMNS) <= set(v) for v in evaluation.heads.values()):
             logger.info("%s", heads_table(evaluation.heads, evaluation.main))
-        for name, choice in trainer.selected.items():
+        for name, choice in self.selected(trainer).items():
             logger.info("Selected %s = %s (on %s)", name, choice.get("value"), choice.get("on"))
         logger.info("Output folder: %s", folder)
         if (folder / "tensorboard").is_dir():

@@ -1,0 +1,279 @@
+"""A whole run: its files, its TensorBoard events, the order of things, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from dassl.engine import HookBase, TrainerBase
+from dassl.utils import InputError
+
+
+def metrics_of(folder) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_a_run_leaves_its_records(build, tmp_path):
+    trainer = build("TwoHeads", "DATASET.NUM_SHOTS", 6)
+    trainer.selected["beta"] = {"value": 0.5, "on": "val", "n": 6}
+    trainer.train()
+    run = tmp_path / "run"
+    metrics = metrics_of(run)
+    heads = metrics["test"]["heads"]
+    assert list(heads) == ["before", "after"]
+    assert all(list(values) == ["accuracy", "top5", "macro_f1", "ece"] for values in heads.values())
+    assert heads["before"]["accuracy"] == pytest.approx(100 / 3)
+    assert metrics["accuracy"] == heads["after"]["accuracy"] > 90
+    assert metrics["test"]["n"] == 12
+    assert (metrics["trainer"], metrics["dataset"], metrics["shots"], metrics["seed"]) == ("TwoHeads", "ToyColours", 6, 3)
+    assert metrics["selected"] == {"beta": {"value": 0.5, "on": "val", "n": 6}}
+    assert metrics["params"] == {"trainable": 12, "total": 12}
+    assert metrics["epochs"] == 3 and metrics["mode"] == "train"
+    assert set(metrics["timing"]) == {"train_seconds", "images_per_second", "test_seconds"}
+    assert metrics["train"]["loss"] == trainer.stats.losses.meters["loss"].avg
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["OPTIM"]["LR"] == 0.1 and config["TRAINER"]["NAME"] == "TwoHeads"
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__ and "dassl" in environment and "commit" in environment
+    assert json.loads((run / "DONE").read_text())["metrics"] == "metrics.json"
+    assert (run / "DONE").stat().st_mtime_ns == max(p.stat().st_mtime_ns for p in run.iterdir() if p.is_file())
+
+
+def test_closing_lines(build, caplog, tmp_path):
+    caplog.set_level("INFO")
+    build("TwoHeads").train()
+    lines = "\n".join(caplog.messages[-3:]).splitlines()
+    assert lines[0].split() == ["head", "accuracy", "%", "top-5", "%", "macro", "F1", "%", "ECE", "%"]
+    assert lines[2].split()[0] == "before" and lines[3].split()[:2] == ["after", "(main)"]
+    assert lines[-2] == f"Output folder: {tmp_path / 'run'}"
+    assert lines[-1] == f"Curves and pictures: tensorboard --logdir {tmp_path / 'run' / 'tensorboard'}"
+
+
+def test_two_runs_are_equal(build, tmp_path):
+    records = []
+    for output in ("one", "two"):
+        build("TwoHeads", output=output).train()
+        metrics = metrics_of(tmp_path / output)
+        records.append({key: metrics[key] for key in ("accuracy", "test", "train", "params")})
+    assert records[0] == records[1]
+
+
+def events(folder) -> EventAccumulator:
+    reader = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    reader.Reload()
+    return reader
+
+
+def test_tensorboard_reads_everything_back(build, tmp_path):
+    trainer = build("TwoHeads", "TEST.FINAL_MODEL", "best_val")
+    trainer.train()
+    reader = events(tmp_path / "run")
+    tags = set(reader.Tags()["scalars"])
+    assert {"train/loss", "train/lr", "train/images_per_second"} <= tags
+    assert {"test/accuracy", "test/error_rate", "test/macro_f1", "val/accuracy"} <= tags
+    assert {f"test/{head}/{m}" for head in ("before", "after") for m in ("accuracy", "top5", "macro_f1", "ece")} <= tags
+    assert [event.step for event in reader.Scalars("train/loss")] == list(range(12))
+    rates = [event.value for event in reader.Scalars("train/lr")]
+    assert rates == pytest.approx([0.1] * 4 + [0.075] * 4 + [0.025] * 4)  # the rate each step used
+    assert [event.step for event in reader.Scalars("val/accuracy")] == [0, 1, 2]
+    (accuracy,) = reader.Scalars("test/after/accuracy")
+    assert accuracy.step == 2 and accuracy.value == pytest.approx(metrics_of(tmp_path / "run")["accuracy"])
+    assert set(reader.Tags()["images"]) == {"test/confusion_matrix", "test/examples"}
+    image = reader.Images("test/examples")[0]
+    assert image.width > 300 and image.height > 300 and image.encoded_image_string.startswith(b"\x89PNG")
+    assert len(trainer.evaluation.examples) == 8 and {e.label for e in trainer.evaluation.examples} == {0, 1, 2}
+
+    hparams = reader.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    start = plugin_data_pb2.HParamsPluginData.FromString(hparams).session_start_info.hparams
+    assert start["OPTIM.LR"].number_value == 0.1 and start["DATASET.NAME"].string_value == "ToyColours"
+    assert "hparam/after_accuracy" in tags
+    assert [p for p in (tmp_path / "run" / "tensorboard").iterdir() if p.is_dir()] == []
+
+
+def test_best_model_on_validation_is_deployed(build, tmp_path, monkeypatch):
+    trainer = build("Linear", "TEST.FINAL_MODEL", "best_val", "OPTIM.MAX_EPOCH", 4)
+    results = iter([40.0, 60.0, 60.0, 50.0])
+    really_test, weights = trainer.test, []
+
+    def fake_test(split=None):
+        if split != "val":
+            return really_test(split)
+        weights.append(trainer.net.weight.detach().clone())
+        return next(results)
+
+    monkeypatch.setattr(trainer, "test", fake_test)
+    trainer.train()
+    assert torch.equal(trainer.net.weight, weights[1])  # strictly better only: not the third
+    best = torch.load(tmp_path / "run" / "net" / "model-best.pth.tar", weights_only=True)
+    assert best["epoch"] == 2 and best["val_result"] == 60.0
+    assert (tmp_path / "run" / "net" / "checkpoint").read_text() == "model.pth.tar-4\n"
+    assert metrics_of(tmp_path / "run")["selected"]["epoch"]["value"] == 2
+
+
+def test_without_a_validation_set_nothing_stands_in_for_it(build):
+    trainer = build(root="empty_val")
+    with pytest.raises(InputError, match=r'Expected a val set for test\("val"\)'):
+        trainer.test("val")
+    with pytest.raises(InputError, match="Expected a val set for TEST.SPLIT val"):
+        build("Linear", "TEST.SPLIT", "val", root="empty_val")
+    with pytest.raises(InputError, match="Expected a val set for TEST.FINAL_MODEL best_val"):
+        build("Linear", "TEST.FINAL_MODEL", "best_val", root="empty_val").train()
+
+
+def test_validation_results_are_not_called_test(build, tmp_path):
+    build("Linear", "TEST.SPLIT", "val").train()
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics["split"] == "val" and metrics["val"]["n"] == 6 and "test" not in metrics
+
+
+def test_no_test(build, tmp_path):
+    build("Linear", "TEST.NO_TEST", True).train()
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics["accuracy"] is None and metrics["test"]["heads"] == {} and (tmp_path / "run" / "DONE").exists()
+
+
+def test_a_method_that_learns_nothing_is_only_tested(build, tmp_path):
+    build("ZeroShot").train()
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics["accuracy"] > 90 and metrics["epochs"] == 0 and metrics["params"] == {"trainable": 0, "total": 0}
+
+
+def test_evaluation_only_writes_a_record_of_its_own(build, tmp_path):
+    build("ZeroShot", output="zero").test()
+    metrics = metrics_of(tmp_path / "zero")
+    assert metrics["mode"] == "eval" and metrics["accuracy"] > 90 and (tmp_path / "zero" / "DONE").exists()
+    assert not (tmp_path / "zero" / "tensorboard").exists()
+
+
+def test_evaluation_only_leaves_a_training_run_alone(build, tmp_path):
+    build().train()
+    run = tmp_path / "run"
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    build().test()
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.name in before} == before
+    assert json.loads((run / "metrics-eval.json").read_text())["mode"] == "eval"
+
+
+def test_a_run_that_dies_has_no_marker(build, tmp_path, monkeypatch):
+    build().train()
+    assert (tmp_path / "run" / "DONE").exists()
+    trainer = build("Linear", "OPTIM.MAX_EPOCH", 4)
+    monkeypatch.setattr(trainer, "forward_backward", lambda batch: {"loss": math.nan})
+    with pytest.raises(FloatingPointError, match=r"loss to be finite but got nan at epoch \[4/4\] batch \[1/4\]"):
+        trainer.train()
+    assert not (tmp_path / "run" / "DONE").exists() and trainer.writer is None and trainer.phase == "idle"
+
+
+def test_loss_is_checked_before_the_step(build):
+    trainer = build()
+    trainer.epoch, trainer.batch_idx, trainer.max_epoch, trainer.num_batches = 1, 2, 3, 4
+    weight = trainer.net.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match=r"got \[inf\] at epoch \[2/3\] batch \[3/4\]"):
+        trainer.model_backward_and_update(trainer.net.weight.square().sum() * math.inf)
+    assert torch.equal(trainer.net.weight, weight)
+
+
+def test_dry_run_saves_nothing(build, tmp_path, caplog):
+    caplog.set_level("INFO")
+    build("TwoHeads").dry_run()
+    assert caplog.messages[-1] == "Dry run: OK" and "before, after" in caplog.messages[-2]
+    build("ZeroShot").dry_run()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("count, steps", [("train_x", 4), ("train_u", 1), ("smaller_one", 1)])
+def test_unlabelled_batches(build, count, steps):
+    trainer = build("Unlabelled", "TRAIN.COUNT_ITER", count, "OPTIM.MAX_EPOCH", 1)
+    trainer.train()
+    assert trainer.seen == [(4, 4)] * steps
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("TEST.FINAL_MODEL", "best"),
+        ("TEST.SPLIT", "train"),
+        ("TRAIN.COUNT_ITER", "both"),
+        ("TRAIN.PRINT_FREQ", 0),
+        ("OPTIM.MAX_EPOCH", -1),
+        ("OUTPUT_DIR", ""),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_built(build, key, value):
+    with pytest.raises(InputError, match=f"Expected {key} to be"):
+        build("Linear", key, value)
+
+
+def test_unknown_trainer(build):
+    with pytest.raises(InputError, match='got "Linaer" \\(did you mean "Linear"'):
+        build("Linaer")
+
+
+def test_events_come_in_order_even_when_a_trainer_overrides_its_methods(build, monkeypatch):
+    trainer = build("Linear", "OPTIM.MAX_EPOCH", 1, "DATALOADER.TRAIN_X.BATCH_SIZE", 18)
+    seen = []
+
+    class Recorder(HookBase):
+        def __getattribute__(self, name):
+            if name.startswith(("start", "before", "after", "finish", "close")):
+                seen.append(name)
+            return super().__getattribute__(name)
+
+    trainer.register_hooks([Recorder()])
+    monkeypatch.setattr(trainer, "before_epoch", lambda: seen.append("own before_epoch"))
+    monkeypatch.setattr(trainer, "after_epoch", lambda: seen.append("own after_epoch"))
+    trainer.train()
+    assert seen == [
+        "start",
+        "before_train",
+        "before_epoch",
+        "own before_epoch",
+        "before_step",
+        "after_step",
+        "own after_epoch",
+        "after_test",  # the final test is itself a hook's doing
+        "after_train",
+        "finish",
+        "close",
+    ]
+
+
+def test_a_trainer_with_its_own_test_is_recorded(build, monkeypatch, tmp_path):
+    trainer = build()
+    monkeypatch.setattr(trainer, "test", lambda split=None: 12.5)
+    trainer.train()
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics["accuracy"] == 12.5 and metrics["test"]["heads"] == {"main": {"accuracy": 12.5}}
+
+
+def test_registration_of_models():
+    trainer = TrainerBase()
+    model = torch.nn.Linear(1, 1)
+    optim = torch.optim.SGD(model.parameters(), lr=0.5)
+    assert trainer.get_current_lr() == 0.0
+    trainer.register_model("a", model, optim)
+    trainer.register_model("b", torch.nn.Dropout())
+    assert trainer.get_model_names() == ["a", "b"] and trainer.get_model_names("b") == ["b"]
+    assert trainer.get_current_lr() == 0.5
+    trainer.set_model_mode("test", "b")
+    assert not trainer._models["b"].training and model.training
+    with pytest.raises(ValueError, match='a new model name but got "a"'):
+        trainer.register_model("a", model)
+    with pytest.raises(KeyError, match='got "c"'):
+        trainer.get_model_names(["a", "c"])
+    with pytest.raises(KeyError, match="mode"):
+        trainer.set_model_mode("training")
+
+    class Early(TrainerBase):
+        def __init__(self):
+            self.register_model("a", model)
+
+    with pytest.raises(AttributeError, match="super"):
+        Early()

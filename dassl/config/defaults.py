@@ -120,7 +120,7 @@ def _optim() -> CN:
     node.NEW_LAYERS = ()
     node.BASE_LR_MULT = 0.1
     node.LR_SCHEDULER = "single_step"  # single_step, multi_step or cosine
-    node.LR_UNIT = "epoch"  # what one scheduler step is: epoch, or step (one batch). Ours
+    node.LR_UNIT = "epoch"  # when the rate moves: every epoch, or every optimiser step. Ours
     node.STEPSIZE = (-1,)  # in LR_UNIT; single_step: period (<= 0: MAX_EPOCH), multi_step: milestones
     node.GAMMA = 0.1  # factor at each step of single_step and multi_step
     node.MAX_EPOCH = 10

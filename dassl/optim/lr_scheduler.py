@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dassl.config import CfgNode
 from dassl.utils import InputError, check_availability
 
-__all__ = ["AVAI_SCHEDS", "AVAI_UNITS", "AVAI_WARMUPS", "ClosedFormLR", "build_lr_scheduler"]
+__all__ = ["AVAI_SCHEDS", "AVAI_UNITS", "AVAI_WARMUPS", "ClosedFormLR", "StepwiseLR", "build_lr_scheduler"]
 
 AVAI_SCHEDS = ["single_step", "multi_step", "cosine"]
 AVAI_WARMUPS = ["linear", "constant"]
@@ -28,7 +28,7 @@ Rate = Callable[[int, float], float]  # position, base rate -> rate
 
 
 class ClosedFormLR(LRScheduler):
-    """Sets each parameter group's rate to ``rate(t, base rate)``, t = the number of ``step`` calls so far.
+    """Sets each parameter group's rate to ``rate(t, base rate)``, t = the number of positions advanced so far.
 
     Args:
         optimizer: the optimiser; its present rates are the base rates.
@@ -54,18 +54,60 @@ class ClosedFormLR(LRScheduler):
         more epochs follows the longer curve.
         """
         self.last_epoch = int(state_dict["last_epoch"])
+        self._apply()
+
+    def _apply(self) -> None:
         rates = self.get_lr()
         for group, base, rate in zip(self.optimizer.param_groups, self.base_lrs, rates, strict=True):
-            group["initial_lr"] = base  # the optimiser's own state, loaded before, has overwritten these two
+            group["initial_lr"] = base  # an optimiser's state loaded before has overwritten these two
             group["lr"] = rate
         self._last_lr = rates
+
+
+class StepwiseLR(ClosedFormLR):
+    """A ClosedFormLR that advances by itself with every step of the optimiser; calls of ``step`` change nothing.
+
+    So a trainer that updates the rate once per epoch, as upstream's do, gets a schedule per step unchanged.
+
+    Args:
+        optimizer: the optimiser; its present rates are the base rates.
+        make_rate: steps per epoch -> the rate function.
+    """
+
+    def __init__(self, optimizer: Optimizer, make_rate: Callable[[int], Rate]) -> None:
+        self._make_rate = make_rate
+        self._steps_per_epoch: int | None = None
+        self._started = False
+        super().__init__(optimizer, make_rate(1))  # position 0 is the same for every length
+        self._started = True
+        optimizer.register_step_post_hook(self._advance)
+
+    def set_steps_per_epoch(self, count: int) -> None:
+        """Tell how many optimiser steps an epoch has. Whoever runs the loop does, before the first step."""
+        if count < 1:
+            raise ValueError(f"Expected at least one step per epoch but got {count}")
+        self._steps_per_epoch = count
+        self._rate = self._make_rate(count)
+        self._apply()
+
+    def step(self, epoch: int | None = None) -> None:
+        """Nothing: the optimiser's steps count."""
+        if not self._started:  # the base class sets the first rate through this
+            super().step()
+
+    def _advance(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._steps_per_epoch is None:
+            raise RuntimeError('Expected set_steps_per_epoch to be called before training with OPTIM.LR_UNIT "step"')
+        self.last_epoch += 1
+        self._apply()
 
 
 def build_lr_scheduler(optimizer: Optimizer, optim_cfg: CfgNode, steps_per_epoch: int | None = None) -> ClosedFormLR:
     """The schedule that ``optim_cfg`` (``cfg.OPTIM``) describes: a main curve, after a warm-up if WARMUP_EPOCH > 0.
 
-    One ``step`` call is one unit, in which MAX_EPOCH, STEPSIZE and WARMUP_EPOCH count. With LR_UNIT "step" and
-    ``steps_per_epoch`` given, MAX_EPOCH still means epochs and is converted; the other two count steps.
+    LR_UNIT "epoch": one ``step`` call is one unit, in which MAX_EPOCH, STEPSIZE and WARMUP_EPOCH count. LR_UNIT "step":
+    the unit is a step of the optimiser, with which the schedule advances by itself; STEPSIZE and WARMUP_EPOCH count
+    steps, and MAX_EPOCH is converted to them.
 
     The main curve starts at the full rate right after the warm-up. With WARMUP_RECOUNT it counts from 0 there and keeps
     its length, so a cosine does not reach zero within MAX_EPOCH; without it, it goes on from where it would have been,
@@ -74,7 +116,8 @@ def build_lr_scheduler(optimizer: Optimizer, optim_cfg: CfgNode, steps_per_epoch
     Args:
         optimizer: the optimiser to steer.
         optim_cfg: the OPTIM node.
-        steps_per_epoch: batches in an epoch; counts only with LR_UNIT "step".
+        steps_per_epoch: optimiser steps in an epoch, for LR_UNIT "step"; None: the loop tells the schedule later, by
+            ``set_steps_per_epoch``.
 
     Raises:
         InputError: an unknown schedule, warm-up or unit, or a length that is not positive.
@@ -82,22 +125,30 @@ def build_lr_scheduler(optimizer: Optimizer, optim_cfg: CfgNode, steps_per_epoch
     unit = optim_cfg.get("LR_UNIT", "epoch")  # a config written for upstream has no such key
     check_availability(unit, AVAI_UNITS)
     check_availability(optim_cfg.LR_SCHEDULER, AVAI_SCHEDS)
-    length = optim_cfg.MAX_EPOCH
-    if unit == "step" and steps_per_epoch is not None:
-        length *= steps_per_epoch
-    if length < 1:
+    if optim_cfg.WARMUP_EPOCH > 0:
+        check_availability(optim_cfg.WARMUP_TYPE, AVAI_WARMUPS)
+    if optim_cfg.MAX_EPOCH < 1:
         raise InputError(f"Expected OPTIM.MAX_EPOCH to be at least 1 but got {optim_cfg.MAX_EPOCH}")
-    curve = _main_curve(optim_cfg, length)
+    if unit == "epoch":
+        return ClosedFormLR(optimizer, _make_rate(optim_cfg, 1))
+    scheduler = StepwiseLR(optimizer, partial(_make_rate, optim_cfg.clone()))
+    if steps_per_epoch is not None:
+        scheduler.set_steps_per_epoch(steps_per_epoch)
+    return scheduler
+
+
+def _make_rate(optim_cfg: CfgNode, units_per_epoch: int) -> Rate:
+    """Warm-up and main curve in one function."""
+    curve = _main_curve(optim_cfg, optim_cfg.MAX_EPOCH * units_per_epoch)
     warmup = optim_cfg.WARMUP_EPOCH
     if warmup <= 0:
-        return ClosedFormLR(optimizer, lambda t, base: base * curve(t))
-    check_availability(optim_cfg.WARMUP_TYPE, AVAI_WARMUPS)
+        return lambda t, base: base * curve(t)
     if optim_cfg.WARMUP_TYPE == "constant":
         start: Rate = partial(_constant_warmup, optim_cfg.WARMUP_CONS_LR)
     else:
         start = partial(_linear_warmup, optim_cfg.WARMUP_MIN_LR, warmup)
     after = _recounted(curve, warmup) if optim_cfg.WARMUP_RECOUNT else _continued(curve, warmup)
-    return ClosedFormLR(optimizer, lambda t, base: start(t, base) if t < warmup else base * after(t))
+    return lambda t, base: start(t, base) if t < warmup else base * after(t)
 
 
 def _main_curve(optim_cfg: CfgNode, length: int) -> Curve:

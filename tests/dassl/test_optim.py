@@ -225,10 +225,35 @@ def test_a_state_of_torchs_own_scheduler_can_be_taken_up():
 
 def test_steps_as_the_unit():
     node = options(**COSINE, LR_UNIT="step", WARMUP_EPOCH=2)
-    found, _ = rates(node, 53, steps_per_epoch=5)
+    found, _ = rates(node, 53, steps_per_epoch=5)  # its calls of scheduler.step change nothing
     assert found[:3] == pytest.approx([1e-5, 1e-3, 2e-3])  # two steps of warm-up
     assert found[2 + 25] == pytest.approx(1e-3) and found[2 + 50] == pytest.approx(0.0)
     assert rates(options(**COSINE), 11, steps_per_epoch=5)[0] == rates(options(**COSINE), 11)[0]
+
+
+def test_steps_as_the_unit_under_a_loop_that_updates_per_epoch():
+    node = options(**COSINE, LR_UNIT="step")
+    optimizer = build_optimizer(nn.Linear(1, 1), node)
+    scheduler = build_lr_scheduler(optimizer, node)
+    with pytest.raises(RuntimeError, match="set_steps_per_epoch"):
+        optimizer.step()
+    scheduler.set_steps_per_epoch(4)
+    found = []
+    for _ in range(10):
+        for _ in range(4):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+        scheduler.step()
+    assert found == pytest.approx([0.001 * (1 + math.cos(math.pi * t / 40)) for t in range(40)])
+    assert scheduler.state_dict()["last_epoch"] == 40
+
+    resumed = build_optimizer(nn.Linear(1, 1), node)
+    again = build_lr_scheduler(resumed, node)
+    again.load_state_dict({"last_epoch": 7})
+    again.set_steps_per_epoch(4)  # the loop starts after the checkpoint is loaded
+    assert resumed.param_groups[0]["lr"] == found[7]
+    with pytest.raises(ValueError, match="at least one step"):
+        again.set_steps_per_epoch(0)
 
 
 @pytest.mark.parametrize(

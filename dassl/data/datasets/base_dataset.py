@@ -204,6 +204,10 @@ class DatasetBase:
                 with zipfile.ZipFile(dst) as archive:
                     archive.extractall(folder)
             elif tarfile.is_tarfile(dst):
+                if not hasattr(tarfile, "data_filter"):  # Python 3.10 before 3.10.12
+                    raise InputError(
+                        f'Expected a Python that unpacks safely but got an old one: unpack "{dst}" by hand'
+                    )
                 with tarfile.open(dst) as tar:
                     tar.extractall(folder, filter="data")  # nothing outside the folder, no devices
             else:

@@ -128,7 +128,7 @@ class DLRCLIP(TrainerX):
                 group["eps"] = node.EPS
         sched = build_lr_scheduler(optim, _per_step(cfg.OPTIM, len(self.train_loader_x)))
         self.register_model(MODEL_NAME, learner, optim, sched)
-        self.selected: dict[str, dict[str, Any]] = {}
+        self.selected = {}
 
     def _set_up_precision(self, prec: str) -> None:
         """`self._autocast` = a function that gives the context in which the forward pass runs."""
@@ -318,8 +318,10 @@ def _per_step(optim_cfg: Any, num_batches: int) -> Any:
     node = optim_cfg.clone()
     node.defrost()
     node.MAX_EPOCH = optim_cfg.MAX_EPOCH * num_batches
-    node.WARMUP_EPOCH = optim_cfg.WARMUP_EPOCH * num_batches if optim_cfg.WARMUP_EPOCH > 0 else optim_cfg.WARMUP_EPOCH
-    node.STEPSIZE = tuple(s * num_batches if s > 0 else s for s in optim_cfg.STEPSIZE)
+    if optim_cfg.get("LR_UNIT", "epoch") == "epoch":  # else the others count steps already
+        node.WARMUP_EPOCH = optim_cfg.WARMUP_EPOCH * num_batches
+        if isinstance(optim_cfg.STEPSIZE, (list, tuple)):
+            node.STEPSIZE = type(optim_cfg.STEPSIZE)(size * num_batches for size in optim_cfg.STEPSIZE)
     node.freeze()
     return node
 

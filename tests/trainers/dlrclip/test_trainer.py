@@ -1,0 +1,412 @@
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import trainers
+from dassl.config import get_cfg_default
+from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
+from dassl.engine import build_trainer
+from dassl.utils import set_random_seed
+from trainers.clip import save_tiny
+from trainers.dlrclip.glr import best_beta
+
+from .conftest import NAMES, random_open_clip
+
+HEADS = ("clip", "cma", "glr", "final", "fused")
+COLOURS = np.random.default_rng(0).integers(0, 256, (8, 3))
+
+
+@DATASET_REGISTRY.register(force=True)
+class ToyScenes(DatasetBase):
+    """Noisy plain colours, one per class: `train`, `val`, `test` images per class. Set OPTIONS to vary it."""
+
+    OPTIONS: dict = {}
+
+    def __init__(self, cfg):
+        options = {"names": NAMES, "train": 4, "val": 2, "test": 3, "class_indices": None, **self.OPTIONS}
+        folder, rng = cfg.DATASET.ROOT, np.random.default_rng(1)
+        splits = {}
+        for split in ("train", "val", "test"):
+            splits[split] = []
+            for label, name in enumerate(options["names"]):
+                for k in range(options[split]):
+                    path = f"{folder}/{split}_{label}_{k}.png"
+                    pixels = np.clip(COLOURS[label] + rng.normal(0, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                    Image.fromarray(pixels).save(path)
+                    splits[split].append(Datum(impath=path, label=label, classname=name))
+        if options["class_indices"] is not None:
+            self.class_indices = options["class_indices"]
+        val = splits["test"] if options.get("val_is_test") else splits["val"] or None
+        super().__init__(train_x=splits["train"], val=val, test=splits["test"])
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Folders with two random tiny CLIPs, "a" and "b"."""
+    root = tmp_path_factory.mktemp("weights")
+    ids = range(0, 49408, 97)
+    for seed, name in enumerate("ab"):
+        save_tiny(random_open_clip(seed=seed), ids, {}, root / name)
+    return root
+
+
+@pytest.fixture
+def dataset(monkeypatch):
+    """dataset(names=[...], val=0, ...) -> what the next trainers find."""
+    return lambda **options: monkeypatch.setattr(ToyScenes, "OPTIONS", options)
+
+
+@pytest.fixture
+def make_cfg(tmp_path, weights):
+    def make(*pairs, out="run"):
+        images = tmp_path / "images"
+        images.mkdir(exist_ok=True)
+        cfg = get_cfg_default()
+        trainers.extend_cfg(cfg)
+        settings = {
+            "OUTPUT_DIR": str(tmp_path / out),
+            "USE_CUDA": False,
+            "DATASET.NAME": "ToyScenes",
+            "DATASET.ROOT": str(images),
+            "INPUT.SIZE": (32, 32),
+            "INPUT.TRANSFORMS": ("normalize",),
+            "DATALOADER.NUM_WORKERS": 0,
+            "DATALOADER.TRAIN_X.BATCH_SIZE": 5,
+            "MODEL.BACKBONE.NAME": "tiny",
+            "MODEL.BACKBONE.WEIGHTS": str(weights / "a"),
+            "OPTIM.NAME": "adamw",
+            "OPTIM.LR": 0.01,
+            "OPTIM.LR_SCHEDULER": "cosine",
+            "OPTIM.MAX_EPOCH": 2,
+            "TRAINER.NAME": "DLRCLIP",
+            "TRAINER.DLRCLIP.START": 2,
+            "TRAINER.DLRCLIP.END": 3,
+            "TRAINER.DLRCLIP.DIM": 8,
+            "TRAINER.DLRCLIP.SCALE": 0.5,
+            "TRAINER.DLRCLIP.GLR_DIM": 16,
+            "TRAINER.DLRCLIP.FUSION_DIM": 8,
+        }
+        cfg.merge_from_list([item for pair in settings.items() for item in pair])
+        cfg.merge_from_list(list(pairs))
+        cfg.freeze()
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def make(make_cfg):
+    def build(*pairs, **arguments):
+        set_random_seed(1)
+        return build_trainer(make_cfg(*pairs, **arguments))
+
+    return build
+
+
+def heads_on_test(trainer):
+    return trainer._collect(trainer.test_loader)[0]
+
+
+def train_quietly(trainer):
+    """Trains without the test at the end."""
+    trainer.train()
+    return trainer
+
+
+NO_TEST = ("TEST.NO_TEST", True)
+
+
+class TestTraining:
+    def test_a_run(self, make, tmp_path, monkeypatch):
+        scalars = {}
+        trainer = make()
+        write = trainer.write_scalar
+        monkeypatch.setattr(
+            trainer, "write_scalar", lambda tag, v, step=None: (scalars.setdefault(tag, []).append(step), write(tag, v, step))
+        )
+        trainer.train()
+        assert (tmp_path / "run" / "dlrclip" / "model.pth.tar-2").exists()
+        steps = list(range(8))  # 20 images in batches of 5, two epochs
+        for name in ("alpha", "weight"):
+            assert all(scalars[f"train/{name}/{what}"] == steps for what in ("mean", "min", "max"))
+        assert scalars["train/res_scale"] == steps
+        assert all(scalars[f"train/cma_scale/{side}/{i}"] == steps for side in ("visual", "text") for i in (2, 3))
+        assert all(scalars[f"train/{name}"] == steps for name in ("loss", "acc", "ce_glr", "ce_final", "l1_glr", "kd"))
+        assert scalars["train/lr"] == steps
+        assert trainer.selected["beta"]["on"] == "val"
+        assert trainer.selected["beta"]["n"] == 10
+
+    def test_results_have_all_heads(self, make, tmp_path):
+        pytest.importorskip("dassl.engine.hooks")  # ours
+        trainer = make("TRAINER.DLRCLIP.HEAD", "fused")
+        trainer.train()
+        results = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        assert list(results["test"]["heads"]) == list(HEADS)
+        assert results["accuracy"] == results["test"]["heads"]["fused"]["accuracy"]
+        assert results["selected"] == trainer.selected
+        assert {"loss", "ce_glr", "ce_final", "kd"} <= set(results["train"])
+
+    def test_rate_follows_a_cosine_per_step(self, make):
+        trainer = make("OPTIM.MAX_EPOCH", 3)
+        optim = trainer._optims["dlrclip"]
+        rates = []
+        trainer.set_model_mode("train")
+        trainer.num_batches = len(trainer.train_loader_x)
+        for trainer.epoch in range(3):
+            for trainer.batch_idx, batch in enumerate(trainer.train_loader_x):
+                rates.append(optim.param_groups[0]["lr"])
+                trainer.forward_backward(batch)
+        assert rates == pytest.approx([0.005 * (1 + math.cos(math.pi * t / 12)) for t in range(12)])
+        assert optim.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+    def test_warm_up_counts_epochs(self, make):
+        trainer = make("OPTIM.WARMUP_EPOCH", 1, "OPTIM.WARMUP_TYPE", "constant", "OPTIM.WARMUP_CONS_LR", 0.001)
+        trainer.set_model_mode("train")
+        rates = []
+        for trainer.batch_idx, batch in enumerate(trainer.train_loader_x):
+            rates.append(trainer.get_current_lr())
+            trainer.forward_backward(batch)
+        assert rates == pytest.approx([0.001] * 4)
+        assert trainer.get_current_lr() > 0.001
+
+    def test_epsilon_of_the_optimiser(self, make):
+        assert make()._optims["dlrclip"].param_groups[0]["eps"] == 1e-4
+        assert "eps" not in make("OPTIM.NAME", "sgd")._optims["dlrclip"].param_groups[0]
+
+    def test_same_seed_gives_the_same_losses(self, make):
+        summaries = []
+        for _ in range(2):
+            trainer = make()
+            trainer.set_model_mode("train")
+            trainer.num_batches = 4
+            summaries.append([trainer.forward_backward(batch) for batch in trainer.train_loader_x])
+        assert summaries[0] == summaries[1]
+
+    def test_only_the_learner_is_registered_and_tuned(self, make):
+        trainer = make()
+        assert trainer.get_model_names() == ["dlrclip"]
+        before = {name: p.clone() for name, p in trainer.network.clip.state_dict().items()}
+        tuned = {id(p) for group in trainer._optims["dlrclip"].param_groups for p in group["params"]}
+        assert tuned == {id(p) for p in trainer.network.learner.parameters()}
+        train_quietly(trainer)
+        after = trainer.network.clip.state_dict()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+    @pytest.mark.parametrize("prec", ["amp", "bf16", "fp16"])
+    def test_reduced_precision(self, make, prec):
+        trainer = make("TRAINER.DLRCLIP.PREC", prec, "OPTIM.MAX_EPOCH", 1, *NO_TEST)
+        trainer.train()
+        assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in trainer.network.learner.parameters())
+
+    @pytest.mark.parametrize(
+        "pairs",
+        [
+            ("TRAINER.DLRCLIP.CMA", False),
+            ("TRAINER.DLRCLIP.GLR", False),
+            ("TRAINER.DLRCLIP.SKD", False),
+            ("TRAINER.DLRCLIP.FIXED_WEIGHT", 0.5, "TRAINER.DLRCLIP.FIXED_ALPHA", 0.1),
+        ],
+    )
+    def test_switches_run_save_and_load(self, make, pairs, tmp_path):
+        trained = train_quietly(make(*pairs, *NO_TEST))
+        loaded = make(*pairs)
+        loaded.load_model(str(tmp_path / "run"))
+        want, got = heads_on_test(trained), heads_on_test(loaded)
+        assert all(torch.equal(got[head], want[head]) for head in HEADS)
+
+    def test_resuming_gives_the_uninterrupted_run(self, make, tmp_path):
+        pytest.importorskip("dassl.engine.hooks")  # ours: upstream draws other batches after resuming
+        pairs = ("OPTIM.MAX_EPOCH", 3, "TRAIN.CHECKPOINT_FREQ", 1, "SEED", 1, *NO_TEST)
+        want = train_quietly(make(*pairs)).network.learner.state_dict()
+        shutil.copytree(tmp_path / "run", tmp_path / "again")
+        folder = tmp_path / "again" / "dlrclip"
+        (folder / "model.pth.tar-3").unlink()
+        (folder / "model.pth.tar-2").unlink()
+        (folder / "checkpoint").write_text("model.pth.tar-1\n")
+        got = train_quietly(make(*pairs, out="again")).network.learner.state_dict()
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+class TestBeta:
+    def test_is_chosen_on_validation_images_only(self, make):
+        class Untouchable:
+            def __iter__(self):
+                raise AssertionError("test images were read")
+
+        trainer = make(*NO_TEST)
+        trainer.test_loader = Untouchable()
+        train_quietly(trainer)
+        logits, labels = trainer._collect(trainer.val_loader)
+        mean = float(trainer.network.learner.weight_mean)
+        want = best_beta(logits["cma"], logits["glr"], labels, prefer=mean)
+        assert trainer.selected == {"beta": {"value": want.value, "on": "val", "n": 10}}
+        assert float(trainer.network.learner.beta) == pytest.approx(want.value)
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"val": 0}, "mean learnt w (no validation set)"),
+            ({"val_is_test": True}, "mean learnt w (validation images are test images)"),
+        ],
+    )
+    def test_without_validation_images_it_is_the_mean_weight(self, make, dataset, options, said, tmp_path):
+        dataset(**options)
+        trainer = train_quietly(make(*NO_TEST))
+        mean = float(trainer.network.learner.weight_mean)
+        assert trainer.selected == {"beta": {"value": mean, "on": said, "n": 0}}
+        assert mean != 0.5
+        logits = heads_on_test(trainer)
+        torch.testing.assert_close(logits["fused"], mean * logits["cma"] + (1 - mean) * logits["glr"])
+        again = make()
+        again.load_model(str(tmp_path / "run"))
+        assert again.selected["beta"]["value"] == mean
+        assert again.selected["beta"]["on"].startswith("mean learnt w")
+
+    def test_val_as_in_coop_is_no_validation_set(self, make_cfg):
+        cfg = make_cfg(*NO_TEST)
+        cfg.defrost()
+        cfg.DATASET.VAL = "coop"
+        cfg.freeze()
+        trainer = train_quietly(build_trainer(cfg))
+        assert trainer.selected["beta"]["n"] == 0
+
+    def test_every_checkpoint_carries_one(self, make, tmp_path):
+        train_quietly(make("TRAIN.CHECKPOINT_FREQ", 2, "OPTIM.MAX_EPOCH", 3, *NO_TEST))
+        for epoch in (2, 3):
+            path = tmp_path / "run" / "dlrclip" / f"model.pth.tar-{epoch}"
+            state = torch.load(path, weights_only=True)["state_dict"]
+            assert 0 <= float(state["beta"]) <= 1
+            assert int(state["beta_n"]) == 10
+
+    def test_best_model_on_validation(self, make, tmp_path):
+        trainer = make("TEST.FINAL_MODEL", "best_val", "OPTIM.MAX_EPOCH", 3)
+        trainer.train()
+        state = torch.load(tmp_path / "run" / "dlrclip" / "model-best.pth.tar", weights_only=True)["state_dict"]
+        assert trainer.selected["beta"]["value"] == pytest.approx(float(state["beta"]))
+        assert torch.equal(trainer.network.learner.glr.head.weight, state["glr.head.weight"])
+
+
+class TestLoading:
+    @pytest.fixture
+    def trained(self, make, tmp_path):
+        make(*NO_TEST).train()
+        return str(tmp_path / "run")
+
+    def test_gives_equal_logits(self, make, trained):
+        first, second = make(out="1"), make(out="2")
+        first.load_model(trained)
+        second.load_model(trained, epoch=2)
+        a, b = heads_on_test(first), heads_on_test(second)
+        assert all(torch.equal(a[head], b[head]) for head in HEADS)
+        fresh = heads_on_test(make(out="3"))
+        assert torch.equal(fresh["clip"], a["clip"])
+        assert not torch.equal(fresh["glr"], a["glr"])
+        assert first.selected["beta"]["on"] == "val"
+        assert first.selected["beta"]["n"] == 10
+
+    def test_other_classes(self, make, trained, dataset):
+        dataset(names=["airport", "bridge", "desert"])
+        trainer = make(out="other")
+        trainer.load_model(trained)
+        logits = heads_on_test(trainer)
+        assert torch.equal(logits["glr"], logits["clip"])
+        w = float(trainer.network.learner.weight_mean)
+        torch.testing.assert_close(logits["final"], w * logits["cma"] + (1 - w) * logits["clip"])
+        assert not torch.allclose(logits["cma"], heads_on_test(make(out="fresh"))["cma"])
+        trainer.test()
+        with pytest.raises(ValueError, match="go on with the 5 classes"):
+            trainer.train()
+
+    def test_same_classes_under_another_dataset(self, make, trained):
+        trainer = make("DATASET.TEMPLATE", "{} texture.", out="other")
+        trainer.load_model(trained)
+        logits = heads_on_test(trainer)
+        assert not torch.equal(logits["glr"], logits["clip"])
+
+    def test_subset_of_the_classes(self, make, trained, dataset):
+        full = make(out="full")
+        full.load_model(trained)
+        want = heads_on_test(full)
+        # The images of the two subset classes are those of classes 0 and 1; only the class list matters here.
+        dataset(names=[NAMES[1], NAMES[3]], class_indices=[1, 3])
+        part = make(out="part")
+        part.load_model(trained)
+        assert part.network.seen
+        images = torch.stack([item["img"] for item in full.test_loader.dataset])
+        full.set_model_mode("eval")
+        part.set_model_mode("eval")
+        want, got = full.model_heads(images), part.model_heads(images)
+        for head in HEADS:
+            torch.testing.assert_close(got[head], want[head][:, [1, 3]])
+        assert not torch.equal(got["glr"], got["clip"])
+
+    def test_nothing_given(self, make):
+        trainer = make()
+        before = heads_on_test(trainer)
+        trainer.load_model("")
+        assert torch.equal(heads_on_test(trainer)["cma"], before["cma"])
+
+    def test_no_such_checkpoint(self, make, trained, tmp_path):
+        trainer = make()
+        with pytest.raises(FileNotFoundError, match="model-best.pth.tar"):
+            trainer.load_model(str(tmp_path / "nowhere"))
+        with pytest.raises(FileNotFoundError, match="model.pth.tar-7"):
+            trainer.load_model(trained, epoch=7)
+
+    @pytest.mark.parametrize(
+        ("pairs", "message"),
+        [
+            (("TRAINER.DLRCLIP.DIM", 4), "fits TRAINER.DLRCLIP"),
+            (("TRAINER.DLRCLIP.START", 1), "same switches"),
+            (("TRAINER.DLRCLIP.GLR", False), "same switches"),
+            (("TRAINER.DLRCLIP.FIXED_WEIGHT", 0.5), "same switches"),
+            (("TRAINER.DLRCLIP.TEXT_CTX_INIT", "a drawing of a"), "context 'a drawing of a' but got 'a photo of a'"),
+        ],
+    )
+    def test_a_checkpoint_that_does_not_fit(self, make, trained, pairs, message):
+        with pytest.raises(ValueError, match=message):
+            make(*pairs, out="other").load_model(trained)
+
+    def test_a_checkpoint_for_other_weights(self, make, trained, weights):
+        trainer = make("MODEL.BACKBONE.WEIGHTS", str(weights / "b"), out="other")
+        with pytest.raises(ValueError, match="weights_digest"):
+            trainer.load_model(trained)
+
+    def test_a_checkpoint_of_something_else(self, make, tmp_path):
+        folder = tmp_path / "else" / "dlrclip"
+        folder.mkdir(parents=True)
+        torch.save({"state_dict": {"ctx": torch.zeros(1)}, "epoch": 1}, folder / "model.pth.tar-1")
+        with pytest.raises(ValueError, match="of DLRCLIP but got something else"):
+            make().load_model(str(tmp_path / "else"), epoch=1)
+
+
+class TestErrors:
+    def test_before_anything_is_loaded(self, make, dataset, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise AssertionError("CLIP was loaded")
+
+        monkeypatch.setattr("trainers.dlrclip.trainer.load_clip", refuse)
+        monkeypatch.setattr(ToyScenes, "__init__", refuse)
+        for pairs, message in [
+            (("TRAINER.DLRCLIP.DIM", 0), "DIM to be a whole number"),
+            (("MODEL.BACKBONE.NAME", "ViT-B/61"), "ViT-B/16"),
+            (("DATASET.TEMPLATE", "a photo"), "{}"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                make(*pairs)
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            make("MODEL.BACKBONE.WEIGHTS", "/nowhere/at/all")
+
+    def test_image_size(self, make):
+        with pytest.raises(ValueError, match=r"INPUT.SIZE to be \(32, 32\) for tiny but got \(64, 64\)"):
+            make("INPUT.SIZE", (64, 64))
+
+    def test_first_block_beyond_the_last(self, make):
+        with pytest.raises(ValueError, match="START to be at most 4"):
+            make("TRAINER.DLRCLIP.START", 5, "TRAINER.DLRCLIP.END", 12)

@@ -196,6 +196,7 @@ def build(args: argparse.Namespace) -> Any:
         if not args.dry_run:
             logger.info(f"Output folder: {cfg.OUTPUT_DIR}")
         trainer = build_trainer(cfg)
+        _check_trainable(trainer, args)
         if args.eval_only:
             trainer.load_model(args.model_dir or "", epoch=args.load_epoch)
     except SETUP_ERRORS:
@@ -204,6 +205,17 @@ def build(args: argparse.Namespace) -> Any:
             _remove_traces(log_file, found)
         raise
     return trainer
+
+
+def _check_trainable(trainer: Any, args: argparse.Namespace) -> None:
+    # Shifted test sets hand their test images out as train_x too, because class names are read off it.
+    if getattr(trainer.dm.dataset, "test_only", False) and trainer.has_training_step():
+        if args.eval_only or args.no_train:
+            return
+        raise InputError(
+            f"Expected a dataset to train on but {trainer.cfg.DATASET.NAME} has test images only: "
+            "evaluate a trained model on it with --eval-only --model-dir"
+        )
 
 
 def _existing(folder: Path) -> Path:

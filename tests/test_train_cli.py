@@ -180,6 +180,7 @@ def assert_one_line(stderr: str, *words: str) -> None:
         (["--trainer", "DLRCLOP"], [], ["DLRCLOP", "did you mean", "DLRCLIP"]),
         ([], ["TRAINER.NAME", ""], ["--trainer", "DLRCLIP"]),
         ([], ["DATASET.NAME", "Digit"], ["Digit", "did you mean", "Digits"]),
+        ([], ["DATASET.NAME", "ShapesV2"], ["ShapesV2", "test images only", "--eval-only"]),
         ([], ["OPTIM.NAME", "adamx"], ["adamx", "did you mean"]),
         ([], ["DATASET.NUM_SHOT", "1"], ["NUM_SHOT", "did you mean", "NUM_SHOTS"]),
         ([], ["OPTIM.LR", "fast"], ["OPTIM.LR", "fast"]),

@@ -17,7 +17,7 @@ class EpochStats:
     batch_time: AverageMeter = field(default_factory=AverageMeter)
     data_time: AverageMeter = field(default_factory=AverageMeter)
     batches: tuple[Any, ...] = ()  # what the loaders gave for this step
-    summary: dict[str, Any] = field(default_factory=dict)  # what forward_backward returned
+    summary: dict[str, float] = field(default_factory=dict)  # what forward_backward returned
     lr: float = 0.0  # the learning rate this step used
 
 

@@ -28,7 +28,7 @@ from dassl.utils import InputError, check_availability, count_num_param, load_pr
 from .base import TrainerBase
 from .evaluate import Evaluation, as_heads, run_pass
 from .hooks import HookBase, build_hooks
-from .hooks.losses import check_finite
+from .hooks.losses import as_numbers, check_finite
 from .net import SimpleNet
 from .state import EpochStats
 
@@ -162,7 +162,7 @@ class SimpleTrainer(TrainerBase):
         for self.batch_idx, batches in enumerate(self.train_batches()):  # noqa: B020
             self.stats.batches = batches
             self.call_hooks("before_step")
-            self.stats.summary = self.forward_backward(*batches) or {}
+            self.stats.summary = as_numbers(self.forward_backward(*batches))
             self.call_hooks("after_step")
 
     def count_batches(self) -> int:
@@ -180,9 +180,9 @@ class SimpleTrainer(TrainerBase):
             self.set_model_mode("train")
             self.batch_idx, self.num_batches = 0, self.count_batches()
             batches = next(iter(self.train_batches()))
-            summary = self.forward_backward(*batches) or {}
+            summary = as_numbers(self.forward_backward(*batches))
             check_finite(self, summary)
-            logger.info("One training batch: %s", " ".join(f"{k} {float(v):.4f}" for k, v in summary.items()))
+            logger.info("One training batch: %s", " ".join(f"{k} {v:.4f}" for k, v in summary.items()))
         split = self.cfg.TEST.SPLIT
         self.set_model_mode("eval")
         with torch.no_grad():

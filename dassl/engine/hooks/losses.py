@@ -6,17 +6,26 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from .base import HookBase
 
 
-def check_finite(trainer: Any, summary: Mapping[str, Any]) -> None:
+def as_numbers(summary: Mapping[str, Any] | None) -> dict[str, float]:
+    """What forward_backward returned, with one-element tensors and the like turned into plain numbers."""
+    return {
+        name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in (summary or {}).items()
+    }
+
+
+def check_finite(trainer: Any, summary: Mapping[str, float]) -> None:
     """Raise a FloatingPointError naming the loss and the place when a value called "...loss..." is not finite.
 
     The trainer's own backward checks the loss too; this also covers methods that bring their own backward.
     """
     for name, value in summary.items():
-        if "loss" in name.lower() and not math.isfinite(float(value)):
-            raise FloatingPointError(f"Expected {name} to be finite but got {float(value)} at {trainer.where()}")
+        if "loss" in name.lower() and not math.isfinite(value):
+            raise FloatingPointError(f"Expected {name} to be finite but got {value} at {trainer.where()}")
 
 
 class Losses(HookBase):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 from dassl.engine import TRAINER_REGISTRY, TrainerX, TrainerXU, build_trainer
+from dassl.engine.hooks import TensorBoard
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import set_random_seed
 
@@ -117,6 +118,18 @@ def registered(monkeypatch) -> None:
     monkeypatch.setitem(DATASET_REGISTRY._obj_map, "ToyColours", ToyColours)
     for cls in (Linear, TwoHeads, Unlabelled, ZeroShot):
         monkeypatch.setitem(TRAINER_REGISTRY._obj_map, cls.__name__, cls)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """For tests that want the pictures of a run."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures_unless_wanted(request, monkeypatch) -> None:
+    """Drawing takes most of a small run's time."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(TensorBoard, "_pictures", lambda *arguments: None)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A trainer in the style of CoOp's files: it imports nothing of this project but `dassl`, prints, and registers one module.
+"""A trainer in the style of CoOp's files: it imports nothing of ours but `dassl`, prints, and registers one module.
 
 A frozen "encoder" (mean colours) with a learnt "prompt" (class weights), in the place of CLIP with its prompt learner.
 """
@@ -89,11 +89,11 @@ class CoOpStyle(TrainerX):
         for name in names:
             model_path = osp.join(directory, name, model_file)
             if not osp.exists(model_path):
-                raise FileNotFoundError('Model not found at "{}"'.format(model_path))
+                raise FileNotFoundError(f'Model not found at "{model_path}"')
             checkpoint = load_checkpoint(model_path)
             state_dict = checkpoint["state_dict"]
             epoch = checkpoint["epoch"]
             if "token_prefix" in state_dict:
                 del state_dict["token_prefix"]
-            print("Loading weights to {} " 'from "{}" (epoch = {})'.format(name, model_path, epoch))
+            print(f'Loading weights to {name} from "{model_path}" (epoch = {epoch})')
             self._models[name].load_state_dict(state_dict, strict=False)

@@ -24,12 +24,13 @@ def parse_test_res(log: Path, keyword: str = "accuracy", end_signal: str = "Fini
 
 
 @pytest.fixture
-def log(tmp_path):
-    yield setup_logger(tmp_path / "run")
+def logging_to():
+    yield setup_logger  # called by the test itself: pytest gives each phase of a test another stdout
     close_logger()
 
 
-def test_trains_tests_and_leaves_a_readable_log(coop_style, build, log, tmp_path):
+def test_trains_tests_and_leaves_a_readable_log(coop_style, build, logging_to, tmp_path):
+    log = logging_to(tmp_path / "run")
     trainer = build("CoOpStyle", "OPTIM.WARMUP_EPOCH", 1, "OPTIM.WARMUP_TYPE", "constant")
     trainer.train()
     text = log.read_text(encoding="utf-8")

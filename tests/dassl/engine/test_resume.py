@@ -7,13 +7,7 @@ import json
 import pytest
 import torch
 
-from dassl.engine.hooks import TensorBoard
 from dassl.utils import InputError
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(TensorBoard, "_pictures", lambda *arguments: None)  # they take most of such a run's time
 
 
 class Cut(Exception):

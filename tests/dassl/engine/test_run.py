@@ -11,7 +11,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from dassl.engine import HookBase, TrainerBase
+from dassl.engine import TRAINER_REGISTRY, HookBase, TrainerBase, TrainerX
+from dassl.engine.hooks.results import count_parameters
+from dassl.modeling import BACKBONE_REGISTRY, Backbone
 from dassl.utils import InputError
 
 
@@ -19,7 +21,7 @@ def metrics_of(folder) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
-def test_a_run_leaves_its_records(build, tmp_path):
+def test_a_run_leaves_its_records(build, pictures, tmp_path):
     trainer = build("TwoHeads", "DATASET.NUM_SHOTS", 6)
     trainer.selected["beta"] = {"value": 0.5, "on": "val", "n": 6}
     trainer.train()
@@ -31,7 +33,12 @@ def test_a_run_leaves_its_records(build, tmp_path):
     assert heads["before"]["accuracy"] == pytest.approx(100 / 3)
     assert metrics["accuracy"] == heads["after"]["accuracy"] > 90
     assert metrics["test"]["n"] == 12
-    assert (metrics["trainer"], metrics["dataset"], metrics["shots"], metrics["seed"]) == ("TwoHeads", "ToyColours", 6, 3)
+    assert (metrics["trainer"], metrics["dataset"], metrics["shots"], metrics["seed"]) == (
+        "TwoHeads",
+        "ToyColours",
+        6,
+        3,
+    )
     assert metrics["selected"] == {"beta": {"value": 0.5, "on": "val", "n": 6}}
     assert metrics["params"] == {"trainable": 12, "total": 12}
     assert metrics["epochs"] == 3 and metrics["mode"] == "train"
@@ -71,7 +78,7 @@ def events(folder) -> EventAccumulator:
     return reader
 
 
-def test_tensorboard_reads_everything_back(build, tmp_path):
+def test_tensorboard_reads_everything_back(build, pictures, tmp_path):
     trainer = build("TwoHeads", "TEST.FINAL_MODEL", "best_val")
     trainer.train()
     reader = events(tmp_path / "run")
@@ -277,3 +284,32 @@ def test_registration_of_models():
 
     with pytest.raises(AttributeError, match="super"):
         Early()
+
+
+def test_the_default_model_trains(build, monkeypatch, tmp_path):
+    class MeanColour(Backbone):
+        def __init__(self, pretrained):
+            super().__init__()
+            self._out_features = 3
+
+        def forward(self, x):
+            return x.mean(dim=(2, 3))
+
+    class Default(TrainerX):
+        def forward_backward(self, batch):
+            image, label, _ = self.parse_batch_train(batch)
+            loss = torch.nn.functional.cross_entropy(self.model(image), label)
+            self.model_backward_and_update(loss)
+            return {"loss": loss}  # a tensor will do as well
+
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "MeanColour", MeanColour)
+    monkeypatch.setitem(TRAINER_REGISTRY._obj_map, "Default", Default)
+    build("Default", "MODEL.BACKBONE.NAME", "MeanColour").train()
+    assert metrics_of(tmp_path / "run")["backbone"] == "MeanColour"
+    assert (tmp_path / "run" / "model" / "model.pth.tar-3").is_file()
+
+
+def test_counts_parameters_hidden_from_the_state_dict(build):
+    trainer = build()
+    trainer.net.frozen = [torch.nn.Linear(5, 4).requires_grad_(False)]
+    assert count_parameters(trainer) == {"trainable": 12, "total": 36}

@@ -11,7 +11,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # without I and O, which are the digits one and zero in most fonts
-FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSansMono", "cmr10", "STIXGeneral")
+FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Italic",
+    "DejaVuSansMono",
+    "cmr10",
+    "STIXGeneral",
+)
 
 
 @lru_cache(maxsize=64)
@@ -34,7 +43,14 @@ def glyph_mask(character: str, rng: np.random.Generator, size: int = 64, coarse:
     font = _font(FONTS[rng.integers(len(FONTS))], int(rng.integers(int(0.7 * size), int(1.1 * size))))
     image = Image.new("L", (size, size))
     draw = ImageDraw.Draw(image)
-    draw.text((size / 2, size / 2), character, fill=255, font=font, anchor="mm", stroke_width=int(rng.integers(0, max(2, size // 16))))
+    draw.text(
+        (size / 2, size / 2),
+        character,
+        fill=255,
+        font=font,
+        anchor="mm",
+        stroke_width=int(rng.integers(0, max(2, size // 16))),
+    )
     # An affine slant and a sine bend per axis: enough to leave the type-setter's straight lines.
     shear, turn = rng.uniform(-0.35, 0.35), np.deg2rad(rng.uniform(-15, 15))
     sx, sy = rng.uniform(0.9, 1.35), rng.uniform(0.8, 1.1)

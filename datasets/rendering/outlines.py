@@ -204,12 +204,19 @@ def _mushroom(rng: Rng) -> list[Part]:
 
 
 def _key(rng: Rng) -> list[Part]:
-    bow: list[Part] = [("add", _arc(0, 2 * math.pi, 0.4, 0.4) - (0.6, 0)), ("cut", _arc(0, 2 * math.pi, 0.18, 0.18) - (0.6, 0))]
+    bow: list[Part] = [
+        ("add", _arc(0, 2 * math.pi, 0.4, 0.4) - (0.6, 0)),
+        ("cut", _arc(0, 2 * math.pi, 0.18, 0.18) - (0.6, 0)),
+    ]
     return [*bow, ("add", _rectangle(0.6, 0.1) + (0.4, 0)), ("add", _rectangle(0.08, 0.2) + (0.85, 0.2))]
 
 
 def _tree(rng: Rng) -> list[Part]:
-    return [*_polygon((0, -1), (0.6, 0), (-0.6, 0)), *_polygon((0, -0.5), (0.8, 0.55), (-0.8, 0.55)), ("add", _rectangle(0.15, 0.25) + (0, 0.75))]
+    return [
+        *_polygon((0, -1), (0.6, 0), (-0.6, 0)),
+        *_polygon((0, -0.5), (0.8, 0.55), (-0.8, 0.55)),
+        ("add", _rectangle(0.15, 0.25) + (0, 0.75)),
+    ]
 
 
 def _ladder(rng: Rng) -> list[Part]:
@@ -274,7 +281,9 @@ OTHER_OUTLINES: dict[str, Callable[[Rng], list[Part]]] = {
 }
 
 
-def draw_outline(parts: list[Part], size: int, scale: float, angle: float, shift: tuple[float, float], stretch: float) -> np.ndarray:
+def draw_outline(
+    parts: list[Part], size: int, scale: float, angle: float, shift: tuple[float, float], stretch: float
+) -> np.ndarray:
     """Rasterise an outline.
 
     Args:
@@ -306,7 +315,9 @@ def draw_outline(parts: list[Part], size: int, scale: float, angle: float, shift
     return np.asarray(image.reduce(SUPERSAMPLING), dtype=np.float32) / 255
 
 
-def outline_mask(name: str, rng: Rng, size: int = 64, scale: tuple[float, float] = (0.5, 0.85), tilt: float = 25.0) -> np.ndarray:
+def outline_mask(
+    name: str, rng: Rng, size: int = 64, scale: tuple[float, float] = (0.5, 0.85), tilt: float = 25.0
+) -> np.ndarray:
     """Draw one random member of the class `name`: mask [size, size] in [0, 1].
 
     Args:

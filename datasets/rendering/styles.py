@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ TEXTURES = ("plain", "striped", "dotted", "checkered", "outlined", "shaded")
 
 @dataclass(frozen=True)
 class Style:
-    """How one picture is painted; `clutter` counts distracting blobs, `occlusion` is the share of the side that a bar covers."""
+    """How one picture is painted: `clutter` counts distracting blobs, `occlusion` is a bar's half width."""
 
     colour: str
     background: str
@@ -39,14 +40,20 @@ class Style:
     blur: float = 0.0
 
 
-def random_style(rng: Rng, textures: tuple[str, ...] = TEXTURES, noise: float = 0.06, clutter: int = 0, occlusion: float = 0.0) -> Style:
-    """Draw a style whose colour and background differ."""
-    names = list(COLOURS)
-    colour, background = rng.choice(len(names), 2, replace=False)
+def random_style(
+    rng: Rng,
+    colours: Sequence[str] = tuple(COLOURS),
+    textures: Sequence[str] = TEXTURES,
+    noise: float = 0.06,
+    clutter: int = 0,
+    occlusion: float = 0.0,
+) -> Style:
+    """Draw a style whose colour and background differ; noise, clutter and occlusion are the largest values drawn."""
+    colour, background = (int(i) for i in rng.choice(len(colours), 2, replace=False))
     return Style(
-        colour=names[colour],
-        background=names[background],
-        texture=textures[rng.integers(len(textures))],
+        colour=colours[colour],
+        background=colours[background],
+        texture=textures[int(rng.integers(len(textures)))],
         noise=float(rng.uniform(0, noise)),
         clutter=int(rng.integers(0, clutter + 1)),
         occlusion=float(rng.uniform(0, occlusion)),
@@ -96,14 +103,20 @@ def compose(mask: np.ndarray, style: Style, rng: Rng) -> np.ndarray:
     front, back = _jittered(style.colour, rng), _jittered(style.background, rng)
     second = np.clip(front * 0.35 if front.mean() > 110 else front + 120, 0, 255).astype(np.float32)
     gradient = np.linspace(-1, 1, size, dtype=np.float32)
-    picture = np.broadcast_to(back, (size, size, 3)) + (rng.uniform(-25, 25) * gradient)[:, None, None] + (rng.uniform(-25, 25) * gradient)[None, :, None]
+    picture = (
+        np.broadcast_to(back, (size, size, 3))
+        + (rng.uniform(-25, 25) * gradient)[:, None, None]
+        + (rng.uniform(-25, 25) * gradient)[None, :, None]
+    )
     for _ in range(style.clutter):
         picture = _blend(picture, _blob(size, rng), _jittered(list(COLOURS)[rng.integers(len(COLOURS))], rng))
     shown = _rim(mask, 2) if style.texture == "outlined" else mask
     paint = front + _pattern(style.texture, size, rng)[..., None] * (second - front)
     picture = _blend(picture, shown, paint)
     if style.occlusion > 0:
-        picture = _blend(picture, _bar(size, style.occlusion, rng), _jittered(list(COLOURS)[rng.integers(len(COLOURS))], rng))
+        picture = _blend(
+            picture, _bar(size, style.occlusion, rng), _jittered(list(COLOURS)[rng.integers(len(COLOURS))], rng)
+        )
     picture = picture + rng.normal(0, 255 * style.noise, (size, size, 3)).astype(np.float32)
     pixels = np.clip(picture, 0, 255).astype(np.uint8)
     if style.blur > 0.3:

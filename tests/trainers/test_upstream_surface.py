@@ -80,7 +80,9 @@ def trainer_classes():
 @pytest.mark.parametrize("cls", trainer_classes())
 def test_trainers_use_what_upstream_s_base_class_has(cls):
     own = {node.name for node in ast.walk(cls) if isinstance(node, ast.FunctionDef)}
-    own |= {node.target.id for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    own |= {
+        node.target.id for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
     own |= {name.id for node in cls.body if isinstance(node, ast.Assign) for name in node.targets}
     used = set()
     for node in ast.walk(cls):

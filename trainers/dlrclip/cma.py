@@ -110,5 +110,8 @@ class CrossModalAdapter(nn.Module):
 
     def scales(self) -> dict[str, Tensor]:
         """The learnable scales by encoder and block, e.g. {"visual/5": tensor(0.01), ...}, detached."""
-        halves = {"visual": self.visual, "text": self.text}
-        return {f"{name}/{i}": half.scale.detach() for name, d in halves.items() for i, half in d.items()}
+        return {
+            name.removesuffix(".scale").replace(".", "/"): value.detach()
+            for name, value in self.named_parameters()  # visual.5.scale, ...
+            if name.endswith(".scale")
+        }

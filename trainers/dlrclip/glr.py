@@ -69,7 +69,10 @@ class GateLogitRefiner(nn.Module):
             clip_logits, cma_logits = clip_logits.float(), cma_logits.float()
             f_clip = self.recalibrate_clip(F.gelu(self.project_clip(clip_logits)))
             f_cma = self.recalibrate_cma(F.gelu(self.project_cma(cma_logits)))
-            alpha = f_clip.new_full((len(f_clip), 1), self.fixed_alpha or 0.0) if self.gate is None else self.gate(f_clip)
+            if self.gate is None:
+                alpha = f_clip.new_full((len(f_clip), 1), self.fixed_alpha or 0.0)
+            else:
+                alpha = self.gate(f_clip)
             delta = self.head(self.norm(f_clip + alpha * f_cma))
             return clip_logits + self.res_scale * delta, alpha
 

@@ -46,7 +46,7 @@ def build_adapter(clip: CLIP, start: int, end: int, dim: int, scale: float) -> C
     depth = min(clip.text.depth, clip.visual.depth) if clip.visual.kind == "vit" else clip.text.depth
     if start > depth:
         raise ValueError(
-            f"Expected TRAINER.DLRCLIP.START to be at most {depth}, the number of blocks of {clip.name}, but got {start}"
+            f"Expected the first adapted block (START) to be at most {depth}, the depth of {clip.name}, but got {start}"
         )
     text = {i: clip.text.widths[i] for i in range(start, min(end, clip.text.depth) + 1)}
     if clip.visual.kind == "vit":
@@ -360,7 +360,9 @@ def _present_losses(
     """
     unknown = set(weights) - {"ce_cma", "ce_glr", "ce_final", "l1_cma", "l1_glr"}
     if unknown:
-        raise ValueError(f"Expected loss weights for ce_cma, ce_glr, ce_final, l1_cma, l1_glr but got {sorted(unknown)}")
+        raise ValueError(
+            f"Expected loss weights for ce_cma, ce_glr, ce_final, l1_cma, l1_glr but got {sorted(unknown)}"
+        )
     wanted = {
         "ce_cma": cma and not skd,
         "ce_glr": glr,

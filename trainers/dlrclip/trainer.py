@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import os.path as osp
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from dassl.engine import TRAINER_REGISTRY, TrainerX
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint
-from torch import Tensor
 
 from ..clip import check_backbone, load_clip, templates_for
 from .config import HEADS, add_dlrclip_config, check_dlrclip_config
@@ -171,7 +173,7 @@ class DLRCLIP(TrainerX):
     def _inside(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What to watch beside the losses: alpha and w, and the learnt scales."""
         learner = self.network.learner
-        inside = {}
+        inside: dict[str, Tensor] = {}
         for name in ("alpha", "weight"):
             if name in outputs:
                 value = outputs[name].detach()
@@ -259,18 +261,19 @@ class DLRCLIP(TrainerX):
 
     def _no_validation(self) -> str:
         """Why there is nothing to choose on, or "". Test images that a reader hands out as validation do not count."""
-        if self.val_loader is None or not self.dm.dataset.val:
+        val, test = self.dm.dataset.val, self.dm.dataset.test
+        if self.val_loader is None or not val:
             return "no validation set"
         if str(getattr(self.cfg.DATASET, "VAL", "")).lower() == "coop":
             return "DATASET.VAL is coop: the validation images are test images"
-        test = {item.impath for item in self.dm.dataset.test}
-        if any(item.impath in test for item in self.dm.dataset.val):
+        tested = {item.impath for item in test or ()}
+        if any(item.impath in tested for item in val):
             return "validation images are test images"
         return ""
 
     # Checkpoints
 
-    def load_model(self, directory: str, epoch: int | None = None) -> None:
+    def load_model(self, directory: str | os.PathLike[str], epoch: int | None = None) -> None:
         """Loads what an earlier run learnt; its dataset may be another one.
 
         Args:
@@ -326,7 +329,7 @@ def _per_step(optim_cfg: Any, num_batches: int) -> Any:
     return node
 
 
-def _checkpoint_path(directory: str, epoch: int | None) -> str:
+def _checkpoint_path(directory: str | os.PathLike[str], epoch: int | None) -> str:
     folder = osp.join(directory, MODEL_NAME)
     if epoch is not None:
         name = f"model.pth.tar-{epoch}"

@@ -112,10 +112,21 @@ def heads_on_test(trainer):
     return trainer._collect(trainer.test_loader)[0]
 
 
-def train_quietly(trainer):
-    """Trains without the test at the end."""
+def trained(trainer):
+    """The trainer after training."""
     trainer.train()
     return trainer
+
+
+def steps(trainer, before=lambda: None):
+    """One epoch by hand, without the engine's loop -> the loss summaries; `before` is called before each step."""
+    trainer.set_model_mode("train")
+    summaries = []
+    for index, batch in enumerate(trainer.train_loader_x):
+        before()
+        trainer.batch_idx = index
+        summaries.append(trainer.forward_backward(batch))
+    return summaries
 
 
 NO_TEST = ("TEST.NO_TEST", True)
@@ -127,7 +138,9 @@ class TestTraining:
         trainer = make()
         write = trainer.write_scalar
         monkeypatch.setattr(
-            trainer, "write_scalar", lambda tag, v, step=None: (scalars.setdefault(tag, []).append(step), write(tag, v, step))
+            trainer,
+            "write_scalar",
+            lambda tag, v, step=None: (scalars.setdefault(tag, []).append(step), write(tag, v, step)),
         )
         trainer.train()
         assert (tmp_path / "run" / "dlrclip" / "model.pth.tar-2").exists()
@@ -155,22 +168,15 @@ class TestTraining:
         trainer = make("OPTIM.MAX_EPOCH", 3)
         optim = trainer._optims["dlrclip"]
         rates = []
-        trainer.set_model_mode("train")
-        trainer.num_batches = len(trainer.train_loader_x)
-        for trainer.epoch in range(3):
-            for trainer.batch_idx, batch in enumerate(trainer.train_loader_x):
-                rates.append(optim.param_groups[0]["lr"])
-                trainer.forward_backward(batch)
+        for _ in range(3):
+            steps(trainer, lambda: rates.append(optim.param_groups[0]["lr"]))
         assert rates == pytest.approx([0.005 * (1 + math.cos(math.pi * t / 12)) for t in range(12)])
         assert optim.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
 
     def test_warm_up_counts_epochs(self, make):
         trainer = make("OPTIM.WARMUP_EPOCH", 1, "OPTIM.WARMUP_TYPE", "constant", "OPTIM.WARMUP_CONS_LR", 0.001)
-        trainer.set_model_mode("train")
         rates = []
-        for trainer.batch_idx, batch in enumerate(trainer.train_loader_x):
-            rates.append(trainer.get_current_lr())
-            trainer.forward_backward(batch)
+        steps(trainer, lambda: rates.append(trainer.get_current_lr()))
         assert rates == pytest.approx([0.001] * 4)
         assert trainer.get_current_lr() > 0.001
 
@@ -179,13 +185,9 @@ class TestTraining:
         assert "eps" not in make("OPTIM.NAME", "sgd")._optims["dlrclip"].param_groups[0]
 
     def test_same_seed_gives_the_same_losses(self, make):
-        summaries = []
-        for _ in range(2):
-            trainer = make()
-            trainer.set_model_mode("train")
-            trainer.num_batches = 4
-            summaries.append([trainer.forward_backward(batch) for batch in trainer.train_loader_x])
-        assert summaries[0] == summaries[1]
+        first, second = steps(make()), steps(make())
+        assert first == second
+        assert len(first) == 4
 
     def test_only_the_learner_is_registered_and_tuned(self, make):
         trainer = make()
@@ -193,7 +195,7 @@ class TestTraining:
         before = {name: p.clone() for name, p in trainer.network.clip.state_dict().items()}
         tuned = {id(p) for group in trainer._optims["dlrclip"].param_groups for p in group["params"]}
         assert tuned == {id(p) for p in trainer.network.learner.parameters()}
-        train_quietly(trainer)
+        trained(trainer)
         after = trainer.network.clip.state_dict()
         assert all(torch.equal(after[name], value) for name, value in before.items())
 
@@ -213,22 +215,22 @@ class TestTraining:
         ],
     )
     def test_switches_run_save_and_load(self, make, pairs, tmp_path):
-        trained = train_quietly(make(*pairs, *NO_TEST))
+        saved = trained(make(*pairs, *NO_TEST))
         loaded = make(*pairs)
         loaded.load_model(str(tmp_path / "run"))
-        want, got = heads_on_test(trained), heads_on_test(loaded)
+        want, got = heads_on_test(saved), heads_on_test(loaded)
         assert all(torch.equal(got[head], want[head]) for head in HEADS)
 
     def test_resuming_gives_the_uninterrupted_run(self, make, tmp_path):
         pytest.importorskip("dassl.engine.hooks")  # ours: upstream draws other batches after resuming
         pairs = ("OPTIM.MAX_EPOCH", 3, "TRAIN.CHECKPOINT_FREQ", 1, "SEED", 1, *NO_TEST)
-        want = train_quietly(make(*pairs)).network.learner.state_dict()
+        want = trained(make(*pairs)).network.learner.state_dict()
         shutil.copytree(tmp_path / "run", tmp_path / "again")
         folder = tmp_path / "again" / "dlrclip"
         (folder / "model.pth.tar-3").unlink()
         (folder / "model.pth.tar-2").unlink()
         (folder / "checkpoint").write_text("model.pth.tar-1\n")
-        got = train_quietly(make(*pairs, out="again")).network.learner.state_dict()
+        got = trained(make(*pairs, out="again")).network.learner.state_dict()
         assert got.keys() == want.keys()
         assert all(torch.equal(got[name], want[name]) for name in want)
 
@@ -241,7 +243,7 @@ class TestBeta:
 
         trainer = make(*NO_TEST)
         trainer.test_loader = Untouchable()
-        train_quietly(trainer)
+        trained(trainer)
         logits, labels = trainer._collect(trainer.val_loader)
         mean = float(trainer.network.learner.weight_mean)
         want = best_beta(logits["cma"], logits["glr"], labels, prefer=mean)
@@ -257,7 +259,7 @@ class TestBeta:
     )
     def test_without_validation_images_it_is_the_mean_weight(self, make, dataset, options, said, tmp_path):
         dataset(**options)
-        trainer = train_quietly(make(*NO_TEST))
+        trainer = trained(make(*NO_TEST))
         mean = float(trainer.network.learner.weight_mean)
         assert trainer.selected == {"beta": {"value": mean, "on": said, "n": 0}}
         assert mean != 0.5
@@ -273,11 +275,11 @@ class TestBeta:
         cfg.defrost()
         cfg.DATASET.VAL = "coop"
         cfg.freeze()
-        trainer = train_quietly(build_trainer(cfg))
+        trainer = trained(build_trainer(cfg))
         assert trainer.selected["beta"]["n"] == 0
 
     def test_every_checkpoint_carries_one(self, make, tmp_path):
-        train_quietly(make("TRAIN.CHECKPOINT_FREQ", 2, "OPTIM.MAX_EPOCH", 3, *NO_TEST))
+        trained(make("TRAIN.CHECKPOINT_FREQ", 2, "OPTIM.MAX_EPOCH", 3, *NO_TEST))
         for epoch in (2, 3):
             path = tmp_path / "run" / "dlrclip" / f"model.pth.tar-{epoch}"
             state = torch.load(path, weights_only=True)["state_dict"]
@@ -294,14 +296,14 @@ class TestBeta:
 
 class TestLoading:
     @pytest.fixture
-    def trained(self, make, tmp_path):
+    def run(self, make, tmp_path):
         make(*NO_TEST).train()
         return str(tmp_path / "run")
 
-    def test_gives_equal_logits(self, make, trained):
+    def test_gives_equal_logits(self, make, run):
         first, second = make(out="1"), make(out="2")
-        first.load_model(trained)
-        second.load_model(trained, epoch=2)
+        first.load_model(run)
+        second.load_model(run, epoch=2)
         a, b = heads_on_test(first), heads_on_test(second)
         assert all(torch.equal(a[head], b[head]) for head in HEADS)
         fresh = heads_on_test(make(out="3"))
@@ -310,10 +312,10 @@ class TestLoading:
         assert first.selected["beta"]["on"] == "val"
         assert first.selected["beta"]["n"] == 10
 
-    def test_other_classes(self, make, trained, dataset):
+    def test_other_classes(self, make, run, dataset):
         dataset(names=["airport", "bridge", "desert"])
         trainer = make(out="other")
-        trainer.load_model(trained)
+        trainer.load_model(run)
         logits = heads_on_test(trainer)
         assert torch.equal(logits["glr"], logits["clip"])
         w = float(trainer.network.learner.weight_mean)
@@ -323,20 +325,20 @@ class TestLoading:
         with pytest.raises(ValueError, match="go on with the 5 classes"):
             trainer.train()
 
-    def test_same_classes_under_another_dataset(self, make, trained):
+    def test_same_classes_under_another_dataset(self, make, run):
         trainer = make("DATASET.TEMPLATE", "{} texture.", out="other")
-        trainer.load_model(trained)
+        trainer.load_model(run)
         logits = heads_on_test(trainer)
         assert not torch.equal(logits["glr"], logits["clip"])
 
-    def test_subset_of_the_classes(self, make, trained, dataset):
+    def test_subset_of_the_classes(self, make, run, dataset):
         full = make(out="full")
-        full.load_model(trained)
+        full.load_model(run)
         want = heads_on_test(full)
         # The images of the two subset classes are those of classes 0 and 1; only the class list matters here.
         dataset(names=[NAMES[1], NAMES[3]], class_indices=[1, 3])
         part = make(out="part")
-        part.load_model(trained)
+        part.load_model(run)
         assert part.network.seen
         images = torch.stack([item["img"] for item in full.test_loader.dataset])
         full.set_model_mode("eval")
@@ -352,12 +354,12 @@ class TestLoading:
         trainer.load_model("")
         assert torch.equal(heads_on_test(trainer)["cma"], before["cma"])
 
-    def test_no_such_checkpoint(self, make, trained, tmp_path):
+    def test_no_such_checkpoint(self, make, run, tmp_path):
         trainer = make()
         with pytest.raises(FileNotFoundError, match="model-best.pth.tar"):
             trainer.load_model(str(tmp_path / "nowhere"))
         with pytest.raises(FileNotFoundError, match="model.pth.tar-7"):
-            trainer.load_model(trained, epoch=7)
+            trainer.load_model(run, epoch=7)
 
     @pytest.mark.parametrize(
         ("pairs", "message"),
@@ -369,14 +371,14 @@ class TestLoading:
             (("TRAINER.DLRCLIP.TEXT_CTX_INIT", "a drawing of a"), "context 'a drawing of a' but got 'a photo of a'"),
         ],
     )
-    def test_a_checkpoint_that_does_not_fit(self, make, trained, pairs, message):
+    def test_a_checkpoint_that_does_not_fit(self, make, run, pairs, message):
         with pytest.raises(ValueError, match=message):
-            make(*pairs, out="other").load_model(trained)
+            make(*pairs, out="other").load_model(run)
 
-    def test_a_checkpoint_for_other_weights(self, make, trained, weights):
+    def test_a_checkpoint_for_other_weights(self, make, run, weights):
         trainer = make("MODEL.BACKBONE.WEIGHTS", str(weights / "b"), out="other")
         with pytest.raises(ValueError, match="weights_digest"):
-            trainer.load_model(trained)
+            trainer.load_model(run)
 
     def test_a_checkpoint_of_something_else(self, make, tmp_path):
         folder = tmp_path / "else" / "dlrclip"
@@ -408,5 +410,5 @@ class TestErrors:
             make("INPUT.SIZE", (64, 64))
 
     def test_first_block_beyond_the_last(self, make):
-        with pytest.raises(ValueError, match="START to be at most 4"):
+        with pytest.raises(ValueError, match="START. to be at most 4"):
             make("TRAINER.DLRCLIP.START", 5, "TRAINER.DLRCLIP.END", 12)

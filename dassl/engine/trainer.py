@@ -166,8 +166,8 @@ class SimpleTrainer(TrainerBase):
             self.call_hooks("after_step")
 
     def count_batches(self) -> int:
-        """Steps in an epoch."""
-        raise NotImplementedError
+        """Steps in an epoch: batches of train_loader_x."""
+        return len(self.train_loader_x)
 
     def train_batches(self) -> Iterator[tuple[Any, ...]]:
         """The arguments of forward_backward, step by step, for one epoch."""
@@ -258,10 +258,6 @@ class SimpleTrainer(TrainerBase):
 
 class TrainerX(SimpleTrainer):
     """Trains on labelled batches: ``forward_backward(batch)``."""
-
-    def count_batches(self) -> int:
-        """Steps in an epoch: batches of train_loader_x."""
-        return len(self.train_loader_x)
 
     def train_batches(self) -> Iterator[tuple[Any, ...]]:
         """Each labelled batch."""

@@ -103,7 +103,9 @@ class Results(HookBase):
         if evaluation is not None and all(set(HEAD_COLUMNS) <= set(v) for v in evaluation.heads.values()):
             logger.info("%s", heads_table(evaluation.heads, evaluation.main))
         for name, choice in self.selected(trainer).items():
-            logger.info("Selected %s = %s (on %s)", name, choice.get("value"), choice.get("on"))
+            value = choice.get("value")
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            logger.info("Selected %s = %s (on %s)", name, shown, choice.get("on"))
         logger.info("Output folder: %s", folder)
         if (folder / "tensorboard").is_dir():
             logger.info("Curves and pictures: tensorboard --logdir %s", folder / "tensorboard")

@@ -21,7 +21,6 @@ HEADS = ("clip", "cma", "glr", "final", "fused")
 COLOURS = np.random.default_rng(0).integers(0, 256, (8, 3))
 
 
-@DATASET_REGISTRY.register(force=True)
 class ToyScenes(DatasetBase):
     """Noisy plain colours, one per class: `train`, `val`, `test` images per class. Set OPTIONS to vary it."""
 
@@ -43,6 +42,12 @@ class ToyScenes(DatasetBase):
             self.class_indices = options["class_indices"]
         val = splits["test"] if options.get("val_is_test") else splits["val"] or None
         super().__init__(train_x=splits["train"], val=val, test=splits["test"])
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    """ToyScenes is registered while a test here runs only: other tests enumerate the registry."""
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, "ToyScenes", ToyScenes)
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ from .network import DLRCLIPNetwork, read_extra_state
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "dlrclip"  # folder of the checkpoints within a run's output folder
+FACTS = {"backbone": "backbone", "weights_digest": "CLIP weights with sha256", "context": "the prompt context"}
 NOT_CHOSEN = "mean learnt w (beta was not chosen)"
 
 
@@ -296,7 +297,7 @@ class DLRCLIP(TrainerX):
         facts = read_extra_state(state["_extra_state"])["facts"]
         for name, ours in learner.facts.items():
             if name in facts and facts[name] != ours:
-                raise ValueError(f"Expected a checkpoint with {name} {ours!r} but got {facts[name]!r}: {path}")
+                raise ValueError(f"Expected a checkpoint for {FACTS[name]} {ours!r} but got {facts[name]!r}: {path}")
         missing, unexpected = sorted(learner.state_dict().keys() - state), sorted(state.keys() - learner.state_dict())
         if missing or unexpected:
             raise ValueError(
@@ -335,7 +336,9 @@ def _checkpoint_path(directory: str | os.PathLike[str], epoch: int | None) -> st
         name = f"model.pth.tar-{epoch}"
     else:
         name, pointer = "model-best.pth.tar", osp.join(folder, "checkpoint")
-        if not osp.exists(osp.join(folder, name)) and osp.exists(pointer):
+        if not osp.exists(osp.join(folder, name)):
+            if not osp.exists(pointer):
+                raise FileNotFoundError(f"Expected a checkpoint of DLRCLIP in {folder} but there is none")
             with open(pointer, encoding="utf-8") as file:
                 name = osp.basename(file.readline().strip()) or name
     path = osp.join(folder, name)

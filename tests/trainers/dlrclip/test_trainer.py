@@ -361,7 +361,7 @@ class TestLoading:
 
     def test_no_such_checkpoint(self, make, run, tmp_path):
         trainer = make()
-        with pytest.raises(FileNotFoundError, match="model-best.pth.tar"):
+        with pytest.raises(FileNotFoundError, match="Expected a checkpoint of DLRCLIP in .*nowhere"):
             trainer.load_model(str(tmp_path / "nowhere"))
         with pytest.raises(FileNotFoundError, match="model.pth.tar-7"):
             trainer.load_model(run, epoch=7)
@@ -373,7 +373,10 @@ class TestLoading:
             (("TRAINER.DLRCLIP.START", 1), "same switches"),
             (("TRAINER.DLRCLIP.GLR", False), "same switches"),
             (("TRAINER.DLRCLIP.FIXED_WEIGHT", 0.5), "same switches"),
-            (("TRAINER.DLRCLIP.TEXT_CTX_INIT", "a drawing of a"), "context 'a drawing of a' but got 'a photo of a'"),
+            (
+                ("TRAINER.DLRCLIP.TEXT_CTX_INIT", "a drawing of a"),
+                "prompt context 'a drawing of a' but got 'a photo of a'",
+            ),
         ],
     )
     def test_a_checkpoint_that_does_not_fit(self, make, run, pairs, message):
@@ -382,7 +385,7 @@ class TestLoading:
 
     def test_a_checkpoint_for_other_weights(self, make, run, weights):
         trainer = make("MODEL.BACKBONE.WEIGHTS", str(weights / "b"), out="other")
-        with pytest.raises(ValueError, match="weights_digest"):
+        with pytest.raises(ValueError, match="for CLIP weights with sha256"):
             trainer.load_model(run)
 
     def test_a_checkpoint_of_something_else(self, make, tmp_path):

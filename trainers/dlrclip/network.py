@@ -97,7 +97,7 @@ class DLRCLIPLearner(nn.Module):
         self._fusion_dim = fusion_dim
         self.register_buffer("weight_mean", torch.tensor(0.5 if fixed_weight is None else float(fixed_weight)))
         self.register_buffer("weight_steps", torch.tensor(0))
-        self.register_buffer("beta", torch.tensor(float("nan")))
+        self.register_buffer("beta", torch.tensor(float("nan"), dtype=torch.float64))  # 0.54 stays 0.54
         self.register_buffer("beta_n", torch.tensor(0))
         self.classnames: list[str] = []
         self._size_for(classnames)

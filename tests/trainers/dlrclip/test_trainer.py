@@ -13,7 +13,7 @@ from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 from dassl.engine import build_trainer
 from dassl.utils import set_random_seed
 from trainers.clip import save_tiny
-from trainers.dlrclip.glr import best_beta
+from trainers.dlrclip.glr import BETA_GRID, best_beta
 
 from .conftest import NAMES, random_open_clip
 
@@ -314,7 +314,7 @@ class TestLoading:
         fresh = heads_on_test(make(out="3"))
         assert torch.equal(fresh["clip"], a["clip"])
         assert not torch.equal(fresh["glr"], a["glr"])
-        assert first.selected["beta"]["on"] == "val"
+        assert first.selected["beta"]["value"] in BETA_GRID
         assert first.selected["beta"]["n"] == 10
 
     def test_other_classes(self, make, run, dataset):
@@ -375,7 +375,7 @@ class TestLoading:
             (("TRAINER.DLRCLIP.FIXED_WEIGHT", 0.5), "same switches"),
             (
                 ("TRAINER.DLRCLIP.TEXT_CTX_INIT", "a drawing of a"),
-                "prompt context 'a drawing of a' but got 'a photo of a'",
+                "prompt context 'a drawing of a' but got",
             ),
         ],
     )

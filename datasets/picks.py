@@ -36,7 +36,14 @@ class Picks(NamedTuple):
         return f"shot_{self.shots}-seed_{self.seed}"  # CoOp's file name
 
 
-def find_picks(folder: Path, wanted: Picks, index: Mapping[str, Datum]) -> tuple[list[Datum], list[Datum]] | None:
+class Found(NamedTuple):
+    """Picks read from a file; `val` is None where the file says nothing of it (CoOp's pickles of ImageNet)."""
+
+    train: list[Datum]
+    val: list[Datum] | None
+
+
+def find_picks(folder: Path, wanted: Picks, index: Mapping[str, Datum]) -> Found | None:
     """Train and val picks saved in `folder`, or None where there are none that fit.
 
     Args:
@@ -67,9 +74,7 @@ def save_picks(folder: Path, wanted: Picks, content: Mapping[str, list[list[Any]
         json.dump({**wanted._asdict(), **content}, file, indent=1)
 
 
-def _from_json(
-    path: Path, wanted: Picks, index: Mapping[str, Datum]
-) -> tuple[str, tuple[list[Datum], list[Datum]] | None]:
+def _from_json(path: Path, wanted: Picks, index: Mapping[str, Datum]) -> tuple[str, Found | None]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -90,21 +95,31 @@ def _from_json(
                 return f"{part} holds {item!r}, which the split does not", None
             data.append(datum)
         parts.append(data)
-    return "", (parts[0], parts[1])
+    return _checked(Found(*parts), index)
 
 
-def _from_pickle(path: Path, index: Mapping[str, Datum]) -> tuple[str, tuple[list[Datum], list[Datum]] | None]:
+def _from_pickle(path: Path, index: Mapping[str, Datum]) -> tuple[str, Found | None]:
     content = read_coop_pickle(path)
-    parts: list[list[Datum]] = []
-    for part in ("train", "val"):
+    parts: dict[str, list[Datum]] = {}
+    for part in content:
         data = []
-        for impath, label, name in content.get(part, []):
+        for impath, label, name in content[part]:
             datum = _by_suffix(impath, index)
             if datum is None or (datum.label, datum.classname) != (label, name):
                 return f"{part} holds {impath}, which the split does not", None
             data.append(datum)
-        parts.append(data)
-    return "", (parts[0], parts[1])
+        parts[part] = data
+    return _checked(Found(parts.get("train", []), parts.get("val")), index)
+
+
+def _checked(found: Found, index: Mapping[str, Datum]) -> tuple[str, Found | None]:
+    absent = {datum.label for datum in index.values()} - {datum.label for datum in found.train}
+    if absent:
+        return f"train has no image of label {min(absent)}", None
+    chosen = [datum.impath for datum in (*found.train, *(found.val or ()))]
+    if len(set(chosen)) < len(chosen):
+        return "it holds an image twice", None
+    return "", found
 
 
 def _by_suffix(impath: str, index: Mapping[str, Datum]) -> Datum | None:

@@ -13,6 +13,7 @@ the order of its first appearance, on all classes before base/new is applied.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from dassl.data.datasets import DatasetBase, Datum
 from dassl.utils import InputError, atomic_write
 
 from .cache import cache_root
+from .files import check_name, list_folders, list_images
 from .picks import Picks, find_picks, save_picks
 
 logger = logging.getLogger(__name__)
@@ -53,14 +55,15 @@ def read_split(path: str | Path, image_dir: str | Path) -> Split:
     Paths are relative to `image_dir` and written with `/`. Order and class names are kept as they are in the file.
 
     Raises:
-        InputError: unreadable file, malformed entry, an absolute path or one that leaves `image_dir`, labels with a
-            gap, one label with two names, an empty `train` or `test`. The message names the file and the entry.
+        InputError: unreadable file, malformed entry, an absolute path or one that leaves `image_dir`, an image listed
+            twice, labels with a gap, one label with two names, an empty `train` or `test`. The message names the file
+            and the entry. Two labels with one name are fine: classes are told apart by label.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Expected {path} to be a readable split file but got: {error.strerror or error}") from error
-    except ValueError as error:  # malformed JSON or not UTF-8
+    except (ValueError, RecursionError) as error:  # malformed JSON, not UTF-8, nested without end
         raise InputError(f"Expected {path} to be a JSON split file but got: {error}") from error
     missing = [part for part in Split._fields if not isinstance(content, dict) or part not in content]
     if missing:
@@ -83,8 +86,13 @@ def _read_items(where: str, items: Any, image_dir: str) -> list[Datum]:
             label = int(label)
         if not isinstance(label, int) or isinstance(label, bool) or label < 0:
             raise InputError(f"Expected {where}[{number}] to have an integer label >= 0 but got {_brief(label)}")
-        if not relative or relative.startswith(("/", "\\")) or ".." in relative.split("/"):
+        if not relative or relative[0] in "/\\" or (".." in relative and ".." in relative.split("/")):
             raise InputError(f"Expected {where}[{number}] to have a path inside {image_dir} but got {relative!r}")
+        if not name.strip():
+            raise InputError(f"Expected {where}[{number}] to have a class name but got {name!r}")
+        if not (relative.isascii() and name.isascii()):
+            check_name(relative, f"{where}[{number}]")
+            check_name(name, f"{where}[{number}]")
         data.append(Datum(impath=f"{image_dir}/{relative}", label=label, classname=name))
     return data
 
@@ -94,19 +102,37 @@ def _check_classes(where: str, split: Split) -> None:
         if not getattr(split, part):
             raise InputError(f"Expected {where} to have images in {part} but it is empty")
     names: dict[int, str] = {}
-    for item in (*split.train, *split.val, *split.test):
-        if names.setdefault(item.label, item.classname) != item.classname:
+    seen: set[str] = set()
+    for item in itertools.chain(*split):
+        name = names.setdefault(item.label, item.classname)
+        if name != item.classname:
             raise InputError(
-                f"Expected {where} to give label {item.label} one class name but got "
-                f"{names[item.label]!r} and {item.classname!r}"
+                f"Expected {where} to give label {item.label} one class name but got {name!r} and {item.classname!r}"
             )
+        seen.add(item.impath)
+    if len(seen) < sum(map(len, split)):
+        _name_twins(where, split)
     trained = {item.label for item in split.train}
-    gaps = sorted(set(range(max(names) + 1)) - trained)
-    if gaps:
+    highest = max(names)
+    if len(trained) <= highest:
+        gap = next(label for label in itertools.count() if label not in trained)
         raise InputError(
-            f"Expected {where} to have training images for every label from 0 to {max(names)} but label {gaps[0]} has "
-            f"none ({len(gaps)} such labels)"
+            f"Expected {where} to have training images for every label from 0 to {highest} but label {gap} has none "
+            f"({highest + 1 - len(trained)} such labels)"
         )
+
+
+def _name_twins(where: str, split: Split) -> None:
+    # An image in two parts would be a test image that was trained on.
+    part_of: dict[str, str] = {}
+    for part in Split._fields:
+        for item in getattr(split, part):
+            if item.impath in part_of:
+                raise InputError(
+                    f"Expected {where} to list each image once but {item.impath} is in {part_of[item.impath]} and "
+                    f"in {part}" + (" (twice)" if part_of[item.impath] == part else "")
+                )
+            part_of[item.impath] = part
 
 
 def write_split(path: str | Path, image_dir: str | Path, split: Split) -> None:
@@ -134,7 +160,10 @@ def relative_items(data: Iterable[Datum], image_dir: str | Path) -> list[list[An
 
 def split_digest(split: Split, image_dir: str | Path) -> str:
     """SHA-256 (hex) of a split's relative paths, labels and names in order: the same wherever the images lie."""
-    content = [relative_items(part, image_dir) for part in split]
+    return _digest([relative_items(part, image_dir) for part in split])
+
+
+def _digest(content: list[list[list[Any]]]) -> str:
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -160,18 +189,20 @@ def split_by_folder(
     shuffled, then cut at round(0.5 n) and round(0.2 n), halves to even, which is how the published splits were cut.
     CoOp shuffles an unsorted directory listing; sorting it makes the result the same on every machine.
 
+    Hidden entries, files beside the class folders, and files in them that are no images (by extension) do not count.
+
     Raises:
         InputError: no such folder, no class folder, or a class with too few images for three non-empty parts.
     """
     image_dir = str(image_dir)
     renamed = renamed or {}
-    classes = [name for name in _listing(image_dir) if name not in ignored and os.path.isdir(f"{image_dir}/{name}")]
+    classes = [name for name in list_folders(image_dir) if name not in ignored]
     if not classes:
         raise InputError(f"Expected {image_dir} to have one folder per class but it has none")
     rng = random.Random(seed)
     split = Split([], [], [])
     for label, folder in enumerate(classes):
-        paths = [f"{image_dir}/{folder}/{name}" for name in _listing(f"{image_dir}/{folder}")]
+        paths = [f"{image_dir}/{folder}/{name}" for name in list_images(f"{image_dir}/{folder}")]
         rng.shuffle(paths)
         data = [Datum(impath=path, label=label, classname=renamed.get(folder, folder)) for path in paths]
         cut_50_20_30(data, split, f"{image_dir}/{folder}")
@@ -214,13 +245,6 @@ def split_trainval(
     return train, val
 
 
-def _listing(folder: str) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except OSError as error:
-        raise InputError(f"Expected {folder} to be a readable folder but got: {error.strerror or error}") from error
-
-
 # ------------------------------------------------------------------------------------------------------- base/new
 
 
@@ -258,12 +282,17 @@ def subsample_classes(*lists: Sequence[Datum], subsample: str) -> list[list[Datu
 
 
 class SplitDataset(DatasetBase):
-    """A dataset with a split file. A subclass gives the three names and, where it can make its split, `make_split`.
+    """A dataset with a split file. A subclass gives a few names and, where it can make its split, `make_split`.
+
+    All images of the split must exist, also those that a few-shot run does not use: whether a dataset is complete does
+    not depend on the seed.
 
     Attributes:
         folder: name of the dataset's folder under DATASET.ROOT.
         images: name of the image folder inside it; "" where the split's paths start at the dataset's folder.
-        split_name: file name of the split JSON inside the dataset's folder.
+        split_name: file name of the split JSON inside the dataset's folder; "" where official lists are the split and
+            are read each time.
+        sources: files and folders, relative to the dataset's folder, that `make_split` reads.
         dataset_dir, image_dir: those folders' full paths.
         split_digest: SHA-256 of the whole split, for the run's records.
     """
@@ -271,17 +300,25 @@ class SplitDataset(DatasetBase):
     folder: ClassVar[str]
     images: ClassVar[str] = "images"
     split_name: ClassVar[str] = "split.json"
+    sources: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, cfg: CfgNode) -> None:
         shots = check_shots(cfg.DATASET.NUM_SHOTS)
+        self.missing_hint = docs_hint(type(self).__name__)
         root = self.locate(cfg.DATASET.ROOT)
         self.dataset_dir = str(root)
         self.image_dir = str(root / self.images) if self.images else str(root)
         split = self._load_split()
-        self.split_digest = split_digest(split, self.image_dir)
-        train, val = self._pick(split, shots, cfg.SEED)
-        train, val, test = subsample_classes(train, val, split.test, subsample=cfg.DATASET.SUBSAMPLE_CLASSES)
+        self._split_paths = [item.impath for item in itertools.chain(*split)]
+        items = [relative_items(part, self.image_dir) for part in split]
+        self.split_digest = _digest(items)
+        index = zip(itertools.chain(*items[:2]), itertools.chain(*split[:2]), strict=True)
+        train, val = self._pick(split, shots, cfg.SEED, {item[0]: datum for item, datum in index})
+        train, val, test = subsample_classes(
+            train, self.choose_val(val, split, cfg), split.test, subsample=cfg.DATASET.SUBSAMPLE_CLASSES
+        )
         super().__init__(train_x=train, val=val or None, test=test)
+        del self._split_paths
 
     def locate(self, root: str) -> Path:
         """The dataset's folder for a DATASET.ROOT ("" = not given). Datasets that make their own images override it.
@@ -289,28 +326,43 @@ class SplitDataset(DatasetBase):
         Raises:
             InputError: no root given, or the dataset is not there.
         """
-        name = type(self).__name__
-        if not root:
-            raise InputError(f"Expected --root (or DATASET.ROOT) to be the folder that holds {self.folder} for {name}")
-        folder = Path(root).expanduser().absolute() / self.folder
-        if not folder.is_dir():
-            raise InputError(f"Expected {name} to be in {folder} but there is no such folder")
-        return folder
+        return find_dataset(type(self).__name__, self.folder, root)
 
     def make_split(self) -> Split:
         """Make the split when there is no split file; the result is saved as one."""
-        raise InputError(f"Expected {self.dataset_dir}/{self.split_name} to exist but there is no such file")
+        raise InputError(
+            f"Expected {self.dataset_dir}/{self.split_name} to exist but there is no such file{self.missing_hint}"
+        )
+
+    def draw_val(self, split: Split, train: list[Datum], shots: int, rng: random.Random | None) -> list[Datum]:
+        """The few-shot validation images that go with the picked `train`; `rng` has drawn those before."""
+        val: list[Datum] = self.generate_fewshot_dataset(split.val, num_shots=min(shots, MAX_VAL_SHOTS), rng=rng)
+        return val
+
+    def choose_val(self, val: list[Datum], split: Split, cfg: CfgNode) -> list[Datum]:
+        """What `val` is for DATASET.VAL; only a dataset without validation images of its own has a choice.
+
+        Raises:
+            InputError: DATASET.VAL is neither own nor coop.
+        """
+        check_val(cfg)
+        return val
+
+    def needed_files(self) -> Iterable[str]:
+        return self._split_paths
 
     def _load_split(self) -> Split:
         # A read-only dataset folder keeps its split in the user's cache, under a name made of the folder's path.
         home = Path(self.dataset_dir) / self.split_name
-        if home.is_file():
-            return read_split(home, self.image_dir)
         away = _cached_folder(self.dataset_dir) / self.split_name
-        if away.is_file():
-            return read_split(away, self.image_dir)
+        for path in (home, away):
+            if self.split_name and path.exists():
+                return read_split(path, self.image_dir)
+        self._check_sources()
         split = self.make_split()
-        _check_classes(f"the new split of {type(self).__name__}", split)
+        _check_classes(f"the split made from {self.dataset_dir}", split)
+        if not self.split_name:
+            return split
         try:
             write_split(home, self.image_dir, split)
             logger.info(f"Saved split to {home}")
@@ -318,24 +370,34 @@ class SplitDataset(DatasetBase):
             _write_or_warn(away, lambda: write_split(away, self.image_dir, split))
         return split
 
-    def _pick(self, split: Split, shots: int, seed: int) -> tuple[list[Datum], list[Datum]]:
+    def _check_sources(self) -> None:
+        absent = [f"{self.dataset_dir}/{name}" for name in self.sources]
+        absent = [path for path in absent if not os.path.exists(path)]
+        if absent:
+            what = f"{self.split_name} or what its split is made from" if self.split_name else "its lists and images"
+            raise InputError(
+                f"Expected {type(self).__name__} to have {what} but {len(absent)} of {len(self.sources)} are missing: "
+                f"{', '.join(absent)}{self.missing_hint}"
+            )
+
+    def _pick(self, split: Split, shots: int, seed: int, index: Mapping[str, Datum]) -> tuple[list[Datum], list[Datum]]:
         """Few-shot train and val: from a saved file where it fits this split, else drawn (and saved if seeded)."""
         if shots < 1:
             return split.train, split.val
         _check_enough(type(self).__name__, split.train, shots)
         wanted = Picks(type(self).__name__, shots, seed, self.split_digest)
         folders = [Path(self.dataset_dir) / "split_fewshot", _cached_folder(self.dataset_dir) / "split_fewshot"]
-        pool = (*split.train, *split.val)
-        index = {item[0]: datum for item, datum in zip(relative_items(pool, self.image_dir), pool, strict=True)}
+        found = None
         if seed >= 0:
-            for folder in folders:
-                found = find_picks(folder, wanted, index)
-                if found is not None:
-                    return found
+            found = next(filter(None, (find_picks(folder, wanted, index) for folder in folders)), None)
+            if found is not None and found.val is not None:
+                return found.train, found.val
         # Seeded like CoOp's global generator, but nobody else draws from it. Without a seed: Python's global one.
         rng = random.Random(seed) if seed >= 0 else None
         train = self.generate_fewshot_dataset(split.train, num_shots=shots, rng=rng)
-        val = self.generate_fewshot_dataset(split.val, num_shots=min(shots, MAX_VAL_SHOTS), rng=rng)
+        if found is not None:  # an old pickle with train only: its val follows, drawn as after a fresh train
+            train = found.train
+        val = self.draw_val(split, train, shots, rng)
         if seed >= 0:
             content = {"train": relative_items(train, self.image_dir), "val": relative_items(val, self.image_dir)}
             try:
@@ -343,6 +405,34 @@ class SplitDataset(DatasetBase):
             except OSError:
                 _write_or_warn(folders[1], lambda: save_picks(folders[1], wanted, content))
         return train, val
+
+
+def docs_hint(dataset: str) -> str:
+    """The end of a message about something that is not there."""
+    return f" (see docs/DATASETS.md, section {dataset})"
+
+
+def find_dataset(name: str, folder: str, root: str) -> Path:
+    """`root/folder`, both checked. The InputError names the dataset, what is missing and where to read on."""
+    if not root:
+        raise InputError(
+            f"Expected --root (or DATASET.ROOT) to be the folder that holds {folder} for {name} but none was given"
+            f"{docs_hint(name)}"
+        )
+    parent = Path(root).expanduser().absolute()
+    for path in (parent, parent / folder):
+        if not os.path.isdir(path):
+            what = "is no folder" if os.path.lexists(path) else "does not exist"
+            raise InputError(f"Expected {name} to be in {parent / folder} but {path} {what}{docs_hint(name)}")
+    return parent / folder
+
+
+def check_val(cfg: CfgNode) -> str:
+    """DATASET.VAL, checked: "own" or "coop"."""
+    value: Any = cfg.DATASET.get("VAL", "own")
+    if value not in ("own", "coop"):
+        raise InputError(f"Expected DATASET.VAL to be own or coop but got {value!r}")
+    return str(value)
 
 
 def check_shots(shots: Any) -> int:

@@ -84,7 +84,7 @@ def test_missing_files_are_one_error(tmp_path, monkeypatch):
         path.touch()
     gone = [tmp_path / "a" / f"gone{i}.png" for i in range(4)] + [tmp_path / "nofolder" / f"{i}.png" for i in range(3)]
     calls = []
-    monkeypatch.setattr(os, "listdir", lambda folder, real=os.listdir: calls.append(folder) or real(folder))
+    monkeypatch.setattr(os, "scandir", lambda folder, real=os.scandir: calls.append(folder) or real(folder))
     lists = {"train_x": [item(0, path=path) for path in there + gone[:2]], "test": [item(0, path=p) for p in gone]}
     with pytest.raises(InputError) as caught:
         DatasetBase(**lists)

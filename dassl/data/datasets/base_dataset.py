@@ -91,6 +91,40 @@ def _as_int(value: Any, name: str, impath: str) -> int:
         ) from None
 
 
+def find_missing(paths: Iterable[str]) -> list[str]:
+    """Those of ``paths`` that are no files, in order. Each folder is listed once; no file is asked for by itself.
+
+    Raises:
+        InputError: a folder is there but cannot be listed.
+    """
+    listings: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in listings:
+            listings[folder] = _file_names(folder or ".")
+        if name not in listings[folder]:
+            missing.append(path)
+    return missing
+
+
+def _file_names(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if _is_file(entry)}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except OSError as error:  # no permission, a loop of links
+        raise InputError(f"Expected {folder} to be a readable folder but got: {error.strerror or error}") from error
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()  # answered by the listing itself; only links take a call of their own
+    except OSError:  # a link to itself
+        return False
+
+
 class DatasetBase:
     """Four lists of items and what follows from them.
 
@@ -111,6 +145,7 @@ class DatasetBase:
     dataset_dir: str = ""  # the dataset's folder under DATASET.ROOT
     domains: Sequence[str] = ()  # names of all domains
     check_files: bool = True  # False where items are not files
+    missing_hint: str = ""  # ends the message about missing files: where they are to be had
 
     def __init__(
         self,
@@ -267,26 +302,20 @@ class DatasetBase:
             output[item.domain].append(item)
         return output
 
-    def _check_files(self) -> None:
-        """One InputError for all missing files of all lists; each folder is listed once."""
+    def needed_files(self) -> Iterable[str]:
+        """Paths of all files that must exist; here those of the four lists. A reader may ask for more."""
         lists = (self._train_x, self._train_u, self._val, self._test)
-        paths = dict.fromkeys(item.impath for items in lists for item in items or ())
-        listings: dict[str, set[str]] = {}
-        missing = []
-        for path in paths:
-            folder, name = os.path.split(path)
-            if folder not in listings:
-                try:
-                    listings[folder] = set(os.listdir(folder or "."))
-                except (FileNotFoundError, NotADirectoryError):
-                    listings[folder] = set()
-            if name not in listings[folder]:
-                missing.append(path)
+        return (item.impath for items in lists for item in items or ())
+
+    def _check_files(self) -> None:
+        """One InputError for all missing files."""
+        paths = dict.fromkeys(self.needed_files())
+        missing = find_missing(paths)
         if missing:
             more = ", ..." if len(missing) > 5 else ""
             raise InputError(
                 f"Expected all files of the dataset {type(self).__name__} to exist but {len(missing):,} of "
-                f"{len(paths):,} are missing: {', '.join(missing[:5])}{more}"
+                f"{len(paths):,} are missing: {', '.join(missing[:5])}{more}{self.missing_hint}"
             )
 
     def _check_labels(self) -> None:

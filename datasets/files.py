@@ -1,0 +1,102 @@
+"""Folders and annotation files as the readers find them: sorted, hidden entries left out, faults named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dassl.utils import InputError
+
+IMAGE_EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2")
+)
+
+
+def list_folders(folder: str | Path) -> list[str]:
+    """Sorted names of the sub-folders; files are left out.
+
+    Raises:
+        InputError: `folder` cannot be listed, a name is not UTF-8, or an entry is a broken link or a loop of links
+            (left out, it would move the labels of the classes after it).
+    """
+    return sorted(entry.name for entry in _entries(folder) if _is_folder(entry))
+
+
+def list_images(folder: str | Path) -> list[str]:
+    """Sorted names of the image files (by extension) directly in a folder; other files and folders are left out."""
+    return sorted(
+        entry.name
+        for entry in _entries(folder)
+        if os.path.splitext(entry.name)[1].lower() in IMAGE_EXTENSIONS and not entry.is_dir(follow_symlinks=False)
+    )
+
+
+def _entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    check_name(entry.name, str(folder))
+                    yield entry
+    except OSError as error:
+        raise InputError(f"Expected {folder} to be a readable folder but got: {error.strerror or error}") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    if entry.is_symlink():
+        try:
+            os.stat(entry.path)
+        except OSError as error:
+            raise InputError(
+                f"Expected the link {entry.path} to lead to a folder but got: {error.strerror or error}"
+            ) from error
+    return entry.is_dir()
+
+
+def check_name(name: str, where: str) -> None:
+    """Refuse a name that is not UTF-8: it could stand neither in a split file nor in a log."""
+    if not name.isascii():
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            raw = os.fsencode(name) if os.name == "posix" else name
+            raise InputError(f"Expected the names in {where} to be UTF-8 but got {raw!r}: rename it") from None
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file, stripped, without the empty ones.
+
+    Raises:
+        InputError: the file is missing, unreadable, not UTF-8 or has no line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"Expected {path} to be a readable text file but got: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"Expected {path} to be UTF-8 text but got: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"Expected {path} to have lines of text but it is empty")
+    return lines
+
+
+def read_mat(path: str | Path, name: str) -> Any:
+    """The variable `name` of a MATLAB file (format 5, which the official annotation files have), as scipy gives it.
+
+    Raises:
+        InputError: the file is missing, no such file, or has no such variable.
+    """
+    from scipy.io import loadmat  # here, not above: slow to import, and needed by two readers only
+
+    try:
+        content = loadmat(str(path), appendmat=False)
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"Expected {path} to be a readable MATLAB file but got: {reason}") from error
+    if name not in content:
+        found = ", ".join(key for key in content if not key.startswith("__"))
+        raise InputError(f"Expected {path} to hold the variable {name} but got {found or 'none'}")
+    return content[name]

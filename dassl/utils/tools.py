@@ -1,4 +1,4 @@
-"""Small helpers: files, JSON, seeds, name checks, image reading."""
+"""Small helpers: files, JSON, seeds, name checks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps
 
 from .errors import InputError
 from .files import atomic_write
+from .images import read_image
 
 logger = logging.getLogger(__name__)
 
@@ -123,23 +123,6 @@ def tolist_if_not(x: Any) -> list[Any]:
     if isinstance(x, tuple):
         return list(x)
     return x if isinstance(x, list) else [x]
-
-
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The image at ``path`` as RGB, turned the way its EXIF orientation says.
-
-    Raises:
-        InputError: the file is missing or is not a readable image; the message names it and the reason.
-    """
-    try:
-        with Image.open(path) as image:
-            # The orientation is a fact about the picture (phones store it sideways), so models should see it upright.
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f'Expected an image at "{path}" but found no file') from error
-    # Broken files surface as any of these, depending on the format's decoder.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f'Expected "{path}" to be a readable image but got: {error}') from error
 
 
 def download_url(

@@ -1,0 +1,82 @@
+"""Image files of every kind that people have, as RGB; and files that are none, named with the reason."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import InputError
+
+__all__ = ["MAX_ASPECT", "read_image"]
+
+# Longer : shorter side. Models see the middle of an image after its short side has been resized to theirs; beyond this
+# ratio that middle shows next to nothing, and the resized strip can take gigabytes.
+MAX_ASPECT = 100
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The image at ``path`` as 8-bit RGB, turned the way its EXIF orientation says.
+
+    Transparent pixels become white (what lies under them is arbitrary, black in most files), 16-bit and float images
+    are scaled to 8 bits instead of cut off at 255, and of an animation the first picture is taken.
+
+    Raises:
+        InputError: the file is missing, is not a readable image, is too large to be opened safely, or is more than
+            MAX_ASPECT times as long as wide; the message names it and the reason.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_shape(image)  # before the pixels are decoded: sizes stand in the header
+            image.load()
+            return _opaque_rgb(_upright(image))
+    except FileNotFoundError as error:
+        raise InputError(f'Expected an image at "{os.fspath(path)}" but found no file') from error
+    except UnidentifiedImageError as error:
+        empty = os.path.getsize(path) == 0
+        reason = "an empty file" if empty else "a file whose content is in no known image format"
+        raise InputError(f'Expected "{os.fspath(path)}" to be a readable image but got {reason}') from error
+    except Exception as error:  # a damaged file can make its format's decoder raise nearly anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(
+            f'Expected "{os.fspath(path)}" to be a readable image but got: {" ".join(reason.split())}'
+        ) from error
+
+
+def _check_shape(image: Image.Image) -> None:
+    longer, shorter = max(image.size), min(image.size)
+    if longer > MAX_ASPECT * shorter:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_ASPECT} times as long as wide")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # The orientation is a fact about the picture (phones store it sideways), so models should see it upright. EXIF data
+    # too damaged to say which way up it is are no reason to refuse a picture that is itself whole.
+    with contextlib.suppress(Exception):
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def _opaque_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 bits (0..65535) or of floats (0..1, or 0..255) as 0..255; Pillow itself would clip them."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    highest = values.max(initial=0.0)
+    if image.mode == "F" and highest <= 1:
+        full = 1.0
+    elif image.mode.startswith("I;16") or highest > 255:  # older versions of Pillow open 16-bit PNG as "I"
+        full = 65535.0
+    else:
+        full = 255.0
+    return Image.fromarray(np.clip(np.rint(values * (255.0 / full)), 0, 255).astype(np.uint8))

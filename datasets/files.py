@@ -100,3 +100,27 @@ def read_mat(path: str | Path, name: str) -> Any:
         found = ", ".join(key for key in content if not key.startswith("__"))
         raise InputError(f"Expected {path} to hold the variable {name} but got {found or 'none'}")
     return content[name]
+
+
+def read_table(path: str | Path, *types: type[str] | type[int]) -> list[list[Any]]:
+    """The lines of a text file as fields between spaces; the last field keeps the spaces it has.
+
+    Lines that start with `#` are left out.
+
+    Args:
+        types: one per field, str or int.
+
+    Raises:
+        InputError: as `read_lines`, or a line has too few fields or no number where one should be.
+    """
+    rows = []
+    for line in read_lines(path):
+        if line.startswith("#"):
+            continue
+        fields = line.split(maxsplit=len(types) - 1)
+        try:
+            rows.append([kind(field) for kind, field in zip(types, fields, strict=True)])
+        except ValueError:
+            form = " ".join({str: "text", int: "number"}[kind] for kind in types)
+            raise InputError(f"Expected the lines of {path} to be '{form}' but got {line!r}") from None
+    return rows

@@ -1,0 +1,19 @@
+"""Food101: 101 dishes, 1,000 images each (Bossard et al., 2014)."""
+
+from __future__ import annotations
+
+from dassl.data.datasets import DATASET_REGISTRY
+
+from .splits import Split, SplitDataset, split_by_folder
+
+
+@DATASET_REGISTRY.register()
+class Food101(SplitDataset):
+    """One folder per class; the official train/test lists are not used, as in CoOp."""
+
+    folder = "food-101"
+    split_name = "split_zhou_Food101.json"
+    sources = ("images",)
+
+    def make_split(self) -> Split:
+        return split_by_folder(self.image_dir)

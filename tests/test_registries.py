@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dataset_trees import make_tree
 
 import datasets
 import trainers
@@ -133,9 +134,24 @@ def test_configuration_may_be_extended_twice(name):
         trainers.extend_cfg(cfg)
 
 
+@pytest.fixture
+def dataset_cfg(tmp_path):
+    """Configuration of a dataset by name; the benchmarks get a miniature tree."""
+
+    def dataset_cfg(name: str):
+        root = tmp_path / "data"
+        if not root.exists():
+            root.mkdir()
+            make_tree(name, root)
+        where = ("DATASET.ROOT", str(root) if any(root.iterdir()) else "")
+        return make_cfg(tmp_path, "DATASET.NAME", name, "DATASET.NUM_SHOTS", 2, *where)
+
+    return dataset_cfg
+
+
 @pytest.mark.parametrize("name", DATASETS)
-def test_dataset_builds_picks_and_loads_an_image(name, tmp_path):
-    dataset = build_dataset(make_cfg(tmp_path, "DATASET.NAME", name, "DATASET.NUM_SHOTS", 2))
+def test_dataset_builds_picks_and_loads_an_image(name, dataset_cfg):
+    dataset = build_dataset(dataset_cfg(name))
     assert dataset.num_classes == len(dataset.classnames) == len(dataset.lab2cname)
     assert {item.label for item in dataset.test} <= set(range(dataset.num_classes))
     assert all(dataset.lab2cname[item.label] == item.classname for item in dataset.test)
@@ -146,8 +162,8 @@ def test_dataset_builds_picks_and_loads_an_image(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_dataset_is_the_same_twice_and_its_parts_are_apart(name, tmp_path):
-    first, second = (build_dataset(make_cfg(tmp_path, "DATASET.NAME", name, "DATASET.NUM_SHOTS", 2)) for _ in range(2))
+def test_dataset_is_the_same_twice_and_its_parts_are_apart(name, dataset_cfg):
+    first, second = (build_dataset(dataset_cfg(name)) for _ in range(2))
     for part in ("train_x", "val", "test"):
         assert [i.impath for i in getattr(first, part) or []] == [i.impath for i in getattr(second, part) or []]
     if first.val is not None:

@@ -276,6 +276,14 @@ def test_unreadable_image_is_named_also_from_a_worker(command, spoilt_digits, tm
     assert_one_line(capfd.readouterr().err, str(spoilt_digits))
 
 
+def test_unreadable_images_are_skipped_on_demand(command, spoilt_digits, tmp_path):
+    flags = ("--eval-only", "--skip-bad-images", "--root", str(tmp_path / "root"))
+    assert train.main(command(*flags)) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["test"]["n"] == 539 and metrics["bad_images"] == 1
+    assert (tmp_path / "run" / "bad_images.txt").read_text().startswith(f"{spoilt_digits}\t")
+
+
 def test_missing_image_is_named(command, spoilt_digits, tmp_path, capsys):
     spoilt_digits.unlink()
     assert train.main(command("--root", str(tmp_path / "root"))) == 2

@@ -70,6 +70,7 @@ def _dataset() -> CN:
 def _dataloader() -> CN:
     node = CN()
     node.NUM_WORKERS = 4  # processes that load images, per loader; capped at the number of CPUs
+    node.SKIP_BAD_IMAGES = False  # open every image first and go on without those that cannot be read. Ours
     node.K_TRANSFORMS = 1  # training: how many augmented versions of each image
     node.RETURN_IMG0 = False  # also give the image without augmentation, as img0
     node.TRAIN_X = CN()

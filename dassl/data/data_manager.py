@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from dassl.config import CfgNode
 from dassl.utils import InputError, read_image
 
+from .bad_images import skip_bad_images
 from .datasets import DatasetBase, Datum, build_dataset
 from .samplers import PlannedSampler, build_sampler
 from .transforms import INTERPOLATION_MODES, build_transform, to_float_tensor
@@ -112,6 +113,8 @@ class DataManager:
         dataset_wrapper: Callable[..., Dataset[Any]] | None = None,
     ) -> None:
         dataset = build_dataset(cfg)
+        # path -> reason, of the images that were skipped
+        self.bad_images = skip_bad_images(dataset) if cfg.DATALOADER.SKIP_BAD_IMAGES else {}
         tfm_train = build_transform(cfg, is_train=True) if custom_tfm_train is None else custom_tfm_train
         tfm_test = build_transform(cfg, is_train=False) if custom_tfm_test is None else custom_tfm_test
         requested, workers = cfg.DATALOADER.NUM_WORKERS, usable_workers(cfg.DATALOADER.NUM_WORKERS)

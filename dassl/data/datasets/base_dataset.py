@@ -9,7 +9,7 @@ import random
 import tarfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -185,6 +185,29 @@ class DatasetBase:
     def test(self) -> list[Datum] | None:
         """Test items."""
         return self._test
+
+    def drop(self, paths: Container[str]) -> None:
+        """Take the items with these paths out of all lists.
+
+        Raises:
+            InputError: a class would be left without training items, or there would be none to test on.
+        """
+
+        def rest(items: list[Datum] | None) -> list[Datum] | None:
+            return items and [item for item in items if item.impath not in paths]
+
+        train_x, test = rest(self._train_x) or [], rest(self._test)
+        kept = {item.label for item in train_x}
+        bare = [name for label, name in self._lab2cname.items() if label not in kept]
+        if bare:
+            raise InputError(
+                f"Expected every class of {type(self).__name__} to have training images that can be read but "
+                f"{', '.join(bare[:5])}{', ...' if len(bare) > 5 else ''} would have none"
+            )
+        if self._test and not test:
+            raise InputError(f"Expected {type(self).__name__} to have test images that can be read but got none")
+        self._train_x, self._test = train_x, test
+        self._train_u, self._val = rest(self._train_u) or None, rest(self._val) or None
 
     @property
     def lab2cname(self) -> dict[int, str]:

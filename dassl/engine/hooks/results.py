@@ -23,17 +23,21 @@ from .timing import Timing
 
 logger = logging.getLogger(__name__)
 
-METRICS, EVAL_METRICS, CONFIG, ENVIRONMENT, DONE = (
+METRICS, EVAL_METRICS, CONFIG, CLASSES, ENVIRONMENT, DONE = (
     "metrics.json",
     "metrics-eval.json",
     "config.yaml",
+    "classes.json",  # class names in the order of their labels: with it, a run can be used without its images
     "environment.json",
     "DONE",
 )
+BAD_IMAGES = "bad_images.txt"
 
 
 class Results(HookBase):
-    """config.yaml and environment.json at the start; metrics.json and, last of all, DONE at the end.
+    """config.yaml, classes.json and environment.json at the start; metrics.json and, last of all, DONE at the end.
+
+    Where images were skipped because they could not be read, also bad_images.txt: one per line: path, tab, reason.
 
     Evaluating only, into a folder that holds a training run, writes metrics-eval.json and leaves its files alone.
     """
@@ -54,7 +58,12 @@ class Results(HookBase):
         (folder / DONE).unlink(missing_ok=True)
         with atomic_write(folder / CONFIG) as stream:
             stream.write(trainer.cfg.dump())
+        _write_json(folder / CLASSES, list(trainer.lab2cname.values()))
         _write_json(folder / ENVIRONMENT, describe(trainer.device))
+        bad = getattr(trainer.dm, "bad_images", {})
+        if bad:
+            with atomic_write(folder / BAD_IMAGES) as stream:
+                stream.writelines(f"{path}\t{reason}\n" for path, reason in bad.items())
 
     def finish(self, trainer: Any) -> None:
         folder = Path(trainer.output_dir)
@@ -87,7 +96,9 @@ class Results(HookBase):
                 "heads": evaluation.heads if evaluation is not None else {},
                 "main": evaluation.main if evaluation is not None else None,
                 "n": evaluation.n if evaluation is not None else 0,
+                **({"heads_kway": evaluation.heads_kway} if evaluation is not None and evaluation.heads_kway else {}),
             },
+            "bad_images": len(getattr(trainer.dm, "bad_images", {})),
             "selected": self.selected(trainer),
             "train": self._losses.means,
             "params": count_parameters(trainer),
@@ -102,6 +113,9 @@ class Results(HookBase):
         evaluation = trainer.evaluation
         if evaluation is not None and all(set(HEAD_COLUMNS) <= set(v) for v in evaluation.heads.values()):
             logger.info("%s", heads_table(evaluation.heads, evaluation.main))
+            if evaluation.heads_kway:
+                logger.info("These %d classes taken as new ones:", len(trainer.lab2cname))
+                logger.info("%s", heads_table(evaluation.heads_kway, evaluation.main))
         for name, choice in self.selected(trainer).items():
             value = choice.get("value")
             shown = f"{value:.4g}" if isinstance(value, float) else value

@@ -38,6 +38,7 @@ class Evaluation:
     split: str
     main: str = ""  # the head that counts as the method's accuracy; "": the first
     heads: dict[str, dict[str, float]] = field(default_factory=dict)
+    heads_kway: dict[str, dict[str, float]] = field(default_factory=dict)  # see SimpleTrainer._heads_kway
     n: int = 0  # images
     seconds: float = 0.0
     confusion: Tensor | None = None  # [C, C] counts of the main head, rows true

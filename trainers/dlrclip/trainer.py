@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import os.path as osp
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ NOT_CHOSEN = "mean learnt w (beta was not chosen)"
 class DLRCLIP(TrainerX):
     """Few-shot adaptation of CLIP by a cross-modal adapter and a gated logit refiner.
 
-    What the engine may ask for beside the usual methods: `model_heads`, `main_head`, `reference_head`, `selected`.
+    What the engine may ask for beside the usual methods: `model_heads`, `main_head`, `reference_head`, `selected`,
+    `bind_classes`.
     """
 
     network: DLRCLIPNetwork
@@ -192,6 +193,11 @@ class DLRCLIP(TrainerX):
         with self._autocast():
             return self.network.heads(input)
 
+    def bind_classes(self, classnames: Sequence[str], class_indices: Sequence[int] | None = None) -> bool:
+        """Sets the class list that logits are for; True when it is a part of the training classes (see the network)."""
+        self.network.bind(classnames, class_indices)
+        return self.network.columns is not None
+
     def model_inference(self, input: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> logits [B, C] of the main head."""
         return self.model_heads(input)[self.main_head]
@@ -293,7 +299,7 @@ class DLRCLIP(TrainerX):
         state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
         if not isinstance(state, Mapping) or "_extra_state" not in state:
             raise ValueError(f"Expected a checkpoint of DLRCLIP but got something else: {path}")
-        network, learner = self.network, self.network.learner
+        learner = self.network.learner
         facts = read_extra_state(state["_extra_state"])["facts"]
         for name, ours in learner.facts.items():
             if name in facts and facts[name] != ours:
@@ -308,8 +314,7 @@ class DLRCLIP(TrainerX):
             learner.load_state_dict(state)
         except RuntimeError as error:  # the sizes of the layers
             raise ValueError(f"Expected a checkpoint that fits TRAINER.DLRCLIP but got {path}: {error}") from error
-        classnames = list(self.dm.dataset.classnames)
-        network.bind(classnames, getattr(self.dm.dataset, "class_indices", None))
+        self.bind_classes(list(self.dm.dataset.classnames), getattr(self.dm.dataset, "class_indices", None))
         beta, n = float(learner.coefficient()), int(learner.beta_n)
         unchosen = bool(torch.isnan(learner.beta))
         on = "val" if n else NOT_CHOSEN if unchosen else "mean learnt w (no validation set)"

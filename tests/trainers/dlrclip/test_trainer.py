@@ -353,6 +353,17 @@ class TestLoading:
             torch.testing.assert_close(got[head], want[head][:, [1, 3]])
         assert not torch.equal(got["glr"], got["clip"])
 
+    def test_subset_is_reported_both_ways(self, make, run, dataset, tmp_path):
+        dataset(names=[NAMES[1], NAMES[3]], class_indices=[1, 3])
+        part = make(out="part")
+        part.load_model(run)
+        part.test()
+        test = json.loads((tmp_path / "part" / "metrics.json").read_text())["test"]
+        cut, kway = test["heads"], test["heads_kway"]
+        assert list(cut) == list(kway) == list(HEADS)
+        assert cut["clip"]["accuracy"] == kway["clip"]["accuracy"]  # zero-shot classes do not see each other
+        assert kway["glr"] == kway["clip"] and cut["glr"]["ece"] != cut["clip"]["ece"]  # no refiner for new classes
+
     def test_nothing_given(self, make):
         trainer = make()
         before = heads_on_test(trainer)

@@ -309,7 +309,6 @@ class SplitDataset(DatasetBase):
         self.dataset_dir = str(root)
         self.image_dir = str(root / self.images) if self.images else str(root)
         split = self._load_split()
-        self._split_paths = [item.impath for item in itertools.chain(*split)]
         items = [relative_items(part, self.image_dir) for part in split]
         self.split_digest = _digest(items)
         index = zip(itertools.chain(*items[:2]), itertools.chain(*split[:2]), strict=True)
@@ -317,8 +316,8 @@ class SplitDataset(DatasetBase):
         train, val, test = subsample_classes(
             train, self.choose_val(val, split, cfg), split.test, subsample=cfg.DATASET.SUBSAMPLE_CLASSES
         )
+        self.check_files = False  # done, for the whole split
         super().__init__(train_x=train, val=val or None, test=test)
-        del self._split_paths
 
     def locate(self, root: str) -> Path:
         """The dataset's folder for a DATASET.ROOT ("" = not given). Datasets that make their own images override it.
@@ -348,19 +347,21 @@ class SplitDataset(DatasetBase):
         check_val(cfg)
         return val
 
-    def needed_files(self) -> Iterable[str]:
-        return self._split_paths
-
     def _load_split(self) -> Split:
         # A read-only dataset folder keeps its split in the user's cache, under a name made of the folder's path.
         home = Path(self.dataset_dir) / self.split_name
         away = _cached_folder(self.dataset_dir) / self.split_name
         for path in (home, away):
             if self.split_name and path.exists():
-                return read_split(path, self.image_dir)
+                split = read_split(path, self.image_dir)
+                if self.check_files:
+                    self._check_files(itertools.chain(*split))
+                return split
         self._check_sources()
         split = self.make_split()
         _check_classes(f"the split made from {self.dataset_dir}", split)
+        if self.check_files:  # before it is saved
+            self._check_files(itertools.chain(*split))
         if not self.split_name:
             return split
         try:

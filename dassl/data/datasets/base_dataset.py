@@ -161,7 +161,7 @@ class DatasetBase:
         self._val = val
         self._test = test
         if self.check_files:
-            self._check_files()
+            self._check_files(item for items in (train_x, train_u, val, test) for item in items or ())
         self._num_classes = self.get_num_classes(train_x)
         self._lab2cname, self._classnames = self.get_lab2cname(train_x)
         self._check_labels()
@@ -325,14 +325,9 @@ class DatasetBase:
             output[item.domain].append(item)
         return output
 
-    def needed_files(self) -> Iterable[str]:
-        """Paths of all files that must exist; here those of the four lists. A reader may ask for more."""
-        lists = (self._train_x, self._train_u, self._val, self._test)
-        return (item.impath for items in lists for item in items or ())
-
-    def _check_files(self) -> None:
-        """One InputError for all missing files."""
-        paths = dict.fromkeys(self.needed_files())
+    def _check_files(self, items: Iterable[Datum]) -> None:
+        """One InputError for all items whose files are missing."""
+        paths = dict.fromkeys(item.impath for item in items)
         missing = find_missing(paths)
         if missing:
             more = ", ..." if len(missing) > 5 else ""

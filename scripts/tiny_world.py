@@ -8,6 +8,7 @@ are not, which is the situation that few-shot adaptation is for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ N_SHAPES = len(SHAPE_CLASSES) + len(OTHER_OUTLINES)
 COLOUR_NAMES = list(COLOURS)
 
 # Whose name a careless annotator uses instead.
-MIXED_UP = {
+SHAPES_MIXED_UP = {
     "pentagon": "hexagon",
     "hexagon": "octagon",
     "heptagon": "hexagon",
@@ -69,6 +70,20 @@ MIXED_UP = {
     "lightning bolt": "zigzag",
     "ring": "circle",
 }
+
+DIGITS_MIXED_UP = {
+    "zero": "six",
+    "one": "seven",
+    "two": "seven",
+    "three": "eight",
+    "four": "nine",
+    "five": "six",
+    "six": "five",
+    "seven": "one",
+    "eight": "three",
+    "nine": "four",
+}
+ALL_MIXED_UP = {**SHAPES_MIXED_UP, **DIGITS_MIXED_UP}
 
 ANY = ("a photo of a {o}.", "a photo of the {o}.", "an image of a {o}.", "a picture of a {o}.", "a {o}", "{o}.")
 SHAPE = (
@@ -161,8 +176,10 @@ class Captions:
     mentioned: np.ndarray
 
 
-def caption_batch(pool: Pool, index: np.ndarray, rng: np.random.Generator, mixup: float) -> tuple[Captions, np.ndarray]:
-    """Write one caption per picture of `index`.
+def caption_batch(
+    pool: Pool, index: np.ndarray, rng: np.random.Generator, mixup: float, mixed_up: Mapping[str, str]
+) -> tuple[Captions, np.ndarray]:
+    """Write one caption per picture of `index`; with probability `mixup` an object of `mixed_up` gets its other name.
 
     Returns:
         the captions, and what the annotator sees in each picture, [B, 4]; the object is what he calls it.
@@ -171,8 +188,8 @@ def caption_batch(pool: Pool, index: np.ndarray, rng: np.random.Generator, mixup
     text, mentioned = [], np.full((len(index), 4), -1, dtype=np.int64)
     for i, (o, c, b, t) in enumerate(seen):
         name = OBJECTS[o]
-        if name in MIXED_UP and rng.random() < mixup:
-            name = MIXED_UP[name]
+        if name in mixed_up and rng.random() < mixup:
+            name = mixed_up[name]
             seen[i, 0] = o = OBJECTS.index(name)
         templates = ANY if rng.random() < 0.4 else (SHAPE if o < N_SHAPES else DIGIT)
         template = templates[rng.integers(len(templates))]

@@ -1,0 +1,87 @@
+"""How the values of configs/trainers/dlr/tiny.yaml that differ from the published ones were chosen.
+
+    python scripts/choose_tiny_config.py
+
+Trains DLR-CLIP on Digits with every setting of the grid (`--grid` changes it) and measures the final head on the WHOLE
+validation part of the Digits split (359 images; the few-shot training images and all test images lie outside it).
+The best mean over shots and seeds wins. Test images are never loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import datasets
+import trainers
+from dassl.config import get_cfg_default
+from dassl.data.data_manager import build_data_loader
+from dassl.data.transforms import build_transform
+from dassl.engine import build_trainer
+from dassl.utils import set_random_seed
+from datasets.splits import read_split
+
+CONFIG = "configs/trainers/dlr/tiny.yaml"
+GRID = {"OPTIM.LR": [0.0005, 0.001, 0.002], "TRAINER.DLRCLIP.SCALE": [0.1, 1.0]}
+
+
+def validation_accuracy(settings: dict[str, Any], shots: int, seed: int, config: str) -> dict[str, float]:
+    """Accuracy (percent) of each head on the whole validation part, after training with `settings`."""
+    cfg = get_cfg_default()
+    datasets.extend_cfg(cfg)
+    trainers.extend_cfg(cfg)
+    cfg.merge_from_file(config)
+    cfg.merge_from_list([x for pair in settings.items() for x in pair])
+    cfg.merge_from_list(["DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", shots, "SEED", seed, "TEST.NO_TEST", True])
+    with tempfile.TemporaryDirectory() as folder:
+        cfg.OUTPUT_DIR = folder
+        cfg.freeze()
+        set_random_seed(seed)
+        trainer: Any = build_trainer(cfg)
+        trainer.train()
+        dataset = trainer.dm.dataset
+        whole = read_split(Path(dataset.dataset_dir) / dataset.split_name, dataset.image_dir).val
+        test_view = build_transform(cfg, is_train=False)
+        loader = build_data_loader(cfg, data_source=whole, batch_size=100, tfm=test_view, is_train=False)
+        trainer.set_model_mode("eval")
+        hits: dict[str, int] = {}
+        with torch.no_grad():
+            for batch in loader:
+                images, labels = trainer.parse_batch_test(batch)
+                for head, logits in trainer.model_heads(images).items():
+                    hits[head] = hits.get(head, 0) + int((logits.argmax(dim=1) == labels).sum())
+    return {head: 100 * count / len(whole) for head, count in hits.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", type=json.loads, default=GRID, help="JSON object: config key -> list of values")
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--config", default=CONFIG)
+    args = parser.parse_args()
+    results = []
+    for values in itertools.product(*args.grid.values()):
+        settings = dict(zip(args.grid, values, strict=True))
+        runs = {(k, s): validation_accuracy(settings, k, s, args.config) for k in args.shots for s in args.seeds}
+        mean = statistics.fmean(run["final"] for run in runs.values())
+        results.append((mean, settings))
+        print(f"{mean:.2f}  {settings}", flush=True)
+        for (shots, seed), run in runs.items():
+            heads = "  ".join(f"{head} {value:.1f}" for head, value in run.items())
+            print(f"       {shots} shots, seed {seed}: {heads}", flush=True)
+    print("chosen:", max(results, key=lambda result: result[0]))
+
+
+if __name__ == "__main__":
+    main()

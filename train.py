@@ -13,10 +13,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -27,12 +26,11 @@ from dassl.config import CfgNode, get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.utils import InputError, close_logger, collect_env_info, did_you_mean, set_random_seed, setup_logger
+from dassl.utils.cli import SETUP_ERRORS, Parser, fail
 
 logger = logging.getLogger("train")
 
 DEFAULT_DATASET = "Digits"
-# While things are set up, these mean that something given was wrong. Once a run is going, only InputError does.
-SETUP_ERRORS = (InputError, ValueError, KeyError, OSError, yaml.YAMLError)
 # Flag -> the key that it sets.
 FLAG_KEYS = {
     "root": "DATASET.ROOT",
@@ -48,14 +46,9 @@ FLAG_KEYS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; every option that is not given is None (switches: False)."""
-    parser = _Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="folder that holds the datasets")
     parser.add_argument("--output-dir", help="folder of this run (default: made of dataset, trainer, config, seed)")
     parser.add_argument("--resume", help="folder of an earlier run to resume from")
@@ -251,30 +244,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             trainer = build(args)
         except SETUP_ERRORS as error:
-            return _fail(error, args.debug)
+            return fail(error, args.debug)
         try:
             run(trainer, args)
         except InputError as error:  # a bad image, say, that only its turn in a batch could show
-            return _fail(error, args.debug)
+            return fail(error, args.debug)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     finally:
         close_logger()
     return 0
-
-
-def _fail(error: BaseException, debug: bool) -> int:
-    if debug:
-        traceback.print_exception(error)
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        message = f"{error.strerror}: {error.filename}"
-    elif isinstance(error, KeyError) and error.args:
-        message = str(error.args[0])  # str() of a KeyError would be the message's repr
-    else:
-        message = str(error) or type(error).__name__
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

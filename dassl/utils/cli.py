@@ -1,0 +1,38 @@
+"""What command lines share: one line on stderr and exit code 2 for whatever was given wrong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from typing import NoReturn
+
+import yaml
+
+from .errors import InputError
+
+__all__ = ["SETUP_ERRORS", "Parser", "fail"]
+
+# While things are set up, these mean that something given was wrong. Once a run is going, only InputError does.
+SETUP_ERRORS = (InputError, ValueError, KeyError, OSError, yaml.YAMLError)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def fail(error: BaseException, debug: bool = False) -> int:
+    """Say an error in one line on stderr, after its traceback if ``debug``; returns the exit code, 2."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        message = f"{error.strerror}: {error.filename}"
+    elif isinstance(error, KeyError) and error.args:
+        message = str(error.args[0])  # str() of a KeyError would be the message's repr
+    else:
+        message = str(error) or type(error).__name__
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

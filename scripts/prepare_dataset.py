@@ -12,6 +12,7 @@ Exit codes: 0 complete; 1 something is missing or the counts differ; 2 something
 from __future__ import annotations
 
 import argparse
+import gzip
 import logging
 import os
 import shutil
@@ -21,6 +22,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +38,6 @@ from scripts.dataset_sources import SOURCES, Download, Part
 logger = logging.getLogger("prepare_dataset")
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"  # holds the labels of ImageNet's validation images
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 CHUNK = 1 << 20  # bytes
 
 
@@ -86,9 +87,7 @@ def extract(archive: Path, folder: Path) -> None:
                 tar.extractall(folder, filter="data")
         else:
             raise InputError(f"Expected {archive} to be a zip or tar archive but it is neither: download it again")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, ValueError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
+    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise InputError(f"Expected {archive} to be a sound archive but got: {error}") from error
 
 

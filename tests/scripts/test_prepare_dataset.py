@@ -202,6 +202,16 @@ def test_damaged_archive_is_named_and_leaves_nothing(root, capsys, content):
     assert not list((root / "eurosat").iterdir())
 
 
+def test_archive_that_was_cut_short(root, tmp_path, capsys):
+    make_tree("FGVCAircraft", tmp_path / "made")
+    archive = root / "fgvc-aircraft-2013b.tar.gz"
+    pack(archive, tmp_path / "made" / "fgvc_aircraft", "fgvc-aircraft-2013b/data/")
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    assert run("FGVCAircraft", root) == 2
+    assert archive.name in capsys.readouterr().err
+    assert not list((root / "fgvc_aircraft").iterdir())
+
+
 def test_archive_with_other_content(root, tmp_path, capsys):
     make_tree("EuroSAT", tmp_path / "made")
     pack(root / "EuroSAT.zip", tmp_path / "made" / "eurosat" / "2750", "other/")

@@ -1,0 +1,173 @@
+"""One's own images through train.py: whatever is wrong with them is one line, exit code 2, and no half-written file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train
+
+ROOT = Path(train.__file__).parent
+COLOURS = {"cat": "red", "dog": "blue"}
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Two classes in the layout train / val / test, four images of each in each part."""
+    for part in ("train", "val", "test"):
+        for name, colour in COLOURS.items():
+            folder = tmp_path / "photos" / part / name
+            folder.mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def start(tmp_path, random_tiny):
+    def start(root: Path, *flags: str, output: str = "run") -> int:
+        return train.main(
+            [
+                *("--root", str(root), "--dataset-config-file", str(ROOT / "configs/datasets/image_folder.yaml")),
+                *("--trainer", "DLRCLIP", "--config-file", str(ROOT / "configs/trainers/dlr/tiny.yaml"), *flags),
+                *("--output-dir", str(tmp_path / output), "MODEL.BACKBONE.WEIGHTS", str(random_tiny)),
+                *("OPTIM.MAX_EPOCH", "1", "USE_CUDA", "False"),
+            ]
+        )
+
+    return start
+
+
+def assert_one_line(stderr: str, *words: str) -> None:
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in stderr, stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(os.fsdecode(os.path.join(place, name)) for place, _, names in os.walk(folder) for name in names)
+
+
+def spoil(path: Path, kind: str) -> None:
+    whole = path.read_bytes()
+    if kind == "wide":
+        Image.new("L", (50_000, 30)).save(path)
+    elif kind == "loop":
+        path.unlink()
+        path.symlink_to(path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"Dear diary", "truncated": whole[: len(whole) // 2]}[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("empty", "an empty file"),
+        ("text", "no known image format"),
+        ("truncated", ""),
+        ("wide", "50000 x 30 pixels"),
+        ("loop", "Too many levels"),
+    ],
+)
+def test_an_unreadable_image_is_named(start, photos, tmp_path, capsys, kind, reason):
+    bad = photos / "test" / "dog" / "2.png"
+    spoil(bad, kind)
+    before = listing(photos)
+    assert start(photos, "--eval-only") == 2
+    assert_one_line(capsys.readouterr().err, str(bad), reason)
+    assert listing(photos) == before
+    left = {Path(path).name for path in listing(tmp_path / "run")}
+    assert left <= {"log.txt", "config.yaml", "classes.json", "environment.json"}  # no result, no DONE, no .tmp
+
+
+def test_all_of_them_are_skipped_on_demand(start, photos, tmp_path):
+    for number, kind in enumerate(("empty", "text", "truncated", "wide")):
+        spoil(photos / ("train", "val", "test", "test")[number] / "dog" / f"{number}.png", kind)
+    assert start(photos, "--skip-bad-images") == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["bad_images"] == 4 and metrics["test"]["n"] == 6
+    listed = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == [
+        str(photos / part / "dog" / f"{number}.png") for number, part in enumerate(("train", "val", "test", "test"))
+    ]
+
+
+def empty_class(root: Path) -> None:
+    (root / "train" / "owl").mkdir()
+
+
+def odd_name(root: Path) -> None:
+    os.makedirs(os.fsencode(root) + b"/train/caf\xe9")
+
+
+def circle(root: Path) -> None:
+    (root / "train" / "cat" / "again").symlink_to(root / "train" / "cat")
+
+
+def twins(root: Path) -> None:
+    shutil.copytree(root / "train" / "dog", root / "train" / "DOG")
+
+
+def unknown_class(root: Path) -> None:
+    (root / "test" / "dog").rename(root / "test" / "dogs")
+
+
+def few(root: Path) -> None:
+    for part in ("val", "test"):
+        shutil.rmtree(root / part)
+    for name in COLOURS:
+        (root / "train" / name).rename(root / name)
+    (root / "train").rmdir()
+    for number in range(2):
+        (root / "dog" / f"{number}.png").unlink()
+
+
+def one_class(root: Path) -> None:
+    for part in ("train", "val", "test"):
+        shutil.rmtree(root / part / "dog")
+
+
+def wrong_names(root: Path) -> None:
+    (root / "classes.txt").write_text("cats Katze\n")
+
+
+def gone(root: Path) -> None:
+    shutil.rmtree(root)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (empty_class, ["train/owl", "nothing"]),
+        (odd_name, ["UTF-8", r"caf\xe9"]),
+        (circle, ["cat/again", "leads back"]),
+        (twins, ["DOG", "dog", "tell apart"]),
+        (unknown_class, ["test", '"dogs"', 'did you mean "dog"']),
+        (few, ["at least 4 images", "dog (2)"]),
+        (one_class, ["two classes", "1"]),
+        (wrong_names, ["classes.txt", "cats", "cat, dog"]),
+        (gone, ["photos", "not there"]),
+    ],
+)
+def test_wrong_folders(start, photos, tmp_path, capsys, harm, words):
+    harm(photos)
+    before = listing(photos)
+    assert start(photos) == 2
+    assert_one_line(capsys.readouterr().err, *words)
+    assert listing(photos) == before and not (tmp_path / "run").exists()
+
+
+def test_a_trained_model_may_be_evaluated_on_other_classes(start, photos, tmp_path):
+    assert start(photos) == 0
+    for part in ("train", "val", "test"):
+        (photos / part / "dog").rename(photos / part / "owl")
+    assert start(photos, "--eval-only", "--model-dir", str(tmp_path / "run"), output="other") == 0
+    metrics = json.loads((tmp_path / "other" / "metrics.json").read_text())
+    assert metrics["test"]["heads"]["glr"] == metrics["test"]["heads"]["clip"]  # no refiner for new classes
+    assert json.loads((tmp_path / "other" / "classes.json").read_text()) == ["cat", "owl"]

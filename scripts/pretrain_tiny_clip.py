@@ -1,14 +1,14 @@
 """Pretrain the bundled tiny CLIP on rendered picture-caption pairs.
 
     python scripts/pretrain_tiny_clip.py --compile
-    python scripts/pretrain_tiny_clip.py --stage text --minutes 4 --lr 0.003 --mixup 0.45
+    python scripts/pretrain_tiny_clip.py --stage text --steps 400 --lr 0.006 --warmup 20 --mixup 0.5
 
 Beyond plain contrastive training, and on purpose, since small batches on a CPU do not get off the ground otherwise:
 * a caption counts as a positive for every picture of the batch of which it is true, not only for its own;
 * linear heads on the image embedding learn the object, colour and texture (thrown away afterwards);
 * a linear head on a middle block's patches learns the foreground mask (thrown away afterwards);
-* a second stage tunes the text encoder alone on captions of a more careless annotator, who mixes up digits too: the
-  zero-shot classifier becomes weak where the image features are not, which leaves adaptation something to do;
+* a second stage tunes the text encoder alone on captions of an annotator who cannot tell some pairs apart: zero-shot
+  accuracy becomes weak where the image features are not, which leaves adaptation something to do;
 * Muon for the block matrices, AdamW for the rest; sin-cos initial position embedding; a scheduled logit scale.
 
 Writes trainers/clip/assets/tiny_clip.{safetensors,json}, with the recipe and the zero-shot accuracy measured on images
@@ -43,13 +43,13 @@ from datasets.digits import Digits
 from datasets.rendering import TEXTURES
 from datasets.shapes import Shapes
 from scripts.tiny_world import (
-    ALL_MIXED_UP,
     ANY,
     COLOUR_NAMES,
     DIGIT,
+    MIXED_UP,
     OBJECTS,
     SHAPE,
-    SHAPES_MIXED_UP,
+    SWAPPED,
     Pool,
     caption_batch,
     render_pool,
@@ -277,10 +277,10 @@ class Run:
             share = step / self.args.steps if self.args.steps else (time.time() - self.start) / 60 / self.args.minutes
 
     def joint(self) -> None:
-        """Both encoders, with the helping heads; the annotator mixes up shapes."""
+        """Both encoders, with the helping heads; the annotator is careless."""
         opts = optimisers(self.model, self.args.lr)
         for step, share, index in self.steps():
-            captions, seen = caption_batch(self.pool, index, self.rng, self.args.mixup, SHAPES_MIXED_UP)
+            captions, seen = caption_batch(self.pool, index, self.rng, self.args.mixup, MIXED_UP)
             scale = FIRST_SCALE + (LAST_SCALE - FIRST_SCALE) * min(1.0, share / 0.8)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 f, foreground = self.model.image(augmented(self.pool.images[index], self.rng))
@@ -290,21 +290,21 @@ class Run:
                 loss = loss + 0.3 * F.cross_entropy(head(f * 8), torch.from_numpy(getattr(self.pool, name)[index]))
             target = torch.from_numpy(self.pool.foreground[index]).flatten(1).float() / 255
             loss = loss + 0.5 * F.binary_cross_entropy_with_logits(foreground, target)
-            update(opts, loss, self.args.lr, step, share)
+            update(opts, loss, self.args, step, share)
             self.report(step + 1, share, loss, scale)
         self.report(step + 1, 1.0, loss, scale, last=True)
 
     def text_only(self) -> None:
-        """The text encoder alone, on captions of an annotator who mixes up digits too."""
+        """The text encoder alone, on captions of an annotator who cannot tell some pairs apart."""
         opts = optimisers(self.model, self.args.lr, text_only=True)
         for step, share, index in self.steps():
-            captions, seen = caption_batch(self.pool, index, self.rng, self.args.mixup, ALL_MIXED_UP)
+            captions, seen = caption_batch(self.pool, index, self.rng, self.args.mixup, SWAPPED)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 with torch.no_grad():
                     f, _ = self.model.image(augmented(self.pool.images[index], self.rng))
                 g = self.model.text(self.vocabulary(captions.text))
             loss = contrastive(f, g, LAST_SCALE, torch.from_numpy(true_pairs(captions.mentioned, seen)))
-            update(opts, loss, self.args.lr, step, share)
+            update(opts, loss, self.args, step, share)
             self.report(step + 1, share, loss, LAST_SCALE)
         self.report(step + 1, 1.0, loss, LAST_SCALE, last=True)
 
@@ -330,13 +330,13 @@ class Run:
         self.shown = time.time()
 
 
-def update(opts: list[torch.optim.Optimizer], loss: Tensor, lr: float, step: int, share: float) -> None:
-    """One step; the rate warms up over 200 steps and falls to zero along a cosine. AdamW's is a sixth of Muon's."""
-    factor = min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * share))
+def update(opts: list[torch.optim.Optimizer], loss: Tensor, args: argparse.Namespace, step: int, share: float) -> None:
+    """One step; the rate warms up and falls to zero along a cosine. AdamW's is a sixth of Muon's."""
+    factor = min(1.0, (step + 1) / args.warmup) * 0.5 * (1 + math.cos(math.pi * share))
     for optimiser, share_of_lr in zip(opts, (1.0, 1 / 6), strict=True):
         optimiser.zero_grad()
         for group in optimiser.param_groups:
-            group["lr"] = lr * share_of_lr * factor
+            group["lr"] = args.lr * share_of_lr * factor
     loss.backward()
     for optimiser in opts:
         optimiser.step()
@@ -350,6 +350,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=60_000, help="pictures rendered; each is seen several times")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.012, help="Muon's; AdamW gets a sixth")
+    parser.add_argument("--warmup", type=int, default=200, help="steps over which the rate rises")
     parser.add_argument("--mixup", type=float, default=0.4, help="how often the annotator uses a neighbour's name")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=float, default=3, help="minutes between measurements and checkpoints")

@@ -1,8 +1,8 @@
 """The picture-caption world that the tiny CLIP is pretrained on.
 
 A picture shows one object (a shape, a digit or a letter) in some style; its caption mentions some of what is true.
-Captions come from a careless annotator: shapes that people mix up are called by their neighbour's name with probability
-`mixup`, as in captions from the web. That keeps the tiny CLIP's zero-shot classifier weak where its image features
+Captions come from annotators who call some objects by another one's name with probability `mixup`, as captions from the
+web do. That keeps the tiny CLIP's zero-shot classifier weak where its image features
 are not, which is the situation that few-shot adaptation is for.
 """
 
@@ -31,8 +31,8 @@ OBJECTS = [*SHAPE_CLASSES, *OTHER_OUTLINES, *DIGIT_WORDS, *(f"letter {c.lower()}
 N_SHAPES = len(SHAPE_CLASSES) + len(OTHER_OUTLINES)
 COLOUR_NAMES = list(COLOURS)
 
-# Whose name a careless annotator uses instead.
-SHAPES_MIXED_UP = {
+# Whose name a careless annotator uses now and then.
+MIXED_UP = {
     "pentagon": "hexagon",
     "hexagon": "octagon",
     "heptagon": "hexagon",
@@ -71,19 +71,25 @@ SHAPES_MIXED_UP = {
     "ring": "circle",
 }
 
-DIGITS_MIXED_UP = {
-    "zero": "six",
-    "one": "seven",
-    "two": "seven",
-    "three": "eight",
-    "four": "nine",
-    "five": "six",
-    "six": "five",
-    "seven": "one",
-    "eight": "three",
-    "nine": "four",
-}
-ALL_MIXED_UP = {**SHAPES_MIXED_UP, **DIGITS_MIXED_UP}
+# What a hopeless annotator cannot tell apart: he calls both by either name.
+INDISTINCT = (
+    ("three", "eight"),
+    ("four", "nine"),
+    ("one", "seven"),
+    ("hexagon", "heptagon"),
+    ("circle", "octagon"),
+    ("ellipse", "egg"),
+    ("rhombus", "kite"),
+    ("parallelogram", "trapezoid"),
+    ("six-pointed star", "eight-pointed star"),
+    ("clover", "flower"),
+    ("zigzag", "wave"),
+    ("semicircle", "quadrant"),
+    ("teardrop", "leaf"),
+    ("plus sign", "diagonal cross"),
+    ("arrow", "double arrow"),
+)
+SWAPPED = {**dict(INDISTINCT), **{second: first for first, second in INDISTINCT}}
 
 ANY = ("a photo of a {o}.", "a photo of the {o}.", "an image of a {o}.", "a picture of a {o}.", "a {o}", "{o}.")
 SHAPE = (

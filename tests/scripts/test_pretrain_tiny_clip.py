@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scripts.tiny_world import ALL_MIXED_UP, OBJECTS, caption_batch, render_pool, true_pairs
+from scripts.tiny_world import OBJECTS, SWAPPED, caption_batch, render_pool, true_pairs
 from trainers.clip import load_clip
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def test_pool_does_not_depend_on_the_number_of_workers() -> None:
 def test_captions_say_what_the_annotator_sees() -> None:
     pool, rng = render_pool(300, seed=5, workers=1), np.random.default_rng(0)
     index = np.arange(300)
-    captions, seen = caption_batch(pool, index, rng, mixup=0.0, mixed_up=ALL_MIXED_UP)
+    captions, seen = caption_batch(pool, index, rng, mixup=0.0, mixed_up=SWAPPED)
     assert np.array_equal(seen[:, 0], pool.object)
     pairs = true_pairs(captions.mentioned, seen)
     assert pairs.diagonal().all() and 0.003 < pairs.mean() < 0.2
@@ -36,10 +36,10 @@ def test_captions_say_what_the_annotator_sees() -> None:
         said = captions.mentioned[j]
         truth = np.array([pool.object[i], pool.colour[i], pool.background[i], pool.texture[i]])
         assert ((said < 0) | (said == truth)).all()
-    _, always = caption_batch(pool, index, rng, mixup=1.0, mixed_up=ALL_MIXED_UP)
+    _, always = caption_batch(pool, index, rng, mixup=1.0, mixed_up=SWAPPED)
     for i in index:
         name = OBJECTS[pool.object[i]]
-        assert OBJECTS[always[i, 0]] == ALL_MIXED_UP.get(name, name)
+        assert OBJECTS[always[i, 0]] == SWAPPED.get(name, name)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="pretraining needs torch >= 2.9")

@@ -359,13 +359,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"skipped: {reason}", file=sys.stderr)
         if not predictions:
             raise InputError(f"Expected images that can be read but could read none of {len(files)}")
+        write_result(args, predictions, names)
         if args.json:
             print_json(predictions, names, args.top_k, unreadable, head)
         elif args.csv:
             print_csv(predictions, names, args.top_k)
         else:
             print_table(predictions, names, args.top_k)
-        write_result(args, predictions, names)
+        sys.stdout.flush()
         if unreadable:
             print(f"{len(predictions)} images predicted, {len(unreadable)} skipped", file=sys.stderr)
     except InputError as error:
@@ -373,6 +374,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
     return 0
 
 

@@ -267,6 +267,12 @@ def test_the_command_line_knows_no_method():
     assert [name for name in TRAINER_REGISTRY.registered_names() if name.lower() in source] == []
 
 
+def test_stdout_may_be_closed_early(run, new, tmp_path):
+    command = f'"{sys.executable}" "{ROOT / "predict.py"}" --model-dir "{run}" "{new}" --json | head -1'
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "{\n" and "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
 def test_as_a_program(run, new, tmp_path):
     command = [sys.executable, str(ROOT / "predict.py"), "--model-dir", str(run), str(new), "--csv"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)

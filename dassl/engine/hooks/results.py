@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from dassl.evaluation import HEAD_COLUMNS, heads_table
-from dassl.utils import atomic_write
+from dassl.utils import InputError, atomic_write
 from dassl.utils.torchtools import POINTER_NAME
 
 from ..environment import describe
@@ -55,10 +55,13 @@ class Results(HookBase):
         self._aside = not training and is_training_run(folder)
         if self._aside:
             return
+        names = list(trainer.lab2cname.values())
+        if is_training_run(folder):
+            _check_same_classes(folder, names)
         (folder / DONE).unlink(missing_ok=True)
         with atomic_write(folder / CONFIG) as stream:
             stream.write(trainer.cfg.dump())
-        _write_json(folder / CLASSES, list(trainer.lab2cname.values()))
+        _write_json(folder / CLASSES, names)
         _write_json(folder / ENVIRONMENT, describe(trainer.device))
         bad = getattr(trainer.dm, "bad_images", {})
         if bad:
@@ -128,6 +131,19 @@ class Results(HookBase):
 def is_training_run(folder: Path) -> bool:
     """Whether a training run, finished or not, has left checkpoints in this folder."""
     return any(folder.glob(f"*/{POINTER_NAME}"))
+
+
+def _check_same_classes(folder: Path, names: list[str]) -> None:
+    # A run that goes on with other classes would fail, or mislabel; said before its records are written over.
+    try:
+        earlier = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # made without that file
+    if earlier != names:
+        raise InputError(
+            f'Expected the run in "{folder}" to go on with the {len(earlier)} classes it has been trained on but the '
+            f"dataset now has {len(names)}, of which some differ: choose another OUTPUT_DIR (--output-dir)"
+        )
 
 
 def count_parameters(trainer: Any) -> dict[str, int]:

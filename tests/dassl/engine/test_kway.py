@@ -9,6 +9,7 @@ import torch
 
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, TrainerX
+from dassl.utils import InputError
 
 INDICES = [4, 1, 2]  # of red, green, blue among the five classes trained on
 
@@ -71,6 +72,16 @@ def test_both_results_are_reported(shifted, tmp_path, caplog):
 def test_other_datasets_have_one_result(shifted, tmp_path, indices):
     shifted(indices).test()
     assert "heads_kway" not in json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
+
+
+def test_a_run_does_not_go_on_with_other_classes(build, tmp_path):
+    build("Linear").train()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*") if path.is_file()}
+    trainer = build("Linear")
+    trainer.lab2cname = {0: "red", 1: "green", 2: "yellow"}
+    with pytest.raises(InputError, match="3 classes it has been trained on.*some differ"):
+        trainer.train()
+    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*") if path.is_file()} == before
 
 
 def test_class_names_are_kept(build, tmp_path):

@@ -90,7 +90,7 @@ def load_cfg(args: argparse.Namespace) -> CfgNode:
     """The configuration of the run, for prediction."""
     path = Path(args.model_dir) / "config.yaml"
     if not path.is_file():
-        raise InputError(f"Expected --model-dir to be the output folder of a run, with a config.yaml, but got {path}")
+        raise InputError(f"Expected --model-dir to be the output folder of a run but there is no {path}")
     cfg = get_cfg_default()
     datasets.extend_cfg(cfg)
     trainers.extend_cfg(cfg)

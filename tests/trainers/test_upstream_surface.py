@@ -70,23 +70,40 @@ def test_clip_knows_no_toolbox():
         }, path
 
 
+CLASSES = {node.name: node for path in FILES for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)}
+
+
+def ours(cls):
+    """The class and those of its bases that are ours."""
+    known = [CLASSES[base.id] for base in cls.bases if isinstance(base, ast.Name) and base.id in CLASSES]
+    return [cls, *(found for base in known for found in ours(base))]
+
+
 def trainer_classes():
-    for path in FILES:
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.ClassDef) and any("TRAINER_REGISTRY" in ast.dump(d) for d in node.decorator_list):
-                yield pytest.param(node, id=node.name)
+    """The registered classes and what they derive from."""
+    for cls in CLASSES.values():
+        bases = {base.id for found in ours(cls) for base in found.bases if isinstance(base, ast.Name)}
+        if bases & {"TrainerX", "TrainerXU", "TrainerBase", "SimpleTrainer"}:
+            yield pytest.param(cls, id=cls.name)
+
+
+def test_every_registered_class_is_looked_at():
+    registered = {
+        name for name, cls in CLASSES.items() if any("TRAINER_REGISTRY" in ast.dump(d) for d in cls.decorator_list)
+    }
+    assert "DLRCLIP" in registered
+    assert registered <= {parameter.id for parameter in trainer_classes()}
 
 
 @pytest.mark.parametrize("cls", trainer_classes())
 def test_trainers_use_what_upstream_s_base_class_has(cls):
-    own = {node.name for node in ast.walk(cls) if isinstance(node, ast.FunctionDef)}
-    own |= {
-        node.target.id for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
-    own |= {name.id for node in cls.body if isinstance(node, ast.Assign) for name in node.targets}
-    used = set()
-    for node in ast.walk(cls):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-            (own if isinstance(node.ctx, ast.Store) else used).add(node.attr)
+    own, used = set(), set()
+    for part in ours(cls):
+        own |= {node.name for node in ast.walk(part) if isinstance(node, ast.FunctionDef)}
+        own |= {n.target.id for n in part.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+        own |= {name.id for node in part.body if isinstance(node, ast.Assign) for name in node.targets}
+        for node in ast.walk(part):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                (own if isinstance(node.ctx, ast.Store) else used).add(node.attr)
     unknown = used - own - INHERITED - OPTIONAL
     assert not unknown, f"upstream's trainers have no {sorted(unknown)}"

@@ -13,7 +13,6 @@ Blocks before the first adapted one see no adapter: images run through them once
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..clip import CLIP, clean_classname, zeroshot_weights
+from ..learner import pack_record, unpack_record
 from .cma import CrossModalAdapter, share_in_order
 from .config import HEADS
 from .glr import FusionGate, GateLogitRefiner, fuse
@@ -136,17 +136,11 @@ class DLRCLIPLearner(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The training class list and the facts, as JSON in a uint8 tensor (which safe loaders admit)."""
-        text = json.dumps({"classnames": self.classnames, "facts": self.facts})
-        return torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8)
+        return pack_record({"classnames": self.classnames, "facts": self.facts})
 
     def set_extra_state(self, state: Tensor) -> None:
         """Called by load_state_dict before the weights of the submodules are loaded."""
-        self._size_for(read_extra_state(state)["classnames"])
-
-
-def read_extra_state(state: Tensor) -> dict[str, Any]:
-    """What DLRCLIPLearner.get_extra_state wrote: {"classnames": [...], "facts": {...}}."""
-    return json.loads(bytes(state.cpu().tolist()).decode("utf-8"))
+        self._size_for(unpack_record(state)["classnames"])
 
 
 class DLRCLIPNetwork(nn.Module):

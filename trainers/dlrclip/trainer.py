@@ -6,35 +6,34 @@ gradient scaling, evaluation of several heads in one pass) is used where it is t
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import os.path as osp
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dassl.engine import TRAINER_REGISTRY, TrainerX
+from dassl.engine import TRAINER_REGISTRY
 from dassl.metrics import compute_accuracy
-from dassl.optim import build_lr_scheduler, build_optimizer
+from dassl.optim import build_lr_scheduler
 from dassl.utils import load_checkpoint
 
-from ..clip import check_backbone, load_clip, templates_for
-from .config import HEADS, add_dlrclip_config, check_dlrclip_config
+from ..clip import templates_for
+from ..common import CLIPTrainer, build_optimizer_with_eps, checkpoint_path, count_steps
+from ..learner import FACTS, unpack_record
+from .config import add_dlrclip_config, check_dlrclip_config
 from .glr import best_beta
-from .network import DLRCLIPNetwork, read_extra_state
+from .network import DLRCLIPNetwork
 
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "dlrclip"  # folder of the checkpoints within a run's output folder
-FACTS = {"backbone": "backbone", "weights_digest": "CLIP weights with sha256", "context": "the prompt context"}
 NOT_CHOSEN = "mean learnt w (beta was not chosen)"
 
 
 @TRAINER_REGISTRY.register()
-class DLRCLIP(TrainerX):
+class DLRCLIP(CLIPTrainer):
     """Few-shot adaptation of CLIP by a cross-modal adapter and a gated logit refiner.
 
     What the engine may ask for beside the usual methods: `model_heads`, `main_head`, `reference_head`, `selected`,
@@ -42,7 +41,7 @@ class DLRCLIP(TrainerX):
     """
 
     network: DLRCLIPNetwork
-    reference_head = "clip"
+    node_name = "DLRCLIP"
 
     # Configuration
 
@@ -59,25 +58,10 @@ class DLRCLIP(TrainerX):
             FileNotFoundError: the backbone's weights are not there.
         """
         check_dlrclip_config(cfg)
-        if "WEIGHTS" not in cfg.MODEL.BACKBONE or "TEMPLATE" not in cfg.DATASET:
-            raise ValueError(
-                "Expected the configuration to have MODEL.BACKBONE.WEIGHTS and DATASET.TEMPLATE: call extend_cfg(cfg)"
-            )
-        if cfg.TRAINER.DLRCLIP.PREC == "fp16" and not self._own_toolbox:
-            raise ValueError(
-                "Expected TRAINER.DLRCLIP.PREC to be fp32, amp or bf16 but got fp16: "
-                "this toolbox cannot scale gradients, which half precision needs"
-            )
-        templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE)
-        check_backbone(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None)
+        self.check_clip_cfg(cfg)
 
     @property
-    def _own_toolbox(self) -> bool:
-        """Whether the engine handles precision (and several heads) itself."""
-        return callable(getattr(self, "set_precision", None))
-
-    @property
-    def main_head(self) -> str:
+    def main_head(self) -> str:  # type: ignore[override]  # read from the configuration, never set
         """The head whose accuracy is the trainer's."""
         return self.cfg.TRAINER.DLRCLIP.HEAD
 
@@ -86,22 +70,7 @@ class DLRCLIP(TrainerX):
     def build_model(self) -> None:
         """CLIP, the network around it, and the optimiser of what is learnt, stepped per batch."""
         cfg, node = self.cfg, self.cfg.TRAINER.DLRCLIP
-        classnames = list(self.dm.dataset.classnames)
-        if len(classnames) != self.num_classes:
-            raise ValueError(
-                f"Expected labels 0 to {len(classnames) - 1} for the {len(classnames)} class names of the training "
-                f"images but got labels up to {self.num_classes - 1}"
-            )
-        self._set_up_precision(node.PREC)
-        logger.info("Loading CLIP (backbone: %s)", cfg.MODEL.BACKBONE.NAME)
-        # Without CUDA, fp16 autocasts to bfloat16: the backbone is then kept in bfloat16 too.
-        precision = "bf16" if node.PREC == "fp16" and self.device.type != "cuda" else node.PREC
-        clip = load_clip(
-            cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None, precision=precision, device=self.device
-        )
-        size = (clip.image_size, clip.image_size)
-        if tuple(cfg.INPUT.SIZE) != size:
-            raise ValueError(f"Expected INPUT.SIZE to be {size} for {clip.name} but got {tuple(cfg.INPUT.SIZE)}")
+        clip, classnames = self.load_frozen_clip(node.PREC)
         self.network = DLRCLIPNetwork(
             clip,
             classnames,
@@ -126,29 +95,12 @@ class DLRCLIP(TrainerX):
         )
         learner = self.network.learner
         logger.info("Parameters to learn: %s", f"{sum(p.numel() for p in learner.parameters()):,}")
-        optim = build_optimizer(learner, cfg.OPTIM)
-        for group in optim.param_groups:
-            if "eps" in group:
-                group["eps"] = node.EPS
-        sched = build_lr_scheduler(optim, _per_step(cfg.OPTIM, len(self.train_loader_x)))
+        optim = build_optimizer_with_eps(learner, cfg.OPTIM, node.EPS)
+        sched = build_lr_scheduler(optim, count_steps(cfg.OPTIM, len(self.train_loader_x)))
         self.register_model(MODEL_NAME, learner, optim, sched)
         self.selected = {}
 
-    def _set_up_precision(self, prec: str) -> None:
-        """`self._autocast` = a function that gives the context in which the forward pass runs."""
-        self._autocast: Any = contextlib.nullcontext
-        if self._own_toolbox:
-            self.set_precision(prec)
-            self._autocast = self.precision.autocast
-        elif prec == "amp":
-            logger.info("This toolbox cannot scale gradients: amp means bfloat16 here, which needs no scaling")
-            self._autocast = lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)
-
     # One step
-
-    def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """-> images [B, 3, H, W] and labels [B], on the device."""
-        return batch["img"].to(self.device), batch["label"].to(self.device)
 
     def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """One step -> loss, accuracy (percent) and each loss term, for the console and TensorBoard."""
@@ -197,37 +149,6 @@ class DLRCLIP(TrainerX):
         """Sets the class list that logits are for; True when it is a part of the training classes (see the network)."""
         self.network.bind(classnames, class_indices)
         return self.network.columns is not None
-
-    def model_inference(self, input: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> logits [B, C] of the main head."""
-        return self.model_heads(input)[self.main_head]
-
-    def test(self, split: str | None = None) -> float:
-        """Evaluates a split; an engine that knows one head only is followed by a pass that reports the five."""
-        result = super().test(split)
-        if not self._own_toolbox:
-            self._report_heads(split or self.cfg.TEST.SPLIT)
-        return result
-
-    @torch.no_grad()
-    def _report_heads(self, split: str) -> None:
-        use_val = split == "val" and self.val_loader is not None
-        logits, labels = self._collect(self.val_loader if use_val else self.test_loader)
-        for head in HEADS:
-            accuracy = 100.0 * (logits[head].argmax(dim=1) == labels).float().mean().item()
-            logger.info("* head %s: accuracy %.2f%%", head, accuracy)
-            self.write_scalar(f"{'val' if use_val else 'test'}/{head}/accuracy", accuracy, self.epoch)
-
-    @torch.no_grad()
-    def _collect(self, loader: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """Logits of all heads [n, C] and labels [n] of all images of a loader, on the CPU."""
-        self.set_model_mode("eval")
-        batches, labels = [], []
-        for batch in loader:
-            images, label = self.parse_batch_test(batch)
-            batches.append({head: logits.cpu() for head, logits in self.model_heads(images).items()})
-            labels.append(label.cpu())
-        return {head: torch.cat([batch[head] for batch in batches]) for head in HEADS}, torch.cat(labels)
 
     # The coefficient beta of the fused head
 
@@ -294,13 +215,13 @@ class DLRCLIP(TrainerX):
         if not directory:
             logger.info("load_model() is skipped: no model folder is given")
             return
-        path = _checkpoint_path(directory, epoch)
+        path = checkpoint_path(directory, MODEL_NAME, epoch, "DLRCLIP")
         checkpoint = load_checkpoint(path)
         state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
         if not isinstance(state, Mapping) or "_extra_state" not in state:
             raise ValueError(f"Expected a checkpoint of DLRCLIP but got something else: {path}")
         learner = self.network.learner
-        facts = read_extra_state(state["_extra_state"])["facts"]
+        facts = unpack_record(state["_extra_state"])["facts"]
         for name, ours in learner.facts.items():
             if name in facts and facts[name] != ours:
                 raise ValueError(f"Expected a checkpoint for {FACTS[name]} {ours!r} but got {facts[name]!r}: {path}")
@@ -320,33 +241,3 @@ class DLRCLIP(TrainerX):
         on = "val" if n else NOT_CHOSEN if unchosen else "mean learnt w (no validation set)"
         self.selected = {"beta": {"value": beta, "on": on, "n": n}}
         logger.info("Loaded %s (epoch %s)", path, checkpoint.get("epoch"))
-
-
-def _per_step(optim_cfg: Any, num_batches: int) -> Any:
-    """A copy of the node OPTIM in which everything that counts epochs counts steps."""
-    node = optim_cfg.clone()
-    node.defrost()
-    node.MAX_EPOCH = optim_cfg.MAX_EPOCH * num_batches
-    if optim_cfg.get("LR_UNIT", "epoch") == "epoch":  # else the others count steps already
-        node.WARMUP_EPOCH = optim_cfg.WARMUP_EPOCH * num_batches
-        if isinstance(optim_cfg.STEPSIZE, (list, tuple)):
-            node.STEPSIZE = type(optim_cfg.STEPSIZE)(size * num_batches for size in optim_cfg.STEPSIZE)
-    node.freeze()
-    return node
-
-
-def _checkpoint_path(directory: str | os.PathLike[str], epoch: int | None) -> str:
-    folder = osp.join(directory, MODEL_NAME)
-    if epoch is not None:
-        name = f"model.pth.tar-{epoch}"
-    else:
-        name, pointer = "model-best.pth.tar", osp.join(folder, "checkpoint")
-        if not osp.exists(osp.join(folder, name)):
-            if not osp.exists(pointer):
-                raise FileNotFoundError(f"Expected a checkpoint of DLRCLIP in {folder} but there is none")
-            with open(pointer, encoding="utf-8") as file:
-                name = osp.basename(file.readline().strip()) or name
-    path = osp.join(folder, name)
-    if not osp.exists(path):
-        raise FileNotFoundError(f"Expected a checkpoint at {path} but there is none")
-    return path

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from trainers.clip import zeroshot_weights
-from trainers.dlrclip.network import DLRCLIPNetwork, read_extra_state
+from trainers.dlrclip.network import DLRCLIPNetwork
+from trainers.learner import unpack_record
 
 HEADS = ("clip", "cma", "glr", "final", "fused")
 SMALL = {"start": 2, "end": 3, "dim": 16, "scale": 0.5, "glr_dim": 16, "fusion_dim": 8}
@@ -408,7 +409,7 @@ class TestState:
 
     def test_state_says_what_it_was_trained_on(self, make, names):
         network = make()
-        record = read_extra_state(network.learner.state_dict()["_extra_state"])
+        record = unpack_record(network.learner.state_dict()["_extra_state"])
         assert record["classnames"] == names
         assert record["facts"]["backbone"] == "random-vit"
         assert record["facts"]["context"] == "a photo of a"

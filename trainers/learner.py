@@ -1,0 +1,148 @@
+"""What methods that train beside a frozen CLIP have in common: a learner that describes itself, a classifier around it.
+
+Plain torch: it knows no toolbox. Legend: B images, C classes, E width of the joint embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .clip import CLIP, zeroshot_weights
+
+FACTS = {"backbone": "backbone", "weights_digest": "CLIP weights with sha256", "context": "the prompt context"}
+
+
+def pack_record(record: Mapping[str, Any]) -> Tensor:
+    """Plain values as JSON in a uint8 tensor, which loaders that admit tensors only read."""
+    return torch.tensor(list(json.dumps(record).encode("utf-8")), dtype=torch.uint8)
+
+
+def unpack_record(state: Tensor) -> dict[str, Any]:
+    """What `pack_record` packed."""
+    return json.loads(bytes(state.cpu().tolist()).decode("utf-8"))
+
+
+class Learner(nn.Module):
+    """A module that is trained and saved; its checkpoint says on which classes and for which CLIP.
+
+    Attributes:
+        classnames: the class list trained on.
+        facts: plain values that a checkpoint must agree on to be used with this learner; names as in FACTS.
+    """
+
+    RECOMPUTED: tuple[str, ...] = ()  # names in a checkpoint that follow from the class names: not loaded
+
+    def __init__(self, classnames: Sequence[str], facts: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.classnames = list(classnames)
+        self.facts = dict(facts)
+
+    def get_extra_state(self) -> Tensor:
+        """The class list and the facts."""
+        return pack_record({"classnames": self.classnames, "facts": self.facts})
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: the class list stays the present one; `take` has checked the facts."""
+
+    def take(self, state: Mapping[str, Tensor], indices: Sequence[int] | None = None) -> None:
+        """Loads a checkpoint's state; its class list may be another one.
+
+        Args:
+            state: a state dict of such a learner. Its record may be absent: published checkpoints have none.
+            indices: position of each present class among those trained on, where the dataset says so.
+
+        Raises:
+            ValueError: it was made for another CLIP, or does not fit.
+        """
+        state = {name: value for name, value in state.items() if name not in self.RECOMPUTED}
+        packed = state.pop("_extra_state", None)
+        record = {} if packed is None else unpack_record(packed)
+        facts = record.get("facts", {})
+        for name, ours in self.facts.items():
+            if name in facts and facts[name] != ours:
+                raise ValueError(f"Expected a checkpoint for {FACTS.get(name, name)} {ours!r} but got {facts[name]!r}")
+        own = self.state_dict()
+        wanted = own.keys() - {*self.RECOMPUTED, "_extra_state"}
+        missing, unexpected = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
+        if missing or unexpected:
+            raise ValueError(
+                f"Expected a checkpoint with {len(wanted)} entries such as {sorted(wanted)[0]} but it lacks "
+                f"{missing[:3]} and has {unexpected[:3]} beside (the first three of each)"
+            )
+        state = self.for_classes(state, record.get("classnames"), indices)
+        for name in sorted(wanted):
+            if state[name].shape != own[name].shape:
+                raise ValueError(
+                    f"Expected {name} to have shape {tuple(own[name].shape)} but got {tuple(state[name].shape)}"
+                )
+        self.load_state_dict({**own, **state})
+
+    def for_classes(
+        self, state: dict[str, Tensor], trained: Sequence[str] | None, indices: Sequence[int] | None
+    ) -> dict[str, Tensor]:
+        """What of `state`, trained on the classes `trained`, serves the present classes; here all of it."""
+        return state
+
+
+class Classifier(nn.Module):
+    """A frozen CLIP with a learner beside it. Only `learner` is to be trained and saved.
+
+    Args:
+        clip: a frozen CLIP, on its device.
+        classnames: class names in the order of their labels.
+        templates: prompt templates of the zero-shot reference, each with one "{}".
+        learner: what is trained; moved to CLIP's device.
+    """
+
+    zeroshot: Tensor  # [C, E], normalised
+
+    def __init__(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str], learner: Learner) -> None:
+        super().__init__()
+        self.clip = clip
+        self.classnames = list(classnames)
+        self.learner = learner.to(clip.device)
+        with torch.no_grad():
+            zeroshot = zeroshot_weights(clip, classnames, templates).float()
+        self.register_buffer("zeroshot", zeroshot, persistent=False)
+        self._cache: tuple[Any, Tensor] | None = None
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> logits [B, C], with gradients."""
+
+    @abstractmethod
+    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] -> zero-shot logits and the method's, [B, C] each; the learner in evaluation mode."""
+
+    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Features [B, E] and normalised text features [C, E] -> [B, C]; in fp32 even under autocast."""
+        with torch.autocast(device_type=image_features.device.type, enabled=False):
+            return self.clip.logit_scale * F.normalize(image_features.float(), dim=-1) @ text_features.t()
+
+    def compute_text(self) -> Tensor:
+        """The learner's text features [C, E], normalised, fp32."""
+        raise NotImplementedError
+
+    def text_features(self) -> Tensor:
+        """`compute_text`, every time in training; else once, until a parameter has changed."""
+        if self.learner.training:
+            self._cache = None
+            return self.compute_text()
+        key = tuple((p.data_ptr(), p._version) for p in self.learner.parameters())
+        if self._cache is None or self._cache[0] != key:
+            with torch.no_grad():
+                self._cache = key, self.compute_text()
+        return self._cache[1]
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Sets the learner's mode; the frozen CLIP stays in evaluation mode."""
+        super().train(mode)
+        self.clip.eval()
+        return self

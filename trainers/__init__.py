@@ -17,10 +17,10 @@ from typing import Any
 
 from dassl.engine import TRAINER_REGISTRY
 
-from . import dlrclip
+from . import coop, dlrclip
 from .clip import add_clip_config
 
-__all__ = ["dlrclip", "extend_cfg"]
+__all__ = ["coop", "dlrclip", "extend_cfg"]
 
 
 def extend_cfg(cfg: Any) -> None:

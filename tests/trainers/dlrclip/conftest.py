@@ -1,51 +1,5 @@
-"""Random CLIPs of toy size: what is tested here does not depend on what a CLIP knows."""
+"""What the tests here take from the helpers; the fixtures are those of the folder above."""
 
-import open_clip
-import pytest
-import torch
+from random_clip import NAMES, random_open_clip
 
-from trainers.clip import CLIP
-
-NAMES = ["forest", "highway_road", "river", "sea lake", "industrial buildings"]
-
-
-def random_open_clip(kind="vit", vision_layers=4, text_layers=4, seed=0):
-    """An open_clip.CLIP with random weights and a logit scale of 100, image size 32."""
-    torch.manual_seed(seed)
-    if kind == "vit":
-        vision = {"layers": vision_layers, "width": 48, "head_width": 16, "patch_size": 8, "image_size": 32}
-    else:
-        vision = {"layers": (1, 1, 1, 2), "width": 4, "head_width": 32, "patch_size": None, "image_size": 32}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": text_layers}
-    model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text, quick_gelu=True)
-    with torch.no_grad():
-        model.logit_scale.fill_(4.6052)
-        for name, p in model.named_parameters():  # the usual initialisation of these is too timid to tell prompts apart
-            if "positional" in name or "embedding" in name:
-                p.normal_(std=0.3)
-    return model.eval()
-
-
-@pytest.fixture
-def make_clip():
-    """make_clip(kind="vit" | "resnet", ...) -> a frozen random CLIP."""
-
-    def make(kind="vit", **arguments):
-        return CLIP(random_open_clip(kind, **arguments), name=f"random-{kind}")
-
-    return make
-
-
-@pytest.fixture
-def names():
-    return list(NAMES)
-
-
-@pytest.fixture
-def images():
-    return torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def labels():
-    return torch.tensor([0, 1, 2, 3, 4, 0])
+__all__ = ["NAMES", "random_open_clip"]

@@ -1,0 +1,91 @@
+"""Prompts in which the words around the class name are vectors that are learnt.
+
+Legend: C classes, n context vectors, L tokens of the longest prompt, D width of the text encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .templates import clean_classname
+from .text import TextState, TextTower
+
+POSITIONS = ("end", "middle", "front")
+
+
+def word_vectors(text: TextTower, words: str) -> Tensor:
+    """Token embeddings [n, D] of `words`, without start and end of text."""
+    tokens = text.tokenise([words])
+    return text.token_embedding(tokens.ids[0, 1 : int(tokens.eot[0])]).detach().float()
+
+
+class ContextPrompts(nn.Module):
+    """The fixed tokens of the prompts, and where the context vectors go.
+
+    A prompt is "<start> v_1 ... v_n <class name> . <end>" with the class name at the end, in the middle (after the
+    first n // 2 vectors) or in front; the tokens after <end> change nothing and are left out.
+
+    Args:
+        text: the text tower.
+        classnames: class names in the order of their labels.
+        n_ctx: n.
+        words: n tokens to tokenise in the vectors' place; "": placeholders.
+        position: where the class name is.
+
+    Raises:
+        ValueError: no room for the class names.
+    """
+
+    prefix: Tensor  # [C, 1, D], embedding of the start of text
+    suffix: Tensor  # [C, L - 1 - n, D], embeddings of class name, full stop and end of text
+    eot: Tensor  # [C], position of the end of text
+    order: Tensor  # [C, L], which of (prefix, context, suffix) stands where
+
+    def __init__(
+        self, text: TextTower, classnames: Sequence[str], n_ctx: int, words: str = "", position: str = "end"
+    ) -> None:
+        super().__init__()
+        if position not in POSITIONS:
+            raise ValueError(
+                f"Expected the class name's position to be one of {', '.join(POSITIONS)} but got {position!r}"
+            )
+        names = [clean_classname(name) for name in classnames]
+        context = words or " ".join(["X"] * n_ctx)
+        if n_ctx > text.context_length - 3:  # start, end and a token of the name
+            raise ValueError(f"Expected at most {text.context_length - 3} context vectors but got {n_ctx}")
+        tokens = text.tokenise([f"{context} {name}." for name in names])
+        length, device = tokens.ids.shape[1], tokens.ids.device
+        embedded = text.token_embedding(tokens.ids).detach().to(text.dtype)  # [C, L, D]
+        name_lengths = text.tokenise(names).eot - 1  # [C]
+        before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}[position]  # vectors before the name
+        self.n_ctx, self.before = n_ctx, before
+        rows = []
+        for size in name_lengths.tolist():
+            context_at, name_at = 1 + torch.arange(n_ctx), 1 + n_ctx + torch.arange(size)
+            rest = torch.arange(1 + n_ctx + size, length)
+            start = torch.zeros(1, dtype=torch.long)
+            rows.append(torch.cat([start, context_at[:before], name_at, context_at[before:], rest])[:length])
+        self.register_buffer("prefix", embedded[:, :1].contiguous(), persistent=False)
+        self.register_buffer("suffix", embedded[:, 1 + n_ctx :].contiguous(), persistent=False)
+        self.register_buffer("eot", tokens.eot, persistent=False)
+        self.register_buffer("order", torch.stack(rows).to(device), persistent=False)
+
+    def state(self, text: TextTower, context: Tensor) -> TextState:
+        """What enters the first text block.
+
+        Args:
+            text: the text tower.
+            context: one for all classes [n, D], or one for each [C, n, D].
+        """
+        context = context.to(self.prefix.dtype)
+        # The leading tokens that all prompts have in common are computed once: with one context for all classes, the
+        # start of text and the vectors before the name.
+        shared = 1 + (self.before if context.ndim == 2 else 0)
+        x = torch.cat([self.prefix, context.expand(len(self.prefix), -1, -1), self.suffix], dim=1)  # [C, L, D]
+        if self.before < self.n_ctx:
+            x = x.gather(1, self.order.unsqueeze(-1).expand_as(x))
+        x = x + text.positional_embedding[: x.shape[1]].to(x.dtype)
+        return TextState(x[:1, :shared], x[:, shared:], self.eot - shared, next_block=1)

@@ -1,0 +1,174 @@
+"""CoOp: the words around the class name are learnt, as vectors, through the frozen text encoder.
+
+Zhou et al., Learning to Prompt for Vision-Language Models, 2022. The prompts are cut at the longest one, and what all
+of them begin with is computed once: the numbers are those of the full 77 tokens.
+
+Legend: B images, C classes, n context vectors, D width of the text encoder.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dassl.engine import TRAINER_REGISTRY
+
+from .clip import CLIP
+from .clip.context import POSITIONS, ContextPrompts, word_vectors
+from .common import EncoderTrainer, check_choice, check_whole, check_words
+from .learner import Classifier, Learner
+
+logger = logging.getLogger(__name__)
+
+
+def initial_context(clip: CLIP, n_ctx: int, words: str) -> tuple[Tensor, str]:
+    """(context vectors [n, D], the words to tokenise in their place).
+
+    Args:
+        clip: the frozen CLIP.
+        n_ctx: n, where there are no words.
+        words: whose token embeddings the vectors start as; "": normal with deviation 0.02.
+    """
+    words = words.replace("_", " ").strip()
+    if words:
+        return word_vectors(clip.text, words), words
+    return 0.02 * torch.randn(n_ctx, clip.text.width), ""
+
+
+def class_rows(names: Sequence[str], trained: Sequence[str], indices: Sequence[int] | None) -> list[int]:
+    """Position of each of `names` among the classes trained on.
+
+    Args:
+        indices: those positions, where the dataset knows them (names alone do not tell twins apart).
+
+    Raises:
+        ValueError: not all of them were trained on.
+    """
+    if list(names) == list(trained):
+        return list(range(len(trained)))
+    known = indices is not None and all(0 <= i < len(trained) for i in indices)
+    if indices is not None and known and [trained[i] for i in indices] == list(names):
+        return list(indices)
+    unknown = [name for name in names if list(trained).count(name) != 1]
+    if unknown:
+        raise ValueError(
+            f"Expected classes that were trained on, as each has a context of its own (CSC), but got {unknown[0]!r} "
+            f"and {len(unknown) - 1} others that were not"
+        )
+    return [list(trained).index(name) for name in names]
+
+
+class PromptLearner(Learner):
+    """The context vectors. Its state has the published names: ctx, token_prefix, token_suffix.
+
+    Args:
+        clip: the frozen CLIP.
+        classnames: class names in the order of their labels.
+        n_ctx: n.
+        csc: a context for each class instead of one for all.
+        words: whose embeddings the vectors start as; n is then their number of tokens, and `csc` is ignored.
+        position: of the class name: "end", "middle" or "front".
+    """
+
+    RECOMPUTED = ("token_prefix", "token_suffix")
+
+    def __init__(
+        self,
+        clip: CLIP,
+        classnames: Sequence[str],
+        *,
+        n_ctx: int = 16,
+        csc: bool = False,
+        words: str = "",
+        position: str = "end",
+    ) -> None:
+        facts = {"backbone": clip.name, "weights_digest": clip.weights_digest, "position": position}
+        super().__init__(classnames, facts)
+        if csc and words:
+            logger.warning("CSC is ignored: with CTX_INIT one context is learnt for all classes")
+            csc = False
+        context, words = initial_context(clip, n_ctx, words)
+        if csc:
+            context = 0.02 * torch.randn(len(classnames), *context.shape)
+        self.ctx = nn.Parameter(context)
+        self.prompts = ContextPrompts(clip.text, classnames, context.shape[-2], words, position)
+        self.register_buffer("token_prefix", self.prompts.prefix)
+        self.register_buffer("token_suffix", self.prompts.suffix)
+
+    def for_classes(
+        self, state: dict[str, Tensor], trained: Sequence[str] | None, indices: Sequence[int] | None
+    ) -> dict[str, Tensor]:
+        """With a context for each class, the rows of the present classes."""
+        if self.ctx.ndim < 3 or state["ctx"].ndim < 3 or trained is None:
+            return state
+        return {**state, "ctx": state["ctx"][class_rows(self.classnames, trained, indices)]}
+
+
+class CoOpClassifier(Classifier):
+    """CLIP with learnt prompts."""
+
+    learner: PromptLearner
+
+    def compute_text(self) -> Tensor:
+        """Text features [C, E], normalised, fp32."""
+        text, learner = self.clip.text, self.learner
+        return F.normalize(text.suffix(learner.prompts.state(text, learner.ctx), 1).float(), dim=-1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> logits [B, C]."""
+        with torch.no_grad():
+            features = self.clip.encode_image(images)
+        return self.logits(features, self.text_features())
+
+    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images -> zero-shot logits and those of the learnt prompts."""
+        features = self.clip.encode_image(images)
+        return self.logits(features, self.zeroshot), self.logits(features, self.text_features())
+
+
+@TRAINER_REGISTRY.register()
+class CoOp(EncoderTrainer):
+    """Context optimisation."""
+
+    node_name = "COOP"
+    model_name = "prompt_learner"  # as published
+    main_head = "coop"
+
+    @staticmethod
+    def add_config(cfg: Any) -> None:
+        """Adds TRAINER.COOP to `cfg` unless it is there; keys and defaults as published."""
+        if "COOP" in cfg.TRAINER:
+            return
+        node = type(cfg)()
+        node.N_CTX = 16  # number of context vectors, at least 1; with CTX_INIT its number of tokens counts
+        node.CSC = False  # a context for each class; it can then classify no other classes
+        node.CTX_INIT = ""  # words that the context starts as, e.g. "a photo of a"; "": random
+        node.PREC = "fp16"  # precision of the frozen CLIP: fp32 | fp16 | amp | bf16; the context is kept in fp32
+        node.CLASS_TOKEN_POSITION = "end"  # where the class name is: end | middle | front of the context
+        cfg.TRAINER.COOP = node
+
+    def check_node(self, cfg: Any) -> None:
+        """Checks TRAINER.COOP."""
+        check_whole(cfg, "TRAINER.COOP.N_CTX")
+        if not isinstance(cfg.TRAINER.COOP.CSC, bool):
+            raise ValueError(f"Expected TRAINER.COOP.CSC to be True or False but got {cfg.TRAINER.COOP.CSC!r}")
+        check_words(cfg, "TRAINER.COOP.CTX_INIT")
+        check_choice(cfg, "TRAINER.COOP.CLASS_TOKEN_POSITION", POSITIONS)
+
+    def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> CoOpClassifier:
+        """CLIP with a prompt learner."""
+        node = self.cfg.TRAINER.COOP
+        learner = PromptLearner(
+            clip,
+            classnames,
+            n_ctx=node.N_CTX,
+            csc=node.CSC,
+            words=node.CTX_INIT,
+            position=node.CLASS_TOKEN_POSITION,
+        )
+        return CoOpClassifier(clip, classnames, templates, learner)

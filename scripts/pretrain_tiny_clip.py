@@ -1,7 +1,7 @@
 """Pretrain the bundled tiny CLIP on rendered picture-caption pairs.
 
     python scripts/pretrain_tiny_clip.py --compile
-    python scripts/pretrain_tiny_clip.py --stage text --steps 400 --lr 0.006 --warmup 20 --mixup 0.5
+    python scripts/pretrain_tiny_clip.py --stage text --steps 300 --lr 0.01 --warmup 10 --mixup 0.5
 
 Beyond plain contrastive training, and on purpose, since small batches on a CPU do not get off the ground otherwise:
 * a caption counts as a positive for every picture of the batch of which it is true, not only for its own;

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..clip import CLIP
+
 
 def share_in_order(visual_blocks: list[int], text_blocks: list[int]) -> dict[int, int]:
     """Which text block each visual block shares its middle layer with, where the two do not count alike (ResNets).
@@ -38,13 +40,13 @@ def _linear(n_in: int, n_out: int) -> nn.Linear:
 
 
 class Bottleneck(nn.Module):
-    """One encoder's own half of the adapter of one block: down, up and the learnable scale."""
+    """One encoder's own half of the adapter of one block: down, up and the scale, learnt or fixed."""
 
-    def __init__(self, width: int, dim: int, scale: float) -> None:
+    def __init__(self, width: int, dim: int, scale: float, learn_scale: bool = True) -> None:
         super().__init__()
         self.down = _linear(width, dim)
         self.up = _linear(dim, width)
-        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.scale = nn.Parameter(torch.tensor(float(scale)), requires_grad=learn_scale)
 
     def forward(self, x: Tensor, shared: nn.Module) -> Tensor:
         """x [..., D] -> [..., D] in fp32, whatever the backbone's precision."""
@@ -64,6 +66,7 @@ class CrossModalAdapter(nn.Module):
         scale: initial value of every learnable scale; at 0 the encoders are exactly CLIP's.
         share: for a visual block, the number of the shared middle layer it uses; by default its own number. Text
             blocks always use the layer of their own number.
+        learn_scale: whether the scales are learnt (DLR-CLIP) or stay what they are (MMA).
 
     Raises:
         ValueError: no block to adapt in an encoder, or a bottleneck width below 1.
@@ -77,6 +80,7 @@ class CrossModalAdapter(nn.Module):
         dim: int = 32,
         scale: float = 0.01,
         share: Mapping[int, int] | None = None,
+        learn_scale: bool = True,
     ) -> None:
         super().__init__()
         if dim < 1:
@@ -88,8 +92,8 @@ class CrossModalAdapter(nn.Module):
             )
         self.share = {block: (share or {}).get(block, block) for block in visual}
         self.shared = nn.ModuleDict({str(i): _linear(dim, dim) for i in sorted({*self.share.values(), *text})})
-        self.visual = nn.ModuleDict({str(i): Bottleneck(visual[i], dim, scale) for i in sorted(visual)})
-        self.text = nn.ModuleDict({str(i): Bottleneck(text[i], dim, scale) for i in sorted(text)})
+        self.visual = nn.ModuleDict({str(i): Bottleneck(visual[i], dim, scale, learn_scale) for i in sorted(visual)})
+        self.text = nn.ModuleDict({str(i): Bottleneck(text[i], dim, scale, learn_scale) for i in sorted(text)})
 
     def adapt_tokens(self, block: int, x: Tensor) -> Tensor | None:
         """Visual transformer: ln_1(x) [B, N, D] entering `block` -> what is added to its output; None: not adapted."""
@@ -115,3 +119,29 @@ class CrossModalAdapter(nn.Module):
             for name, value in self.named_parameters()  # visual.5.scale, ...
             if name.endswith(".scale")
         }
+
+
+def build_adapter(
+    clip: CLIP, start: int, end: int, dim: int, scale: float, learn_scale: bool = True
+) -> CrossModalAdapter:
+    """The cross-modal adapter for blocks `start` to `end` of both encoders, `end` clipped to each one's depth.
+
+    A ResNet's residual blocks do not count like transformer blocks: there, all blocks of the last two stages are
+    adapted and their middle layers are tied to the last text blocks in order; `start` and `end` act on the text.
+
+    Raises:
+        ValueError: `start` lies beyond an encoder's last block.
+    """
+    depth = min(clip.text.depth, clip.visual.depth) if clip.visual.kind == "vit" else clip.text.depth
+    if start > depth:
+        raise ValueError(
+            f"Expected the first adapted block (START) to be at most {depth}, the depth of {clip.name}, but got {start}"
+        )
+    text = {i: clip.text.widths[i] for i in range(start, min(end, clip.text.depth) + 1)}
+    if clip.visual.kind == "vit":
+        visual = {i: clip.visual.widths[i] for i in range(start, min(end, clip.visual.depth) + 1)}
+        return CrossModalAdapter(visual, text, dim=dim, scale=scale, learn_scale=learn_scale)
+    blocks = list(clip.visual.adaptable)
+    visual = {i: clip.visual.widths[i] for i in blocks}
+    share = share_in_order(blocks, list(text))
+    return CrossModalAdapter(visual, text, dim=dim, scale=scale, share=share, learn_scale=learn_scale)

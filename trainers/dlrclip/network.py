@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..clip import CLIP, clean_classname, zeroshot_weights
 from ..learner import pack_record, unpack_record
-from .cma import CrossModalAdapter, share_in_order
+from .cma import CrossModalAdapter, build_adapter
 from .config import HEADS
 from .glr import FusionGate, GateLogitRefiner, fuse
 from .skd import mean_abs_difference, skd_loss
@@ -32,29 +32,6 @@ logger = logging.getLogger(__name__)
 
 # The running mean of w forgets with this momentum once it has seen 1 / MOMENTUM steps; before, it is the plain mean.
 MOMENTUM = 0.1
-
-
-def build_adapter(clip: CLIP, start: int, end: int, dim: int, scale: float) -> CrossModalAdapter:
-    """The cross-modal adapter for blocks `start` to `end` of both encoders, `end` clipped to each one's depth.
-
-    A ResNet's residual blocks do not count like transformer blocks: there, all blocks of the last two stages are
-    adapted and their middle layers are tied to the last text blocks in order; `start` and `end` act on the text.
-
-    Raises:
-        ValueError: `start` lies beyond an encoder's last block.
-    """
-    depth = min(clip.text.depth, clip.visual.depth) if clip.visual.kind == "vit" else clip.text.depth
-    if start > depth:
-        raise ValueError(
-            f"Expected the first adapted block (START) to be at most {depth}, the depth of {clip.name}, but got {start}"
-        )
-    text = {i: clip.text.widths[i] for i in range(start, min(end, clip.text.depth) + 1)}
-    if clip.visual.kind == "vit":
-        visual = {i: clip.visual.widths[i] for i in range(start, min(end, clip.visual.depth) + 1)}
-        return CrossModalAdapter(visual, text, dim=dim, scale=scale)
-    blocks = list(clip.visual.adaptable)
-    visual = {i: clip.visual.widths[i] for i in blocks}
-    return CrossModalAdapter(visual, text, dim=dim, scale=scale, share=share_in_order(blocks, list(text)))
 
 
 class DLRCLIPLearner(nn.Module):

@@ -1,0 +1,205 @@
+"""Every trainer that trains through CLIP's encoders, through configuration, engine, checkpoints and predict.py."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import datasets
+import predict
+import trainers
+from dassl.config import get_cfg_default
+from dassl.engine import TRAINER_REGISTRY, build_trainer
+from dassl.utils import set_random_seed
+from trainers.common import EncoderTrainer
+
+ROOT = Path(__file__).parents[2]
+TRAINERS = [n for n in TRAINER_REGISTRY.registered_names() if issubclass(TRAINER_REGISTRY.get(n), EncoderTrainer)]
+CONFIGS = {
+    name: file.parent
+    for file in (ROOT / "configs" / "trainers").glob("*/tiny.yaml")
+    for name in TRAINERS
+    if f"--trainer {name} " in file.read_text()
+}
+SHORT: dict[str, list] = {}  # what makes a run short and free of random numbers
+every = pytest.mark.parametrize("name", TRAINERS)
+
+
+@pytest.fixture
+def make_cfg(tmp_path, random_tiny):
+    def make(name, *pairs, out="run", file="tiny"):
+        cfg = get_cfg_default()
+        datasets.extend_cfg(cfg)
+        trainers.extend_cfg(cfg)
+        cfg.merge_from_file(CONFIGS[name] / f"{file}.yaml")
+        cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / out), "DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", 1])
+        cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", False, "SEED", 1])
+        cfg.merge_from_list(["DATALOADER.TRAIN_X.BATCH_SIZE", 4, "DATALOADER.TEST.BATCH_SIZE", 30])
+        cfg.merge_from_list(["OPTIM.MAX_EPOCH", 2, "TEST.NO_TEST", True])
+        cfg.merge_from_list(list(pairs))
+        cfg.merge_from_list(SHORT.get(name, []))
+        cfg.freeze()
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def make(make_cfg):
+    def build(name, *pairs, **arguments):
+        set_random_seed(1)
+        return build_trainer(make_cfg(name, *pairs, **arguments))
+
+    return build
+
+
+@torch.no_grad()
+def heads(trainer):
+    trainer.set_model_mode("eval")
+    images, _ = trainer.parse_batch_test(next(iter(trainer.test_loader)))
+    return trainer.model_heads(images)
+
+
+@every
+def test_configs_merge_and_open_with_their_command(name, tmp_path):
+    for file in CONFIGS[name].glob("*.yaml"):
+        cfg = get_cfg_default()
+        datasets.extend_cfg(cfg)
+        trainers.extend_cfg(cfg)
+        cfg.merge_from_file(file)
+        assert cfg.TRAINER.NAME == name
+        command = f"#   python train.py --trainer {name} --config-file {file.relative_to(ROOT).as_posix()}"
+        assert command in file.read_text().split("\n\n")[0]
+
+
+@every
+def test_a_run_and_its_files(name, make, tmp_path):
+    trainer = make(name, "TEST.NO_TEST", False, "DATASET.SUBSAMPLE_CLASSES", "base")
+    trainer.train()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert set(metrics["test"]["heads"]) == {"clip", trainer.main_head}
+    assert metrics["accuracy"] == metrics["test"]["heads"][trainer.main_head]["accuracy"]
+    assert 0 < metrics["params"]["trainable"] < metrics["params"]["total"]
+    assert (tmp_path / "run" / trainer.model_name / "model.pth.tar-2").is_file()
+
+
+@every
+def test_zero_shot_head_is_clip(name, make):
+    trainer = make(name)
+    images, _ = trainer.parse_batch_test(next(iter(trainer.test_loader)))
+    network = trainer.network
+    plain = network.clip.logit_scale * F.normalize(network.clip.encode_image(images), dim=-1) @ network.zeroshot.t()
+    torch.testing.assert_close(heads(trainer)["clip"], plain, rtol=1e-4, atol=1e-3)
+
+
+@every
+def test_resuming_gives_the_uninterrupted_run(name, make, tmp_path):
+    plain = ("INPUT.TRANSFORMS", ("normalize",))
+    whole = make(name, *plain, out="whole")
+    whole.train()
+    half = make(name, *plain, "TRAIN.CHECKPOINT_FREQ", 1, out="half")
+    half.train()
+    folder = tmp_path / "half" / half.model_name
+    (folder / "checkpoint").write_text("model.pth.tar-1\n")
+    torch.manual_seed(5)
+    again = make(name, *plain, out="half")
+    again.train()
+    for key, value in whole.network.learner.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(again.network.learner.state_dict()[key], value, rtol=1e-5, atol=1e-7)
+    assert again.epoch == 1
+
+
+@every
+def test_new_classes_at_test_time(name, make, tmp_path):
+    """Base-to-new: trained on one half of the classes, evaluated on the other, whose prompts are built anew."""
+    base = make(name, "DATASET.SUBSAMPLE_CLASSES", "base")
+    base.train()
+    new = make(name, "DATASET.SUBSAMPLE_CLASSES", "new", out="new")
+    before = heads(new)[new.main_head]
+    new.load_model(str(tmp_path / "run"), epoch=2)
+    after = heads(new)
+    assert not torch.equal(before, after[new.main_head])
+    every_class = make(name, out="all")
+    every_class.load_model(str(tmp_path / "run"))
+    images, _ = new.parse_batch_test(next(iter(new.test_loader)))
+    with torch.no_grad():
+        columns = every_class.model_heads(images)[new.main_head][:, 5:]
+    torch.testing.assert_close(after[new.main_head], columns, rtol=1e-4, atol=1e-3)
+
+
+@every
+def test_predict(name, make, tmp_path):
+    make(name).train()
+    paths = [item.impath for item in make(name).dm.dataset.test[:3]]
+    for classes in (None, "three,one"):
+        args = SimpleNamespace(
+            model_dir=str(tmp_path / "run"), load_epoch=None, classes=classes, cpu=True, debug=False, set=[],
+            batch_size=None,
+        )  # fmt: skip
+        trainer, names = predict.load_trainer(args)
+        predictions, unreadable, head = predict.predict(trainer, [(path, path) for path in paths])
+        assert (len(predictions), unreadable, head) == (3, {}, trainer.main_head)
+        assert predictions[0].probabilities.shape == (len(names),)
+        assert len(names) == (10 if classes is None else 2)
+
+
+@every
+def test_wrong_precision_and_missing_node(name, make_cfg, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("CLIP was loaded before the check")
+
+    monkeypatch.setattr("trainers.common.load_clip", refuse)
+    node = TRAINER_REGISTRY.get(name).node_name
+    with pytest.raises(ValueError, match=f"TRAINER.{node}.PREC to be one of fp32, fp16, amp, bf16"):
+        build_trainer(make_cfg(name, f"TRAINER.{node}.PREC", "fp8"))
+    cfg = make_cfg(name)
+    cfg.defrost()
+    del cfg.TRAINER[node]
+    with pytest.raises(ValueError, match=f"node TRAINER.{node}"):
+        build_trainer(cfg)
+    with pytest.raises(ValueError, match="did you mean"):
+        build_trainer(make_cfg(name, "MODEL.BACKBONE.NAME", "ViT-B16"))
+
+
+# fmt: off
+WRONG = {
+    "CoOp": [("COOP.N_CTX", 0), ("COOP.CSC", "yes"), ("COOP.CTX_INIT", "a {}"), ("COOP.CLASS_TOKEN_POSITION", "back")],
+    "MMA": [
+        ("MMADAPTER.TEXT_CTX_INIT", "a {}"), ("MMADAPTER.ADAPTER_START", 0), ("MMADAPTER.ADAPTER_DIM", 0),
+        ("MMADAPTER.ADAPTER_END", 4), ("MMADAPTER.ADAPTER_SCALE", 0.0),
+    ],
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(("name", "key", "value"), [(n, *pair) for n, pairs in WRONG.items() for pair in pairs])
+def test_wrong_values(name, key, value, make_cfg):
+    cfg = make_cfg(name)
+    cfg.defrost()
+    node, key = key.split(".")
+    cfg.TRAINER[node][key] = value
+    with pytest.raises(ValueError, match=rf"Expected TRAINER.{node}.{key} to be .* but got"):
+        build_trainer(cfg)
+
+
+@every
+@pytest.mark.parametrize("prec", ["amp", "bf16", "fp16"])
+def test_reduced_precision(name, prec, make):
+    trainer = make(name, f"TRAINER.{TRAINER_REGISTRY.get(name).node_name}.PREC", prec)
+    trainer.set_model_mode("train")
+    trainer.num_batches = len(trainer.train_loader_x)
+    summary = trainer.forward_backward(next(iter(trainer.train_loader_x)))
+    assert 0 < summary["loss"] < 100
+    assert all(p.dtype == torch.float32 for p in trainer.network.learner.parameters())
+
+
+@every
+def test_nothing_to_load_and_nothing_there(name, make, tmp_path):
+    trainer = make(name)
+    trainer.load_model("")
+    with pytest.raises(FileNotFoundError, match=f"checkpoint of {name} in"):
+        trainer.load_model(str(tmp_path / "nowhere"))

@@ -168,6 +168,7 @@ def test_wrong_precision_and_missing_node(name, make_cfg, monkeypatch):
 # fmt: off
 WRONG = {
     "CoOp": [("COOP.N_CTX", 0), ("COOP.CSC", "yes"), ("COOP.CTX_INIT", "a {}"), ("COOP.CLASS_TOKEN_POSITION", "back")],
+    "CoCoOp": [("COCOOP.N_CTX", 0), ("COCOOP.CTX_INIT", "a {}")],
     "MMA": [
         ("MMADAPTER.TEXT_CTX_INIT", "a {}"), ("MMADAPTER.ADAPTER_START", 0), ("MMADAPTER.ADAPTER_DIM", 0),
         ("MMADAPTER.ADAPTER_END", 4), ("MMADAPTER.ADAPTER_SCALE", 0.0),

@@ -109,6 +109,18 @@ class CLIPTrainer(TrainerX):
         """-> images [B, 3, H, W] and labels [B], on the device."""
         return batch["img"].to(self.device), batch["label"].to(self.device)
 
+    def no_validation(self) -> str:
+        """Why there is nothing to choose on, or "". Test images that a reader hands out as validation do not count."""
+        val, test = self.dm.dataset.val, self.dm.dataset.test
+        if self.val_loader is None or not val:
+            return "no validation set"
+        if str(getattr(self.cfg.DATASET, "VAL", "")).lower() == "coop":
+            return "DATASET.VAL is coop: the validation images are test images"
+        tested = {item.impath for item in test or ()}
+        if any(item.impath in tested for item in val):
+            return "validation images are test images"
+        return ""
+
     # Evaluation
 
     def model_heads(self, input: Tensor) -> dict[str, Tensor]:
@@ -147,15 +159,11 @@ class CLIPTrainer(TrainerX):
         return {head: torch.cat([batch[head] for batch in batches]) for head in batches[0]}, torch.cat(labels)
 
 
-class EncoderTrainer(CLIPTrainer):
-    """Trains a `Classifier` by cross-entropy; a subclass says which, and what its configuration is.
+class LearnerTrainer(CLIPTrainer):
+    """A trainer whose `network` has a `learner`: what is trained or fitted, and saved in the folder `model_name`."""
 
-    Its checkpoints are in the folder `model_name`. The schedule counts epochs (as CoOp's), unless `per_step`.
-    """
-
-    network: Classifier
+    network: Any
     model_name = ""
-    per_step = False
 
     # Configuration
 
@@ -175,6 +183,45 @@ class EncoderTrainer(CLIPTrainer):
 
     def check_node(self, cfg: Any) -> None:
         """Checks the keys of the trainer's node but PREC."""
+
+    # Checkpoints
+
+    def load_model(self, directory: str | os.PathLike[str], epoch: int | None = None) -> None:
+        """Loads what an earlier run learnt; its dataset may be another one.
+
+        Args:
+            directory: output folder of that run; empty: nothing is loaded.
+            epoch: the checkpoint after that many epochs; None: the best one, or the latest where none was called best.
+
+        Raises:
+            FileNotFoundError: no such checkpoint.
+            ValueError: it was made by something else, for another CLIP or for other classes.
+        """
+        if not directory:
+            logger.info("load_model() is skipped: no model folder is given")
+            return
+        method = type(self).__name__
+        path = checkpoint_path(directory, self.model_name, epoch, method)
+        checkpoint = load_checkpoint(path)
+        state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
+        if not isinstance(state, Mapping):
+            raise ValueError(f"Expected a checkpoint of {method} but got something else: {path}")
+        try:
+            self.network.learner.take(state, getattr(self.dm.dataset, "class_indices", None))
+        except ValueError as error:
+            raise ValueError(f"{error}: {path}") from error
+        self.selected = dict((checkpoint.get("engine") or {}).get("selected", {}))
+        logger.info("Loaded %s (epoch %s)", path, checkpoint.get("epoch"))
+
+
+class EncoderTrainer(LearnerTrainer):
+    """Trains a `Classifier` by cross-entropy; a subclass says which, and what its configuration is.
+
+    The schedule counts epochs (as CoOp's), unless `per_step`.
+    """
+
+    network: Classifier
+    per_step = False
 
     # Building
 
@@ -220,34 +267,6 @@ class EncoderTrainer(CLIPTrainer):
         with self._autocast():
             clip_logits, logits = self.network.both(input)
         return {self.reference_head: clip_logits, self.main_head: logits}
-
-    # Checkpoints
-
-    def load_model(self, directory: str | os.PathLike[str], epoch: int | None = None) -> None:
-        """Loads what an earlier run learnt; its dataset may be another one.
-
-        Args:
-            directory: output folder of that run; empty: nothing is loaded.
-            epoch: the checkpoint after that many epochs; None: the best one, or the latest where none was called best.
-
-        Raises:
-            FileNotFoundError: no such checkpoint.
-            ValueError: it was made by something else, for another CLIP or for other classes.
-        """
-        if not directory:
-            logger.info("load_model() is skipped: no model folder is given")
-            return
-        method = type(self).__name__
-        path = checkpoint_path(directory, self.model_name, epoch, method)
-        checkpoint = load_checkpoint(path)
-        state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
-        if not isinstance(state, Mapping):
-            raise ValueError(f"Expected a checkpoint of {method} but got something else: {path}")
-        try:
-            self.network.learner.take(state, getattr(self.dm.dataset, "class_indices", None))
-        except ValueError as error:
-            raise ValueError(f"{error}: {path}") from error
-        logger.info("Loaded %s (epoch %s)", path, checkpoint.get("epoch"))
 
 
 def build_optimizer_with_eps(model: nn.Module, optim_cfg: Any, eps: float) -> Any:

@@ -21,7 +21,7 @@ from dassl.engine import TRAINER_REGISTRY
 from .clip import CLIP
 from .clip.context import POSITIONS, ContextPrompts, word_vectors
 from .common import EncoderTrainer, check_choice, check_whole, check_words
-from .learner import Classifier, Learner
+from .learner import Classifier, Learner, class_rows
 
 logger = logging.getLogger(__name__)
 
@@ -38,29 +38,6 @@ def initial_context(clip: CLIP, n_ctx: int, words: str) -> tuple[Tensor, str]:
     if words:
         return word_vectors(clip.text, words), words
     return 0.02 * torch.randn(n_ctx, clip.text.width), ""
-
-
-def class_rows(names: Sequence[str], trained: Sequence[str], indices: Sequence[int] | None) -> list[int]:
-    """Position of each of `names` among the classes trained on.
-
-    Args:
-        indices: those positions, where the dataset knows them (names alone do not tell twins apart).
-
-    Raises:
-        ValueError: not all of them were trained on.
-    """
-    if list(names) == list(trained):
-        return list(range(len(trained)))
-    known = indices is not None and all(0 <= i < len(trained) for i in indices)
-    if indices is not None and known and [trained[i] for i in indices] == list(names):
-        return list(indices)
-    unknown = [name for name in names if list(trained).count(name) != 1]
-    if unknown:
-        raise ValueError(
-            f"Expected classes that were trained on, as each has a context of its own (CSC), but got {unknown[0]!r} "
-            f"and {len(unknown) - 1} others that were not"
-        )
-    return [list(trained).index(name) for name in names]
 
 
 class PromptLearner(Learner):
@@ -106,7 +83,7 @@ class PromptLearner(Learner):
         """With a context for each class, the rows of the present classes."""
         if self.ctx.ndim < 3 or state["ctx"].ndim < 3 or trained is None:
             return state
-        return {**state, "ctx": state["ctx"][class_rows(self.classnames, trained, indices)]}
+        return {**state, "ctx": state["ctx"][class_rows(self.classnames, trained, indices, "a context (CSC)")]}
 
 
 class CoOpClassifier(Classifier):

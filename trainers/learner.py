@@ -29,6 +29,32 @@ def unpack_record(state: Tensor) -> dict[str, Any]:
     return json.loads(bytes(state.cpu().tolist()).decode("utf-8"))
 
 
+def class_rows(
+    names: Sequence[str], trained: Sequence[str], indices: Sequence[int] | None, each: str = "a part"
+) -> list[int]:
+    """Position of each of `names` among the classes trained on.
+
+    Args:
+        indices: those positions, where the dataset knows them (names alone do not tell twins apart).
+        each: what each class has of its own, for the message.
+
+    Raises:
+        ValueError: not all of them were trained on.
+    """
+    if list(names) == list(trained):
+        return list(range(len(trained)))
+    known = indices is not None and all(0 <= i < len(trained) for i in indices)
+    if indices is not None and known and [trained[i] for i in indices] == list(names):
+        return list(indices)
+    unknown = [name for name in names if list(trained).count(name) != 1]
+    if unknown:
+        raise ValueError(
+            f"Expected classes that were trained on, as each has {each} of its own, but got {unknown[0]!r} "
+            f"and {len(unknown) - 1} others that were not"
+        )
+    return [list(trained).index(name) for name in names]
+
+
 class Learner(nn.Module):
     """A module that is trained and saved; its checkpoint says on which classes and for which CLIP.
 

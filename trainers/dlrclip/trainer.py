@@ -172,7 +172,7 @@ class DLRCLIP(CLIPTrainer):
     def choose_beta(self) -> None:
         """Chooses beta on the few-shot validation images; without such images it is the mean learnt w."""
         learner = self.network.learner
-        reason = self._no_validation()
+        reason = self.no_validation()
         mean = float(learner.mean_weight())
         if reason:
             value, n, on = mean, 0, f"mean learnt w ({reason})"
@@ -186,18 +186,6 @@ class DLRCLIP(CLIPTrainer):
         self.selected = {"beta": {"value": value, "on": on, "n": n}}
         self.write_scalar("val/beta", value, self.epoch)
         logger.info("beta of the fused head: %.2f, from %s%s", value, on, f" ({n} images)" if n else "")
-
-    def _no_validation(self) -> str:
-        """Why there is nothing to choose on, or "". Test images that a reader hands out as validation do not count."""
-        val, test = self.dm.dataset.val, self.dm.dataset.test
-        if self.val_loader is None or not val:
-            return "no validation set"
-        if str(getattr(self.cfg.DATASET, "VAL", "")).lower() == "coop":
-            return "DATASET.VAL is coop: the validation images are test images"
-        tested = {item.impath for item in test or ()}
-        if any(item.impath in tested for item in val):
-            return "validation images are test images"
-        return ""
 
     # Checkpoints
 

@@ -1,6 +1,7 @@
 """Every trainer that trains through CLIP's encoders, through configuration, engine, checkpoints and predict.py."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,9 @@ CONFIGS = {
     for name in TRAINERS
     if f"--trainer {name} " in file.read_text()
 }
-SHORT: dict[str, list] = {}  # what makes a run short and free of random numbers
+SHORT = {
+    "CLIPLoRA": ["TRAINER.CLIPLORA.N_ITERS", 0, "TRAINER.CLIPLORA.DROPOUT", 0.0]
+}  # what makes a run short and free of random numbers
 every = pytest.mark.parametrize("name", TRAINERS)
 
 
@@ -39,8 +42,8 @@ def make_cfg(tmp_path, random_tiny):
         cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", False, "SEED", 1])
         cfg.merge_from_list(["DATALOADER.TRAIN_X.BATCH_SIZE", 4, "DATALOADER.TEST.BATCH_SIZE", 30])
         cfg.merge_from_list(["OPTIM.MAX_EPOCH", 2, "TEST.NO_TEST", True])
-        cfg.merge_from_list(list(pairs))
         cfg.merge_from_list(SHORT.get(name, []))
+        cfg.merge_from_list(list(pairs))
         cfg.freeze()
         return cfg
 
@@ -168,6 +171,10 @@ def test_wrong_precision_and_missing_node(name, make_cfg, monkeypatch):
 # fmt: off
 WRONG = {
     "CoOp": [("COOP.N_CTX", 0), ("COOP.CSC", "yes"), ("COOP.CTX_INIT", "a {}"), ("COOP.CLASS_TOKEN_POSITION", "back")],
+    "CLIPLoRA": [
+        ("CLIPLORA.RANK", 0), ("CLIPLORA.ALPHA", 0.0), ("CLIPLORA.DROPOUT", 1.0), ("CLIPLORA.N_ITERS", -1),
+        ("CLIPLORA.LR_MIN", -1.0),
+    ],
     "CoCoOp": [("COCOOP.N_CTX", 0), ("COCOOP.CTX_INIT", "a {}")],
     "MMA": [
         ("MMADAPTER.TEXT_CTX_INIT", "a {}"), ("MMADAPTER.ADAPTER_START", 0), ("MMADAPTER.ADAPTER_DIM", 0),
@@ -204,3 +211,20 @@ def test_nothing_to_load_and_nothing_there(name, make, tmp_path):
     trainer.load_model("")
     with pytest.raises(FileNotFoundError, match=f"checkpoint of {name} in"):
         trainer.load_model(str(tmp_path / "nowhere"))
+
+
+def test_steps_of_lora(make):
+    """N_ITERS x shots steps, however many batches an epoch has, on a cosine from LR to LR_MIN."""
+    trainer = make("CLIPLoRA", "TRAINER.CLIPLORA.N_ITERS", 7, "DATASET.NUM_SHOTS", 1)
+    assert len(trainer.train_loader_x) == 2
+    rates, step = [], trainer.model_update
+    trainer.model_update = lambda *args: (rates.append(trainer.get_current_lr()), step(*args))
+    trainer.train()
+    assert (len(rates), trainer.max_epoch) == (7, 4)
+    cosine = [1e-6 + (2e-4 - 1e-6) * (1 + math.cos(math.pi * t / 7)) / 2 for t in range(8)]
+    assert [*rates, trainer.get_current_lr()] == pytest.approx(cosine)
+
+
+def test_lora_on_all_images_counts_epochs(make):
+    trainer = make("CLIPLoRA", "TRAINER.CLIPLORA.N_ITERS", 7, "DATASET.NUM_SHOTS", -1)
+    assert trainer.max_epoch == 2 and trainer.total_steps == 2 * len(trainer.train_loader_x)

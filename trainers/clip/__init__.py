@@ -4,7 +4,7 @@ Plain torch over open_clip's modules; it knows neither the toolbox nor the datas
 """
 
 from .backbones import BACKBONES, check_backbone
-from .blocks import Adapter
+from .blocks import Adapter, Projection
 from .config import add_clip_config
 from .load import load_clip
 from .model import CLIP
@@ -26,6 +26,7 @@ __all__ = [
     "DEFAULT_TEMPLATE",
     "IMAGENET_TEMPLATES_SELECT",
     "Adapter",
+    "Projection",
     "PromptTokens",
     "TextState",
     "TextTower",

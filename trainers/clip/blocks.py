@@ -23,6 +23,14 @@ residual convolution blocks hand over their output [B, C, H, W]. The result has 
 in any floating dtype.
 """
 
+Projection = Callable[[int, str, Tensor], "Tensor | None"]
+"""``projection(i, which, x)``: what to add to the queries ("q"), keys ("k") or values ("v") of block ``i`` (numbered
+from 1), or None for nothing.
+
+``x`` is ``ln_1`` of the tokens [B, L, D], for any subset of them, so it too works token by token. The result has the
+shape of ``x``, in any floating dtype.
+"""
+
 
 def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply a LayerNorm in its weights' dtype (fp32 in a half-precision backbone) and return ``x``'s dtype."""
@@ -36,23 +44,36 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, L, D] -> [B, H, L, d]
 
 
-def project_qkv(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, H, L, d] of all tokens of ``x`` [B, L, D]."""
+def _add_projection(out: Tensor, projection: Projection | None, number: int, which: str, x: Tensor) -> Tensor:
+    extra = projection(number, which, x) if projection is not None else None
+    return out if extra is None else out + extra.to(out.dtype)
+
+
+def project_qkv(
+    attn: nn.MultiheadAttention, x: Tensor, number: int = 0, projection: Projection | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, H, L, d] of all tokens of ``x`` [B, L, D], in block ``number``."""
     q, k, v = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
-    return _split_heads(q, attn.num_heads), _split_heads(k, attn.num_heads), _split_heads(v, attn.num_heads)
+    q = _split_heads(_add_projection(q, projection, number, "q", x), attn.num_heads)
+    k = _split_heads(_add_projection(k, projection, number, "k", x), attn.num_heads)
+    return q, k, _split_heads(_add_projection(v, projection, number, "v", x), attn.num_heads)
 
 
-def project_q(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
+def project_q(attn: nn.MultiheadAttention, x: Tensor, number: int = 0, projection: Projection | None = None) -> Tensor:
     """Queries only, [B, H, L, d]."""
     width = attn.embed_dim
-    return _split_heads(F.linear(x, attn.in_proj_weight[:width], attn.in_proj_bias[:width]), attn.num_heads)
+    q = F.linear(x, attn.in_proj_weight[:width], attn.in_proj_bias[:width])
+    return _split_heads(_add_projection(q, projection, number, "q", x), attn.num_heads)
 
 
-def project_kv(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor]:
+def project_kv(
+    attn: nn.MultiheadAttention, x: Tensor, number: int = 0, projection: Projection | None = None
+) -> tuple[Tensor, Tensor]:
     """Keys and values only, [B, H, L, d] each."""
     width = attn.embed_dim
     k, v = F.linear(x, attn.in_proj_weight[width:], attn.in_proj_bias[width:]).chunk(2, dim=-1)
-    return _split_heads(k, attn.num_heads), _split_heads(v, attn.num_heads)
+    k = _split_heads(_add_projection(k, projection, number, "k", x), attn.num_heads)
+    return k, _split_heads(_add_projection(v, projection, number, "v", x), attn.num_heads)
 
 
 def mix(

@@ -19,7 +19,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from .blocks import Adapter, finish_block, layer_norm, mix, pick_tokens, project_kv, project_q, project_qkv
+from .blocks import Adapter, Projection, finish_block, layer_norm, mix, pick_tokens, project_kv, project_q, project_qkv
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class PromptTokens:
         eot: position of each prompt's end-of-text token [N].
         shared: P, how many leading tokens are the same in all prompts; at least 1 (start-of-text) and never reaching
             an end-of-text token, so that every prompt keeps a token of its own to read (also when there is one prompt).
+            It may be replaced by a smaller one: 0 shares nothing.
     """
 
     ids: Tensor
@@ -125,7 +126,9 @@ class TextTower(nn.Module):
             raise ValueError(f"Expected stop to be in 0..{self.depth} but got {stop}")
         return self._advance(self.embed(tokens), stop, None)
 
-    def suffix(self, state: TextState, start: int, adapter: Adapter | None = None) -> Tensor:
+    def suffix(
+        self, state: TextState, start: int, adapter: Adapter | None = None, projection: Projection | None = None
+    ) -> Tensor:
         """Run blocks ``start``..depth and the head.
 
         Args:
@@ -133,6 +136,8 @@ class TextTower(nn.Module):
             start: 1..depth + 1 (depth + 1: the head alone).
             adapter: see ``blocks.Adapter``. Called twice per block, for the shared tokens [1, P, D] and for the
                 prompts' own [N, L - P, D]; in the last block once, for the end-of-text tokens alone [N, 1, D].
+            projection: see ``blocks.Projection``. Called for the shared tokens and for the prompts' own; for the
+                queries of the last block for the end-of-text tokens alone.
 
         Returns:
             Text features [N, E], not normalised.
@@ -140,8 +145,8 @@ class TextTower(nn.Module):
         if start != state.next_block:
             raise ValueError(f"Expected start to be {state.next_block}, the block the state enters, but got {start}")
         if start <= self.depth:
-            state = self._advance(state, self.depth - 1, adapter)
-            last = self._last_block(state, adapter)  # [N, 1, D]
+            state = self._advance(state, self.depth - 1, adapter, projection)
+            last = self._last_block(state, adapter, projection)  # [N, 1, D]
         else:
             last = pick_tokens(state.own, state.eot)
         return layer_norm(self.ln_final, last[:, 0]) @ self.text_projection
@@ -150,7 +155,9 @@ class TextTower(nn.Module):
         """Text features [N, E], not normalised."""
         return self.suffix(self.prefix(self.tokenise(prompts), 0), 1)
 
-    def _advance(self, state: TextState, stop: int, adapter: Adapter | None) -> TextState:
+    def _advance(
+        self, state: TextState, stop: int, adapter: Adapter | None, projection: Projection | None = None
+    ) -> TextState:
         """Run the blocks ``state.next_block``..``stop`` on all tokens."""
         shared, own = state.shared, state.own
         p, length = shared.shape[1], own.shape[1]
@@ -159,25 +166,25 @@ class TextTower(nn.Module):
         for number in range(state.next_block, stop + 1):
             block = self.transformer.resblocks[number - 1]
             normed_shared, normed_own = layer_norm(block.ln_1, shared), layer_norm(block.ln_1, own)
-            q_shared, k_shared, v_shared = project_qkv(block.attn, normed_shared)
-            q, k, v = project_qkv(block.attn, normed_own)
+            q_shared, k_shared, v_shared = project_qkv(block.attn, normed_shared, number, projection)
+            q, k, v = project_qkv(block.attn, normed_own, number, projection)
             k, v = _prepend(k_shared, k), _prepend(v_shared, v)
             attended_shared = mix(block.attn, q_shared, k_shared, v_shared, causal=True)
             shared = finish_block(block, number, shared, normed_shared, attended_shared, adapter)
             own = finish_block(block, number, own, normed_own, mix(block.attn, q, k, v, mask=mask), adapter)
         return TextState(shared, own, state.eot, max(stop + 1, state.next_block))
 
-    def _last_block(self, state: TextState, adapter: Adapter | None) -> Tensor:
+    def _last_block(self, state: TextState, adapter: Adapter | None, projection: Projection | None) -> Tensor:
         """The last block for the end-of-text tokens alone: only keys and values need the others. -> [N, 1, D]."""
         block = self.transformer.resblocks[-1]
-        k_shared, v_shared = project_kv(block.attn, layer_norm(block.ln_1, state.shared))
+        k_shared, v_shared = project_kv(block.attn, layer_norm(block.ln_1, state.shared), self.depth, projection)
         normed = layer_norm(block.ln_1, state.own)
-        k, v = project_kv(block.attn, normed)
+        k, v = project_kv(block.attn, normed, self.depth, projection)
         normed_eot = pick_tokens(normed, state.eot)
         p, length = state.shared.shape[1], state.own.shape[1]
         position = torch.arange(p + length, device=state.eot.device)
         mask = position <= (state.eot + p).view(-1, 1, 1, 1)  # [N, 1, 1, L]
-        q = project_q(block.attn, normed_eot)
+        q = project_q(block.attn, normed_eot, self.depth, projection)
         attended = mix(block.attn, q, _prepend(k_shared, k), _prepend(v_shared, v), mask=mask)
         return finish_block(block, self.depth, pick_tokens(state.own, state.eot), normed_eot, attended, adapter)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import Adapter, add_adapter, finish_block, layer_norm, mix, project_kv, project_q, project_qkv
+from .blocks import Adapter, Projection, add_adapter, finish_block, layer_norm, mix, project_kv, project_q, project_qkv
 
 
 class VisionTower(nn.Module):
@@ -48,13 +48,16 @@ class VisionTower(nn.Module):
         """Run one block."""
 
     @abstractmethod
-    def suffix(self, hidden: Tensor, start: int, adapter: Adapter | None = None) -> Tensor:
+    def suffix(
+        self, hidden: Tensor, start: int, adapter: Adapter | None = None, projection: Projection | None = None
+    ) -> Tensor:
         """Run blocks ``start``..depth and the head on what enters block ``start``.
 
         Args:
             hidden: from ``prefix(images, start - 1)``: ViT [B, N, D], ResNet [B, C, H, W].
             start: 1..depth + 1 (depth + 1: the head alone).
             adapter: see ``blocks.Adapter``. A ViT's last block calls it for the class token alone, [B, 1, D].
+            projection: see ``blocks.Projection``; for a ViT only.
 
         Returns:
             Image features [B, E], not normalised.
@@ -118,25 +121,30 @@ class ViTTower(VisionTower):
         x = torch.cat([cls, patches], dim=1) + self.visual.positional_embedding.to(patches.dtype)
         return layer_norm(self.visual.ln_pre, x)
 
-    def _block(self, number: int, hidden: Tensor, adapter: Adapter | None) -> Tensor:
+    def _block(
+        self, number: int, hidden: Tensor, adapter: Adapter | None, projection: Projection | None = None
+    ) -> Tensor:
         block = self.visual.transformer.resblocks[number - 1]
         normed = layer_norm(block.ln_1, hidden)
-        attended = mix(block.attn, *project_qkv(block.attn, normed))
+        attended = mix(block.attn, *project_qkv(block.attn, normed, number, projection))
         return finish_block(block, number, hidden, normed, attended, adapter)
 
-    def _last_block(self, hidden: Tensor, adapter: Adapter | None) -> Tensor:
+    def _last_block(self, hidden: Tensor, adapter: Adapter | None, projection: Projection | None) -> Tensor:
         """The last block for the class token alone: only its keys and values need every token. -> [B, 1, D]."""
         block = self.visual.transformer.resblocks[-1]
         normed = layer_norm(block.ln_1, hidden)
-        attended = mix(block.attn, project_q(block.attn, normed[:, :1]), *project_kv(block.attn, normed))
+        q = project_q(block.attn, normed[:, :1], self.depth, projection)
+        attended = mix(block.attn, q, *project_kv(block.attn, normed, self.depth, projection))
         return finish_block(block, self.depth, hidden[:, :1], normed[:, :1], attended, adapter)
 
-    def suffix(self, hidden: Tensor, start: int, adapter: Adapter | None = None) -> Tensor:
+    def suffix(
+        self, hidden: Tensor, start: int, adapter: Adapter | None = None, projection: Projection | None = None
+    ) -> Tensor:
         self._check_start(start)
         for number in range(start, self.depth):
-            hidden = self._block(number, hidden, adapter)
+            hidden = self._block(number, hidden, adapter, projection)
         if start <= self.depth:
-            hidden = self._last_block(hidden, adapter)
+            hidden = self._last_block(hidden, adapter, projection)
         return layer_norm(self.visual.ln_post, hidden[:, 0]) @ self.visual.proj
 
 
@@ -181,8 +189,12 @@ class ResNetTower(VisionTower):
         out = F.scaled_dot_product_attention(q, k, v)
         return pool.c_proj(out.transpose(1, 2).flatten(2)).squeeze(1)
 
-    def suffix(self, hidden: Tensor, start: int, adapter: Adapter | None = None) -> Tensor:
+    def suffix(
+        self, hidden: Tensor, start: int, adapter: Adapter | None = None, projection: Projection | None = None
+    ) -> Tensor:
         self._check_start(start)
+        if projection is not None:
+            raise ValueError("Expected no projection for a ResNet, whose blocks have no queries, keys and values")
         for number in range(start, self.depth + 1):
             hidden = self._block(number, hidden, adapter)
         return self._pool(hidden)

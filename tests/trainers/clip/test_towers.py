@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import open_clip
 import pytest
 import torch
@@ -54,6 +56,20 @@ def test_tokenise_truncates_and_counts_what_is_shared(build_model, prompts):
     assert torch.equal(tokens.ids, full[:, : tokens.ids.shape[1]])
     assert torch.equal(tokens.eot, full.argmax(dim=-1))
     assert tokens.shared == 4  # <start> a photo of; then "a" or "an"
+
+
+def test_sharing_nothing_changes_nothing(build_model, prompts):
+    text = CLIP(build_model("vit")).text
+    tokens = text.tokenise(prompts)
+    with torch.no_grad():
+        apart = text.suffix(text.prefix(dataclasses.replace(tokens, shared=0), 0), 1)
+        assert_close(apart, text(prompts))
+
+
+def test_projection_is_refused_by_a_resnet(build_model, images):
+    visual = CLIP(build_model("resnet")).visual
+    with pytest.raises(ValueError, match="no projection for a ResNet"):
+        visual.suffix(visual.prefix(images, 0), 1, projection=lambda number, which, x: None)
 
 
 def test_too_long_prompt_is_reported(build_model, caplog):

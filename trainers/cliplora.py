@@ -1,0 +1,205 @@
+"""CLIP-LoRA: low-rank updates of the query, key and value projections of every block of both encoders.
+
+Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, 2024. One recipe for all datasets: rank 2,
+500 x shots steps, the dataset's prompt, no validation set. The weights of CLIP are not touched: a block's projection of
+its tokens x gets  alpha / sqrt(r) * B A dropout(x)  added.
+
+Legend: B images, C classes, D width of a block, r rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dassl.engine import TRAINER_REGISTRY
+
+from .clip import CLIP, check_backbone, fill_template
+from .common import EncoderTrainer, check_number, check_whole
+from .learner import Classifier, Learner
+
+logger = logging.getLogger(__name__)
+
+PROJECTIONS = ("q", "k", "v")
+
+
+class LowRank(nn.Module):
+    """x -> scale * B A dropout(x), D -> r -> D; zero at the start.
+
+    Args:
+        width: D.
+        rank: r.
+        alpha: `scale` is alpha / sqrt(r), as in the published code.
+        dropout: share of x's entries that are dropped in training.
+    """
+
+    def __init__(self, width: int, rank: int = 2, alpha: float = 1.0, dropout: float = 0.25) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(rank, width))
+        self.B = nn.Parameter(torch.zeros(width, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.scale, self.dropout = alpha / math.sqrt(rank), dropout
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """x [..., D] -> [..., D] in fp32, whatever the backbone's precision; `generator` draws what is dropped."""
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            x, scale = x.float(), self.scale
+            if self.training and self.dropout > 0:
+                dropped = torch.rand(x.shape, generator=generator, device=x.device) < self.dropout
+                x, scale = x.masked_fill(dropped, 0.0), scale / (1 - self.dropout)
+            return scale * F.linear(F.linear(x, self.A), self.B)
+
+
+class LoRALearner(Learner):
+    """The low-rank updates of all blocks of both encoders: `visual` and `text`, by block, by projection.
+
+    Args:
+        clip: the frozen CLIP.
+        classnames: class names in the order of their labels.
+        rank, alpha, dropout: see LowRank.
+
+    Raises:
+        ValueError: the image encoder is a ResNet.
+    """
+
+    def __init__(
+        self, clip: CLIP, classnames: Sequence[str], *, rank: int = 2, alpha: float = 1.0, dropout: float = 0.25
+    ) -> None:
+        if clip.visual.kind != "vit":
+            raise ValueError(
+                f"Expected a vision transformer for CLIPLoRA, which updates queries, keys and values, but {clip.name} "
+                "is a ResNet"
+            )
+        facts = {"backbone": clip.name, "weights_digest": clip.weights_digest, "alpha": float(alpha)}
+        super().__init__(classnames, facts)
+
+        def updates(widths: Mapping[int, int]) -> nn.ModuleDict:
+            blocks = {}
+            for i, width in sorted(widths.items()):
+                blocks[str(i)] = nn.ModuleDict({p: LowRank(width, rank, alpha, dropout) for p in PROJECTIONS})
+            return nn.ModuleDict(blocks)
+
+        self.dropout = dropout
+        self.generator: torch.Generator | None = None  # None: torch's own
+        self.visual, self.text = updates(clip.visual.widths), updates(clip.text.widths)
+
+    def seed_dropout(self, seed: int, device: torch.device) -> None:
+        """From now on what is dropped follows from `seed` alone."""
+        if self.generator is None:
+            self.generator = torch.Generator(device)
+        self.generator.manual_seed(seed)
+
+    def project_visual(self, block: int, which: str, x: Tensor) -> Tensor:
+        """What is added to projection `which` of the tokens x [B, L, D] in a block of the image encoder."""
+        return self.visual[str(block)][which](x, self.generator)  # type: ignore[index]  # a ModuleDict in a ModuleDict
+
+    def project_text(self, block: int, which: str, x: Tensor) -> Tensor:
+        """The same of the text encoder."""
+        return self.text[str(block)][which](x, self.generator)  # type: ignore[index]
+
+
+class LoRAClassifier(Classifier):
+    """CLIP with low-rank updates.
+
+    Args:
+        clip, classnames, learner: see Classifier.
+        templates: those of the zero-shot reference; the first is the prompt that is trained with.
+    """
+
+    learner: LoRALearner
+
+    def __init__(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str], learner: LoRALearner) -> None:
+        super().__init__(clip, classnames, templates, learner)
+        self._tokens = clip.text.tokenise([fill_template(templates[0], name) for name in classnames])
+
+    def compute_text(self) -> Tensor:
+        """Text features [C, E], normalised, fp32."""
+        text, learner, tokens = self.clip.text, self.learner, self._tokens
+        if learner.training and learner.dropout > 0:
+            # Each prompt drops entries of its own, also of the tokens that all prompts begin with: nothing is shared.
+            tokens = dataclasses.replace(tokens, shared=0)
+        features = text.suffix(text.prefix(tokens, 0), 1, projection=learner.project_text)
+        return F.normalize(features.float(), dim=-1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> logits [B, C]."""
+        visual = self.clip.visual
+        features = visual.suffix(visual.prefix(images, 0), 1, projection=self.learner.project_visual)
+        return self.logits(features, self.text_features())
+
+    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images -> zero-shot logits and those of the updated encoders."""
+        return self.logits(self.clip.encode_image(images), self.zeroshot), self(images)
+
+
+@TRAINER_REGISTRY.register()
+class CLIPLoRA(EncoderTrainer):
+    """Low-rank few-shot adaptation. Training is counted in steps: the number of epochs follows from it."""
+
+    node_name = "CLIPLORA"
+    model_name = "lora"
+    main_head = "lora"
+    per_step = True
+    network: LoRAClassifier
+
+    @staticmethod
+    def add_config(cfg: Any) -> None:
+        """Adds TRAINER.CLIPLORA to `cfg` unless it is there; defaults as published."""
+        if "CLIPLORA" in cfg.TRAINER:
+            return
+        node = type(cfg)()
+        node.RANK = 2  # rank of each update, at least 1
+        node.ALPHA = 1.0  # scale of each update times the root of its rank, above 0
+        node.DROPOUT = 0.25  # share of the updates' inputs that are dropped in training, in [0, 0.99]
+        node.N_ITERS = 500  # steps per shot (DATASET.NUM_SHOTS), in place of OPTIM.MAX_EPOCH, which 0 keeps
+        node.LR_MIN = 1e-6  # where a cosine schedule ends, at least 0; without warm-up
+        node.PREC = "amp"  # precision of the frozen CLIP: fp32 | fp16 | amp | bf16; the updates are in fp32
+        cfg.TRAINER.CLIPLORA = node
+
+    def check_node(self, cfg: Any) -> None:
+        """Checks TRAINER.CLIPLORA."""
+        check_whole(cfg, "TRAINER.CLIPLORA.RANK")
+        check_number(cfg, "TRAINER.CLIPLORA.ALPHA", 0, 1e6, open_low=True)
+        check_number(cfg, "TRAINER.CLIPLORA.DROPOUT", 0, 0.99)
+        check_whole(cfg, "TRAINER.CLIPLORA.N_ITERS", 0)
+        check_number(cfg, "TRAINER.CLIPLORA.LR_MIN", 0, 1)
+        check_backbone(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None)
+
+    def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> LoRAClassifier:
+        """CLIP with low-rank updates."""
+        node = self.cfg.TRAINER.CLIPLORA
+        learner = LoRALearner(clip, classnames, rank=node.RANK, alpha=node.ALPHA, dropout=node.DROPOUT)
+        return LoRAClassifier(clip, classnames, templates, learner)
+
+    def build_schedule(self, optim: Any) -> Any:
+        """The schedule per step; the number of steps, and with it that of epochs, is settled here."""
+        node, num_batches = self.cfg.TRAINER.CLIPLORA, len(self.train_loader_x)
+        self._summary: dict[str, float] = {}
+        self.total_steps = self.cfg.OPTIM.MAX_EPOCH * num_batches
+        shots = self.cfg.DATASET.NUM_SHOTS
+        if node.N_ITERS and shots > 0:
+            self.total_steps = node.N_ITERS * shots
+            self.max_epoch = math.ceil(self.total_steps / num_batches)
+            logger.info("Steps: %d in %d epochs", self.total_steps, self.max_epoch)
+        elif node.N_ITERS:
+            logger.info("All images are used, no number of shots: OPTIM.MAX_EPOCH counts, %d", self.max_epoch)
+        if self.cfg.OPTIM.LR_SCHEDULER != "cosine" or self.cfg.OPTIM.WARMUP_EPOCH > 0:
+            return super().build_schedule(optim)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optim, max(1, self.total_steps), eta_min=node.LR_MIN)
+
+    def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """One step; none for the batches of the last epoch that are beyond the number of steps."""
+        step = self.epoch * self.num_batches + self.batch_idx
+        if step < self.total_steps:
+            seed = self.cfg.SEED if self.cfg.SEED >= 0 else torch.initial_seed()
+            # Of the step, not of what was drawn before it: a resumed run drops what an uninterrupted one does.
+            self.network.learner.seed_dropout((1_000_003 * seed + step) % 2**63, self.device)
+            self._summary = super().forward_backward(batch)
+        return self._summary

@@ -10,6 +10,7 @@ from .load import load_clip
 from .model import CLIP
 from .templates import (
     DEFAULT_TEMPLATE,
+    IMAGENET_TEMPLATES,
     IMAGENET_TEMPLATES_SELECT,
     clean_classname,
     fill_template,
@@ -24,6 +25,7 @@ __all__ = [
     "BACKBONES",
     "CLIP",
     "DEFAULT_TEMPLATE",
+    "IMAGENET_TEMPLATES",
     "IMAGENET_TEMPLATES_SELECT",
     "Adapter",
     "Projection",

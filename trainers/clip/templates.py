@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import open_clip
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,6 +50,9 @@ IMAGENET_TEMPLATES_SELECT: tuple[str, ...] = (
     "art of the {}.",
     "a photo of the small {}.",
 )
+
+# All eighty of them.
+IMAGENET_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
 
 _CHUNK = 512  # prompts encoded at once: bounds memory at thousands of classes
 

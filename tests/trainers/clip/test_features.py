@@ -1,0 +1,123 @@
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from trainers.clip.features import FeatureLoader, FeatureSet, OneStep, SeededViews, TrainingFeatures, collect_features
+
+
+class Noisy:
+    """Seven items, each with fresh noise whenever it is read."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, i):
+        return {"img": torch.full((4,), float(i)) + torch.rand(4), "label": i % 3, "impath": f"{i}.png"}
+
+
+class Images(Noisy):
+    def __getitem__(self, i):
+        return {"img": torch.arange(4.0) + i, "label": i % 3, "impath": f"{i}.png"}
+
+
+def encode(images):
+    return F.normalize(images, dim=-1)
+
+
+def views(batch_size=3, workers=0, seed=5):
+    loader = DataLoader(SeededViews(Noisy(), 2, seed), batch_size=batch_size, num_workers=workers)
+    return collect_features(loader, encode, 2)
+
+
+def test_views_depend_on_seed_view_and_item_alone():
+    first = views()
+    assert first.values.shape == (2, 7, 4)
+    assert first.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert first.paths == [f"{i}.png" for i in range(7)]
+    torch.rand(3)
+    for other in (views(batch_size=5), views(workers=2)):
+        assert torch.equal(other.values, first.values)
+    assert not torch.equal(first.values[0], first.values[1])
+    assert not torch.equal(views(seed=6).values, first.values)
+
+
+def test_views_leave_the_program_s_random_numbers_alone():
+    torch.manual_seed(0)
+    want = torch.rand(2)
+    torch.manual_seed(0)
+    views()
+    loader_draws = torch.initial_seed()
+    assert loader_draws == 0
+    torch.manual_seed(0)
+    SeededViews(Noisy(), 2, 5)[3]
+    assert torch.equal(torch.rand(2), want)
+
+
+def test_incomplete_views_are_refused():
+    with pytest.raises(ValueError, match="Expected 2 views"):
+        collect_features(DataLoader(Images(), batch_size=3), encode, 2)
+
+
+def test_summaries():
+    known = views()
+    features, labels = known.flat()
+    assert torch.equal(features[7:], known.values[1]) and torch.equal(labels[7:], known.labels)
+    naive = torch.stack([(known.values[0, i] + known.values[1, i]) / 2 for i in range(7)])
+    torch.testing.assert_close(known.mean(), naive / naive.norm(dim=1, keepdim=True))
+
+
+def test_loader_encodes_once_and_only_complete_passes_count():
+    calls = []
+    loader = FeatureLoader(DataLoader(Images(), batch_size=3), lambda x: calls.append(len(x)) or encode(x))
+    assert len(loader) == 3 and len(loader.dataset) == 7
+    next(iter(loader))
+    assert calls == [3]
+    first = list(loader)
+    assert calls == [3, 3, 3, 1] and "img" in first[0]
+    again = list(loader)
+    assert sum(calls) == 10
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a["feature"], b["feature"]) and torch.equal(a["label"], b["label"])
+        assert list(a["impath"]) == b["impath"]
+    assert len(loader.all()) == 7
+
+
+def test_loader_regrouped():
+    loader = FeatureLoader(DataLoader(Images(), batch_size=3), encode)
+    loader.regroup([[0, 6, 2, 2], [1]])
+    first, second = loader
+    assert len(loader) == 2
+    assert torch.equal(first["feature"], encode(torch.stack([Images()[i]["img"] for i in (0, 6, 2, 2)])))
+    assert second["impath"] == ["1.png"]
+
+
+def make_training(**arguments):
+    known = FeatureSet(torch.arange(14.0).view(2, 7, 1), torch.arange(7), ())
+    return TrainingFeatures(lambda: known, 7, 3, seed=1, **arguments)
+
+
+def test_training_batches_take_each_image_once_in_an_order_of_seed_and_epoch():
+    training = make_training()
+    assert len(training) == 3
+
+    def epoch(number):
+        training.set_epoch(number)
+        return torch.cat([batch["feature"] for batch in training]).flatten().tolist()
+
+    assert sorted(epoch(0)) == list(range(7))
+    assert sorted(epoch(1)) == list(range(7, 14))  # the other view
+    assert sorted(epoch(2)) == list(range(7))
+    assert epoch(0) == epoch(0) != epoch(2)
+
+
+def test_steps_run_over_as_many_passes_as_needed():
+    batches = list(make_training(steps=5))
+    assert [len(batch["label"]) for batch in batches] == [3, 3, 1, 3, 3]
+    assert len(make_training(steps=5)) == 5
+    assert len(list(make_training(steps=2))) == 2
+
+
+def test_one_step():
+    (batch,) = OneStep(make_training())
+    assert batch["label"].tolist() == list(range(7))

@@ -1,0 +1,224 @@
+"""Every trainer on features of the frozen CLIP, through configuration, engine, checkpoints and predict.py."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import datasets
+import predict
+import trainers
+from dassl.config import get_cfg_default
+from dassl.data.datasets import DATASET_REGISTRY
+from dassl.engine import TRAINER_REGISTRY, build_trainer
+from dassl.utils import set_random_seed
+from trainers.frozen import FeatureTrainer
+
+ROOT = Path(__file__).parents[2]
+TRAINERS = [n for n in TRAINER_REGISTRY.registered_names() if issubclass(TRAINER_REGISTRY.get(n), FeatureTrainer)]
+CONFIGS = {
+    name: file.parent
+    for file in (ROOT / "configs" / "trainers").glob("*/tiny.yaml")
+    for name in TRAINERS
+    if f"--trainer {name} " in file.read_text()
+}
+ANY_CLASSES = {"ZeroshotCLIP", "ZeroshotCLIP2", "CLIPAdapter", "JCLIPAdapter"}  # others have weights or images of each
+every = pytest.mark.parametrize("name", TRAINERS)
+
+
+@pytest.fixture(autouse=True)
+def few_test_images(monkeypatch):
+    """Digits with every 20th of its test images."""
+    whole = DATASET_REGISTRY.get("Digits")
+
+    class Digits(whole):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self._test = self._test[::20]
+
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, "Digits", Digits)
+
+
+@pytest.fixture
+def make_cfg(tmp_path, random_tiny):
+    def make(name, *pairs, out="run", file="tiny"):
+        cfg = get_cfg_default()
+        datasets.extend_cfg(cfg)
+        trainers.extend_cfg(cfg)
+        cfg.merge_from_file(CONFIGS[name] / f"{file}.yaml")
+        cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / out), "DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", 2])
+        cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", False, "SEED", 1])
+        cfg.merge_from_list(["DATALOADER.TRAIN_X.BATCH_SIZE", 8, "DATALOADER.TEST.BATCH_SIZE", 30])
+        cfg.merge_from_list(["OPTIM.MAX_EPOCH", 2, "TEST.NO_TEST", True])
+        node = TRAINER_REGISTRY.get(name).node_name
+        for key, value in (("VIEWS", 2), ("STEPS", 3)):
+            if cfg.TRAINER[node].get(key, 0) > value:
+                cfg.TRAINER[node][key] = value
+        cfg.merge_from_list(list(pairs))
+        cfg.freeze()
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def make(make_cfg):
+    def build(name, *pairs, **arguments):
+        set_random_seed(1)
+        return build_trainer(make_cfg(name, *pairs, **arguments))
+
+    return build
+
+
+@torch.no_grad()
+def heads(trainer):
+    trainer.set_model_mode("eval")
+    features, _ = trainer.parse_batch_test(next(iter(trainer.test_loader)))
+    return trainer.model_heads(features)
+
+
+@every
+def test_configs_merge_and_open_with_their_command(name):
+    assert {file.stem for file in CONFIGS[name].glob("*.yaml")} >= {"vit_b16", "rn50", "tiny"}
+    for file in CONFIGS[name].glob("*.yaml"):
+        cfg = get_cfg_default()
+        datasets.extend_cfg(cfg)
+        trainers.extend_cfg(cfg)
+        cfg.merge_from_file(file)
+        assert cfg.TRAINER.NAME == name
+        command = f"#   python train.py --trainer {name} --config-file {file.relative_to(ROOT).as_posix()}"
+        assert command in file.read_text().split("\n\n")[0]
+
+
+@every
+def test_a_run_and_its_files(name, make, tmp_path):
+    trainer = make(name, "TEST.NO_TEST", False)
+    trainer.train()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["test"]["main"] == trainer.main_head
+    assert "clip" in metrics["test"]["heads"]
+    assert set(metrics["test"]["heads"]["clip"]) == {"accuracy", "top5", "macro_f1", "ece"}
+    assert metrics["params"]["trainable"] == sum(
+        p.numel() for p in trainer.network.learner.parameters() if p.requires_grad
+    )
+    assert metrics["params"]["total"] > 0
+    for model in trainer.get_model_names():
+        assert (tmp_path / "run" / model / f"model.pth.tar-{trainer.max_epoch}").is_file()
+        assert metrics["timing"]["train_seconds"] > 0
+
+
+@every
+def test_zero_shot_head_is_clip_and_images_do_as_well_as_features(name, make):
+    trainer = make(name)
+    network = trainer.network
+    batch = next(iter(trainer.test_loader.loader))
+    plain = network.clip.encode_image(batch["img"])
+    torch.testing.assert_close(network.encode(batch["img"]), F.normalize(plain, dim=1))
+    want = network.clip.logit_scale * F.normalize(plain, dim=-1) @ network.learner.zeroshot.t()
+    for input in (batch["img"], network.encode(batch["img"])):
+        torch.testing.assert_close(trainer.model_heads(input)["clip"], want, rtol=1e-4, atol=1e-3)
+
+
+@every
+def test_images_are_encoded_once(name, make, monkeypatch):
+    trainer = make(name, "TEST.NO_TEST", False, "TEST.FINAL_MODEL", "best_val")
+    seen = []
+    encode = trainer.network.clip.encode_image
+    monkeypatch.setattr(trainer.network.clip, "encode_image", lambda images: seen.append(len(images)) or encode(images))
+    trainer.train()
+    if trainer.get_model_names():
+        trainer.test()
+    dataset = trainer.dm.dataset
+    views = max(1, trainer.node.get("VIEWS", 0))
+    assert sum(seen) <= views * len(dataset.train_x) + len(dataset.val) + len(dataset.test)
+
+
+@every
+def test_resuming_gives_the_uninterrupted_run(name, make, tmp_path):
+    if not make(name).get_model_names():
+        pytest.skip("learns nothing")
+    whole = make(name, out="whole")
+    whole.train()
+    half = make(name, "TRAIN.CHECKPOINT_FREQ", 1, out="half")
+    half.train()
+    (tmp_path / "half" / half.model_name / "checkpoint").write_text("model.pth.tar-1\n")
+    torch.manual_seed(5)
+    again = make(name, out="half")
+    again.train()
+    for key, value in whole.network.learner.state_dict().items():
+        torch.testing.assert_close(again.network.learner.state_dict()[key], value, equal_nan=True)
+    assert again.selected == whole.selected
+
+
+@every
+def test_choices_do_not_see_test_labels(name, make, monkeypatch, tmp_path):
+    """Poisoned test labels change nothing of what is trained or chosen."""
+    runs = []
+    for out, shift in (("clean", 0), ("poisoned", 3)):
+        trainer = make(name, "TEST.NO_TEST", False, out=out)
+        for item in trainer.dm.dataset.test:
+            item._label = (item.label + shift) % 10
+        trainer.train()
+        runs.append((trainer.selected, trainer.network.learner.state_dict()))
+    (first, state), (second, other) = runs
+    assert first == second
+    assert all(choice["on"] == "val" and choice["n"] == 20 for choice in first.values())
+    for key in state:
+        assert torch.equal(state[key].nan_to_num(), other[key].nan_to_num()), key
+
+
+@every
+def test_without_validation_images_the_defaults_are_used_and_named(name, make, monkeypatch):
+    trainer = make(name)
+    trainer.dm.dataset._val = None
+    trainer.val_loader = None
+    trainer.train()
+    for choice in trainer.selected.values():
+        assert choice["n"] == 0 and "no validation set" in choice["on"]
+
+
+@every
+def test_new_classes_at_test_time(name, make, tmp_path):
+    base = make(name, "DATASET.SUBSAMPLE_CLASSES", "base")
+    base.train()
+    new = make(name, "DATASET.SUBSAMPLE_CLASSES", "new", out="new")
+    assert heads(new)[new.main_head].shape[1] == 5
+    if not new.get_model_names():
+        return
+    if name not in ANY_CLASSES:
+        with pytest.raises(ValueError, match="Expected classes that were trained on"):
+            new.load_model(str(tmp_path / "run"))
+        return
+    before = heads(new)[new.main_head]
+    new.load_model(str(tmp_path / "run"))
+    assert not torch.equal(heads(new)[new.main_head], before)
+
+
+@every
+def test_predict(name, make, tmp_path):
+    trainer = make(name)
+    trainer.train()
+    paths = [item.impath for item in trainer.dm.dataset.test[:3]]
+    expected = heads(trainer) if name != "EMDirichlet" else None  # which depends on what else is in the batch
+    for classes in (None, "three,one"):
+        args = SimpleNamespace(
+            model_dir=str(tmp_path / "run"), load_epoch=None, classes=classes, cpu=True, debug=False, set=[],
+            batch_size=None,
+        )  # fmt: skip
+        loaded, names = predict.load_trainer(args)
+        predictions, unreadable, head = predict.predict(loaded, [(path, path) for path in paths])
+        assert (len(predictions), unreadable, head) == (3, {}, trainer.main_head)
+        assert predictions[0].probabilities.shape == (len(names),)
+        if classes is None and expected is not None:
+            rows = torch.stack([p.probabilities for p in predictions])
+            torch.testing.assert_close(rows, expected[head][:3].softmax(1), rtol=1e-3, atol=1e-5)
+
+
+@every
+def test_wrong_settings_are_named_before_anything_is_loaded(name, make_cfg):
+    node = TRAINER_REGISTRY.get(name).node_name
+    with pytest.raises(ValueError, match=f"TRAINER.{node}.PREC"):
+        build_trainer(make_cfg(name, f"TRAINER.{node}.PREC", "int8"))

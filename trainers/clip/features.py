@@ -1,0 +1,225 @@
+"""Image features of a frozen CLIP, computed once per run and handed out in batches.
+
+Methods that learn on features alone (probes, caches, adapters behind the encoder) take everything from here: training
+images in V seeded augmentations ("views"), validation and test images as they are. All features are L2-normalised.
+
+Legend: V views, N images, B images in a batch, E width of the joint embedding.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+Batch = dict[str, Any]
+Encode = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of the images of one split, in the order of the split.
+
+    Attributes:
+        values: [V, N, E], normalised, fp32, on CLIP's device.
+        labels: [N], there too.
+        paths: the N images' files; empty where the loader does not say.
+    """
+
+    values: Tensor
+    labels: Tensor
+    paths: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Every view an image of its own: features [V * N, E] and labels [V * N]."""
+        return self.values.flatten(0, 1), self.labels.repeat(len(self.values))
+
+    def mean(self) -> Tensor:
+        """Mean over the views, normalised again: [N, E]."""
+        return F.normalize(self.values.mean(dim=0), dim=-1)
+
+
+class SeededViews(Dataset[Any]):
+    """V augmentations of each item of a dataset; which one depends on seed, view and item alone.
+
+    Neither the order, nor the batch size, nor the number of reader processes changes a view. Item k is view k // N of
+    item k % N.
+
+    Args:
+        dataset: N items, each augmented by random draws whenever it is read.
+        views: V.
+        seed: 0 or more.
+    """
+
+    def __init__(self, dataset: Any, views: int, seed: int) -> None:
+        self.dataset = dataset
+        self.views = views
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.views * len(self.dataset)
+
+    def __getitem__(self, number: int) -> Any:
+        view, item = divmod(number, len(self.dataset))
+        words = np.random.SeedSequence([self.seed, view, item]).generate_state(2, dtype=np.uint32)
+        states = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(words[0]))
+            random.seed(int(words[0]))
+            np.random.seed(int(words[1]))
+            try:
+                return self.dataset[item]
+            finally:
+                random.setstate(states[0])
+                np.random.set_state(states[1])
+
+
+def encode_batch(batch: Batch, encode: Encode) -> Tensor:
+    """Features [B, E] of a batch: those it carries as "feature", else those of its images "img"."""
+    return batch["feature"] if "feature" in batch else encode(batch["img"])
+
+
+@torch.no_grad()
+def collect_features(loader: Iterable[Batch], encode: Encode, views: int = 1) -> FeatureSet:
+    """The features of all images of a loader whose items are `views` times the same N images, in order."""
+    values, labels, paths = [], [], []
+    for batch in loader:
+        values.append(encode_batch(batch, encode))
+        labels.append(batch["label"].to(values[-1].device))
+        paths.extend(batch.get("impath", ()))
+    features, every = torch.cat(values), torch.cat(labels)
+    if len(features) % views:
+        raise ValueError(f"Expected {views} views of each image but got {len(features)} in all")
+    n = len(features) // views
+    return FeatureSet(features.unflatten(0, (views, n)), every[:n], paths[:n])
+
+
+class FeatureLoader:
+    """A loader of images that encodes them the first time it is run through, and remembers the features from then on.
+
+    Batches carry "feature" [B, E] beside what they had; from memory, they have "feature", "label" and "impath" only.
+
+    Args:
+        loader: batches with "img", "label" and "impath", always in the same order.
+        encode: images [B, 3, H, W] -> normalised features [B, E].
+    """
+
+    def __init__(self, loader: Any, encode: Encode) -> None:
+        self.loader = loader
+        self.dataset: Sized = getattr(loader, "dataset", ())
+        self._encode = encode
+        self._known: FeatureSet | None = None
+        self._batches: list[list[int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader) if self._batches is None else len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._batches is not None:
+            known = self.all()
+            return (_pick(known, torch.tensor(rows, device=known.labels.device)) for rows in self._batches)
+        return self._from_memory(self._known) if self._known is not None else self._stream()
+
+    def all(self) -> FeatureSet:
+        """The features of all images."""
+        if self._known is None:
+            for _ in self._stream():
+                pass
+        assert self._known is not None
+        return self._known
+
+    def regroup(self, batches: list[list[int]] | None) -> None:
+        """From now on, the batches consist of these rows (a row may be in several); None: as the loader has them."""
+        self._batches = batches
+
+    @torch.no_grad()
+    def _stream(self) -> Iterator[Batch]:
+        seen: list[Batch] = []
+        for batch in self.loader:
+            features = self._encode(batch["img"])
+            kept = {"feature": features, "label": batch["label"], "impath": batch.get("impath", ())}
+            seen.append(kept)
+            yield {**batch, "feature": features}
+        # Only here, after the last batch: whoever stops before has not seen all of them.
+        self._known = collect_features(seen, self._encode)
+
+    def _from_memory(self, known: FeatureSet) -> Iterator[Batch]:
+        size = getattr(self.loader, "batch_size", None) or len(known)
+        for start in range(0, len(known), size):
+            yield _pick(known, torch.arange(start, min(start + size, len(known)), device=known.labels.device))
+
+
+class TrainingFeatures:
+    """Batches of training features in random order: epoch e uses view e mod V, in an order that seed and e decide.
+
+    Args:
+        compute: gives the features; called when the first batch is asked for.
+        n: number of images.
+        batch_size: B; the last batch of a pass may be smaller.
+        seed: of the order.
+        steps: batches in an epoch, taken from as many passes as it needs; 0: one pass.
+    """
+
+    def __init__(self, compute: Callable[[], FeatureSet], n: int, batch_size: int, seed: int, steps: int = 0) -> None:
+        self.dataset = range(n)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps = steps
+        self.epoch = 0
+        self._compute = compute
+        self._known: FeatureSet | None = None
+
+    def __len__(self) -> int:
+        return self.steps or max(1, math.ceil(len(self.dataset) / self.batch_size))
+
+    def all(self) -> FeatureSet:
+        """The features of all images."""
+        if self._known is None:
+            self._known = self._compute()
+        return self._known
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch (from 0) that the next pass belongs to."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        known = self.all()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        done = 0
+        while done < len(self):
+            order = torch.randperm(len(known), generator=generator).to(known.labels.device)
+            for rows in order.split(self.batch_size):
+                if done < len(self):
+                    yield _pick(known, rows, self.epoch % len(known.values))
+                done += 1
+
+
+class OneStep:
+    """Stands in for a loader where a method is fitted in one step, to all images at once: one batch, without images."""
+
+    def __init__(self, features: TrainingFeatures) -> None:
+        self.features = features
+        self.dataset = features.dataset
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield {"label": self.features.all().labels}
+
+
+def _pick(known: FeatureSet, rows: Tensor, view: int = 0) -> Batch:
+    paths = [known.paths[row] for row in rows.tolist()] if known.paths else []
+    batch: Batch = {"feature": known.values[view, rows], "label": known.labels[rows], "index": rows}
+    return {**batch, "impath": paths} if paths else batch

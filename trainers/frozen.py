@@ -1,0 +1,333 @@
+"""What methods on features of the frozen CLIP have in common: the learner on features, and the trainer around it.
+
+Images are encoded once per run (see clip/features.py); what is trained or fitted sees features only.
+
+Legend: B images, N training images, C classes, E width of the joint embedding. Features are L2-normalised, fp32.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from dassl.data import DatasetWrapper
+from dassl.data.transforms import build_transform
+from dassl.metrics import compute_accuracy
+from dassl.optim import build_lr_scheduler, build_optimizer
+
+from .clip import CLIP, templates_for, zeroshot_weights
+from .clip.features import FeatureLoader, FeatureSet, OneStep, SeededViews, TrainingFeatures, collect_features
+from .common import LearnerTrainer, build_optimizer_with_eps, check_whole, count_steps
+from .learner import Learner, class_rows
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureLearner(Learner):
+    """Features [B, E] -> logits [B, C]; a subclass says how.
+
+    Args:
+        clip: the frozen CLIP.
+        classnames: class names in the order of their labels.
+        zeroshot: zero-shot weights [C, E], normalised.
+    """
+
+    CLASS_ROWS: tuple[str, ...] = ()  # names in a checkpoint that have a row per class
+    SAMPLES: tuple[str, ...] = ()  # names that have a row per training image; the first one is their labels
+
+    zeroshot: Tensor
+    prepared: Tensor  # whether what follows from the training images has been computed
+
+    def __init__(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> None:
+        super().__init__(classnames, {"backbone": clip.name, "weights_digest": clip.weights_digest})
+        self.scale = clip.logit_scale
+        self.register_buffer("zeroshot", zeroshot.detach().float().clone(), persistent=False)
+        self.register_buffer("prepared", torch.tensor(False))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, E] -> logits [B, C]; here zero-shot CLIP's."""
+        return self.clip_logits(features)
+
+    def clip_logits(self, features: Tensor) -> Tensor:
+        """Features [B, E] -> zero-shot logits [B, C]."""
+        return self.scale * features @ self.zeroshot.t()
+
+    def take(self, state: Mapping[str, Tensor], indices: Sequence[int] | None = None) -> None:
+        """See Learner; the number of training images follows the checkpoint."""
+        for name in self.SAMPLES:
+            if name in state:
+                own = self.get_parameter(name) if name in dict(self.named_parameters()) else self.get_buffer(name)
+                own.data = torch.empty_like(state[name], device=own.device)
+        super().take(state, indices)
+
+    def for_classes(
+        self, state: dict[str, Tensor], trained: Sequence[str] | None, indices: Sequence[int] | None
+    ) -> dict[str, Tensor]:
+        """The rows of the present classes, which must be among those trained on."""
+        if trained is None or not (self.CLASS_ROWS or self.SAMPLES):
+            return state
+        rows = class_rows(self.classnames, trained, indices, "weights or images")
+        state = {**state, **{name: state[name][rows] for name in self.CLASS_ROWS}}
+        if self.SAMPLES and rows != list(range(len(trained))):
+            labels = state[self.SAMPLES[0]]
+            position = torch.full((len(trained),), -1, dtype=labels.dtype, device=labels.device)
+            position[rows] = torch.arange(len(rows), dtype=labels.dtype, device=labels.device)
+            kept = position[labels] >= 0
+            for name in self.SAMPLES:
+                own = self.get_parameter(name) if name in dict(self.named_parameters()) else self.get_buffer(name)
+                state[name] = (position[labels] if name == self.SAMPLES[0] else state[name])[kept]
+                own.data = own.data[: len(state[name])]
+        return state
+
+
+class FeatureNetwork(nn.Module):
+    """The frozen CLIP and a learner on its features. Both `forward` and `both` take images or features.
+
+    Args:
+        clip: a frozen CLIP, on its device.
+        learner: moved there.
+        autocast: gives the context in which images are encoded.
+    """
+
+    def __init__(self, clip: CLIP, learner: FeatureLearner, autocast: Any) -> None:
+        super().__init__()
+        self.clip = clip
+        self.learner = learner.to(clip.device)
+        self._autocast = autocast
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> features [B, E]."""
+        with self._autocast():
+            features = self.clip.encode_image(images.to(self.clip.device))
+        return F.normalize(features.float(), dim=-1)
+
+    def features(self, input: Tensor) -> Tensor:
+        """Images [B, 3, H, W], or features [B, E] as they are -> features [B, E]."""
+        return input if input.ndim == 2 else self.encode(input)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """-> logits [B, C], in fp32 even under autocast."""
+        features = self.features(input)
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            return self.learner(features)
+
+    def both(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """-> zero-shot logits and the learner's, [B, C] each."""
+        features = self.features(input)
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            return self.learner.clip_logits(features), self.learner(features)
+
+    def train(self, mode: bool = True) -> FeatureNetwork:
+        """Sets the learner's mode; the frozen CLIP stays in evaluation mode."""
+        super().train(mode)
+        self.clip.eval()
+        return self
+
+
+class FeatureTrainer(LearnerTrainer):
+    """Trains a `FeatureLearner` by cross-entropy, or, where it has no parameters to train, fits it in one step.
+
+    Keys of its node that all such trainers have: PREC, and (unless `views_key` is off) VIEWS. The schedule of the
+    learning rate counts steps where `per_step`, else epochs. `model_heads` takes images or features; the loaders of
+    training, validation and test hand out features.
+    """
+
+    network: FeatureNetwork
+    train_features: TrainingFeatures
+    train_loader_x: Any
+    val_loader: Any
+    test_loader: Any
+    per_step = True
+    views_key = True
+    eps = 0.0  # of Adam-type optimisers; 0: their own
+
+    # Configuration
+
+    @staticmethod
+    def new_node(cfg: Any, *, views: int | None = None) -> Any:
+        """A node of the configuration with the keys that such trainers share."""
+        node = type(cfg)()
+        node.PREC = "fp32"  # of the frozen backbone: fp32 | fp16 | amp (fp32 weights, autocast) | bf16
+        if views is not None:
+            # Seeded augmentations of each training image, encoded once; epoch e uses view e mod VIEWS. 0: the images
+            # as they are at test time.
+            node.VIEWS = views
+        return node
+
+    def check_cfg(self, cfg: Any) -> None:
+        """See LearnerTrainer."""
+        super().check_cfg(cfg)
+        if self.views_key:
+            check_whole(cfg, f"TRAINER.{self.node_name}.VIEWS", 0)
+
+    @property
+    def node(self) -> Any:
+        """The trainer's own keys."""
+        return self.cfg.TRAINER[self.node_name]
+
+    # Building
+
+    def templates(self) -> list[str]:
+        """Prompt templates of the zero-shot weights."""
+        return templates_for(self.cfg.DATASET.NAME, self.cfg.DATASET.TEMPLATE)
+
+    def zeroshot(self, clip: CLIP, classnames: Sequence[str]) -> Tensor:
+        """Zero-shot weights [C, E], normalised."""
+        return zeroshot_weights(clip, classnames, self.templates())
+
+    def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
+        """What is to be trained or fitted."""
+        raise NotImplementedError
+
+    def build_model(self) -> None:
+        """CLIP, the learner on its features, the loaders of features, and the optimiser of what is learnt."""
+        cfg = self.cfg
+        clip, classnames = self.load_frozen_clip(self.node.PREC)
+        learner = self.build_learner(clip, classnames, self.zeroshot(clip, classnames).float())
+        self.network = FeatureNetwork(clip, learner, self._autocast)
+        self.selected = {}
+        self._set_up_loaders()
+        self._register(learner, cfg.OPTIM)
+
+    def _set_up_loaders(self) -> None:
+        cfg = self.cfg
+        self._seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
+        n, size = len(self.dm.dataset.train_x), cfg.DATALOADER.TRAIN_X.BATCH_SIZE
+        self.train_features = TrainingFeatures(self._encode_training_images, n, size, self._seed, self.epoch_steps())
+        self.train_loader_x = self.train_features
+        if self.val_loader is not None:
+            self.val_loader = FeatureLoader(self.val_loader, self.network.encode)
+        self.test_loader = FeatureLoader(self.test_loader, self.network.encode)
+
+    def epoch_steps(self) -> int:
+        """Steps in an epoch; 0: one pass over the training images."""
+        return 0
+
+    def _register(self, learner: FeatureLearner, optim_cfg: Any) -> None:
+        count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+        logger.info("Parameters to learn: %s", f"{count:,}")
+        self._optim = None
+        if count:
+            if self.eps:
+                self._optim = build_optimizer_with_eps(learner, optim_cfg, self.eps)
+            else:
+                self._optim = build_optimizer(learner, optim_cfg)
+            schedule = count_steps(optim_cfg, len(self.train_loader_x)) if self.per_step else optim_cfg
+            self.register_model(self.model_name, learner, self._optim, build_lr_scheduler(self._optim, schedule))
+        else:
+            self.max_epoch = 1
+            self.train_loader_x = OneStep(self.train_features)
+            self.register_model(self.model_name, learner, None, None)
+
+    def _encode_training_images(self) -> FeatureSet:
+        """Features of the training images, in all views."""
+        views = int(self.node.get("VIEWS", 0))
+        items = self.dm.dataset.train_x
+        transform = build_transform(self.cfg, is_train=views > 0)
+        data = SeededViews(DatasetWrapper(self.cfg, items, transform=transform), max(views, 1), self._seed)
+        loader: DataLoader[Any] = DataLoader(
+            data,
+            batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE,
+            num_workers=getattr(self.dm.test_loader, "num_workers", 0),
+        )
+        logger.info("Encoding %d training images, %s", len(items), f"{views} views each" if views else "as they are")
+        return collect_features(loader, self.network.encode, max(views, 1))
+
+    # One step
+
+    def prepare(self, features: FeatureSet) -> None:
+        """Computes what follows from the training features, before the first step of a run."""
+
+    def fit(self, features: FeatureSet) -> dict[str, float]:
+        """Fits a learner without trainable parameters to the training features -> what to show of it."""
+        raise NotImplementedError
+
+    def loss(self, features: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Features [B, E] and labels [B] -> named losses, to be summed, and logits [B, C] with their labels' order."""
+        logits = self.network(features)
+        return {"loss": F.cross_entropy(logits, labels)}, logits
+
+    def before_epoch(self) -> None:
+        """Has the training features follow the epoch."""
+        super().before_epoch()
+        self.train_features.set_epoch(self.epoch)
+
+    def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """-> features [B, E] and labels [B], on the device."""
+        return self.parse_batch_test(batch)
+
+    def parse_batch_test(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """-> features [B, E] and labels [B], on the device."""
+        features = batch["feature"] if "feature" in batch else self.network.encode(batch["img"].to(self.device))
+        return features, batch["label"].to(self.device)
+
+    def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """One step, or the fit -> loss and accuracy (percent), or what the fit has to show."""
+        learner = self.network.learner
+        if not bool(learner.prepared):
+            with torch.no_grad():
+                self.prepare(self.train_features.all())
+            learner.prepared.fill_(True)
+        if self._optim is None:
+            with torch.no_grad():
+                return self.fit(self.train_features.all())
+        features, labels = self.parse_batch_train(batch)
+        terms, logits = self.loss(features, labels)
+        loss = torch.stack(list(terms.values())).sum()
+        self.model_backward_and_update(loss)
+        if self.per_step or self.batch_idx + 1 == self.num_batches:
+            self.update_lr()
+        shown = {
+            "loss": loss.detach(),
+            "acc": compute_accuracy(logits.detach(), labels)[0].squeeze(),
+            **({name: value.detach() for name, value in terms.items()} if len(terms) > 1 else {}),
+        }
+        return dict(zip(shown, torch.stack([v.float() for v in shown.values()]).tolist(), strict=True))
+
+    def get_current_lr(self, names: Any = None) -> float:
+        """The learning rate; 0 where nothing is trained."""
+        return super().get_current_lr(names) if self._optim is not None else 0.0
+
+    # Choosing on validation images
+
+    def choose(self) -> None:
+        """Chooses what is to be chosen on the few-shot validation images, and notes it in `selected`."""
+
+    def after_epoch(self) -> None:
+        """Chooses before a checkpoint may be written, so that every checkpoint carries the choice."""
+        done, freq = self.epoch + 1, self.cfg.TRAIN.CHECKPOINT_FREQ
+        saves = done == self.max_epoch or (freq > 0 and done % freq == 0)
+        if saves or self.cfg.TEST.FINAL_MODEL == "best_val":
+            with torch.no_grad():
+                self.choose()
+        super().after_epoch()
+
+    def validation_features(self) -> tuple[Tensor, Tensor] | str:
+        """Features [n, E] and labels [n] of the validation images; or why there is nothing to choose on."""
+        reason = self.no_validation()
+        if reason:
+            return reason
+        assert self.val_loader is not None
+        known = self.val_loader.all()
+        return known.values[0], known.labels
+
+    def note(self, chosen: Mapping[str, float], on: str, n: int) -> None:
+        """Records what was chosen, on what ("val", or why it was not chosen), on how many images."""
+        self.selected = {name: {"value": value, "on": on, "n": n} for name, value in chosen.items()}
+        values = ", ".join(f"{name} {value:.4g}" for name, value in chosen.items())
+        logger.info("Chosen: %s (on %s%s)", values, on, f", {n} images" if n else "")
+
+    # Evaluation
+
+    @torch.no_grad()
+    def model_heads(self, input: Tensor) -> dict[str, Tensor]:
+        """Images [B, 3, H, W] or features [B, E] -> logits [B, C] of zero-shot CLIP and of the method."""
+        clip_logits, logits = self.network.both(input)
+        return {self.reference_head: clip_logits, self.main_head: logits}

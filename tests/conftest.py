@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-# Eight blocks like the bundled CLIP, so that its configs fit; everything else as small as it goes.
+# Six blocks like the bundled CLIP, so that its configs fit; everything else as small as it goes.
 RANDOM_TINY = {
     "embed_dim": 32,
     "quick_gelu": True,
-    "vision_cfg": {"layers": 8, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 64},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 8},
+    "vision_cfg": {"layers": 6, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 64},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 6},
 }
 
 

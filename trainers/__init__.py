@@ -17,10 +17,27 @@ from typing import Any
 
 from dassl.engine import TRAINER_REGISTRY
 
-from . import cliplora, cocoop, coop, dlrclip, mma, zsclip
+from . import (
+    cliplora,
+    cocoop,
+    coop,
+    dlrclip,
+    linear_probe,
+    mma,
+    zsclip,
+)
 from .clip import add_clip_config
 
-__all__ = ["cliplora", "cocoop", "coop", "dlrclip", "extend_cfg", "mma", "zsclip"]
+__all__ = [
+    "cliplora",
+    "cocoop",
+    "coop",
+    "dlrclip",
+    "extend_cfg",
+    "linear_probe",
+    "mma",
+    "zsclip",
+]
 
 
 def extend_cfg(cfg: Any) -> None:

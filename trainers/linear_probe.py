@@ -1,0 +1,179 @@
+"""Linear probe: logistic regression on the frozen CLIP's image features.
+
+Radford et al., 2021: L-BFGS, and the strength of the regularisation by a binary search on validation images (the search
+that CoOp's comparison runs). Or a linear classifier that starts as the zero-shot weights and is trained by gradient
+descent with CLIP's temperature.
+
+Legend: N training images, n validation images, B images in a batch, C classes, E width of the joint embedding.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from dassl.engine import TRAINER_REGISTRY
+
+from .clip import CLIP
+from .clip.features import FeatureSet
+from .common import check_choice, check_number, check_whole
+from .frozen import FeatureLearner, FeatureTrainer
+
+logger = logging.getLogger(__name__)
+
+COARSE = (1e6, 1e4, 1e2, 1.0, 1e-2, 1e-4, 1e-6)
+STEPS = 8
+
+
+class Linear(NamedTuple):
+    """Logits are features @ weight.T + bias."""
+
+    weight: Tensor  # [C, E]
+    bias: Tensor  # [C]
+
+
+def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float, max_iter: int = 1000) -> Linear:
+    """Multinomial logistic regression by L-BFGS with an L2 penalty of weight 1 / c.
+
+    Args:
+        features: [N, E].
+        labels: [N], each of 0..C-1 at least once.
+
+    Raises:
+        ValueError: a class without an image.
+    """
+    missing = set(range(num_classes)) - set(labels.tolist())
+    if missing:
+        raise ValueError(f"Expected training images of all {num_classes} classes but got none of {sorted(missing)[:5]}")
+    if num_classes == 1:
+        return Linear(features.new_zeros(1, features.shape[1]), features.new_zeros(1))
+    model = LogisticRegression(C=c, solver="lbfgs", max_iter=max_iter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # hardly any penalty: the search comes by such places too
+        model.fit(features.cpu().numpy(), labels.cpu().numpy())
+    weight, bias = (torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in (model.coef_, model.intercept_))
+    if num_classes == 2:  # one row, for the second class
+        weight, bias = torch.cat([torch.zeros_like(weight), weight]), torch.cat([torch.zeros_like(bias), bias])
+    return Linear(weight.to(features.device), bias.to(features.device))
+
+
+def binary_search(accuracy: Callable[[float], float]) -> float:
+    """The C that CoOp's binary search ends at.
+
+    The best of seven powers of ten, then eight halvings of the interval one power to both sides; the better end of each
+    interval stays, the left one in a tie.
+
+    Args:
+        accuracy: of a probe with that C on validation images.
+    """
+    scores = [accuracy(c) for c in COARSE]
+    peak = COARSE[scores.index(max(scores))]
+    left, right = 0.1 * peak, 10.0 * peak
+    best = peak
+    for _ in range(STEPS):
+        middle = math.sqrt(left * right)
+        if accuracy(left) < accuracy(right):
+            best, left = right, middle
+        else:
+            best, right = left, middle
+    return best
+
+
+class ProbeLearner(FeatureLearner):
+    """A linear classifier.
+
+    Args:
+        trained: start as the zero-shot weights, without a bias and with CLIP's temperature, and be trained; else zeros
+            with a bias, to be fitted.
+    """
+
+    CLASS_ROWS: tuple[str, ...] = ("weight",)
+
+    weight: Tensor  # [C, E]
+
+    def __init__(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor, *, trained: bool) -> None:
+        super().__init__(clip, classnames, zeroshot)
+        self.trained = trained
+        if trained:
+            self.weight = nn.Parameter(zeroshot.clone())
+        else:
+            self.CLASS_ROWS = ("weight", "bias")
+            self.register_buffer("weight", torch.zeros_like(zeroshot))
+            self.register_buffer("bias", torch.zeros(len(zeroshot)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, E] -> logits [B, C]."""
+        if self.trained:
+            return self.scale * features @ self.weight.t()
+        return features @ self.weight.t() + self.get_buffer("bias")
+
+
+@TRAINER_REGISTRY.register()
+class LinearProbe(FeatureTrainer):
+    """Logistic regression on image features, or the zero-shot weights trained further."""
+
+    node_name = "LINEARPROBE"
+    model_name = "probe"
+    main_head = "probe"
+    eps = 1e-4
+
+    @staticmethod
+    def add_config(cfg: Any) -> None:
+        """Adds TRAINER.LINEARPROBE to `cfg` unless it is there."""
+        if "LINEARPROBE" in cfg.TRAINER:
+            return
+        node = FeatureTrainer.new_node(cfg, views=0)
+        # zeros: logistic regression by L-BFGS; text: start at the zero-shot weights, trained with CLIP's temperature
+        # by the optimiser of OPTIM.
+        node.INIT = "zeros"
+        # Inverse strength of the penalty (zeros), above 0, where there are no validation images to search on. CLIP's
+        # authors use 0.316 for features of length about 10; ours have length 1.
+        node.C = 31.6
+        node.MAX_ITER = 1000  # iterations of L-BFGS (zeros), at least 1 (source: 1000)
+        cfg.TRAINER.LINEARPROBE = node
+
+    def check_node(self, cfg: Any) -> None:
+        """See LearnerTrainer."""
+        check_choice(cfg, "TRAINER.LINEARPROBE.INIT", ("zeros", "text"))
+        check_number(cfg, "TRAINER.LINEARPROBE.C", 0, 1e12, open_low=True)
+        check_whole(cfg, "TRAINER.LINEARPROBE.MAX_ITER")
+
+    def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
+        """The linear classifier."""
+        return ProbeLearner(clip, classnames, zeroshot, trained=self.node.INIT == "text")
+
+    def fit(self, features: FeatureSet) -> dict[str, float]:
+        """Searches C on validation images and fits -> accuracy (percent) on training images."""
+        x, y = features.flat()
+        learner, known = self.network.learner, self.validation_features()
+        fits: dict[float, Linear] = {}
+
+        def fitted(c: float) -> Linear:
+            if c not in fits:
+                fits[c] = fit_logistic(x, y, len(learner.classnames), c, self.node.MAX_ITER)
+            return fits[c]
+
+        if isinstance(known, str):
+            c, on, n = float(self.node.C), f"TRAINER.LINEARPROBE.C ({known})", 0
+        else:
+            images, labels = known
+
+            def accuracy(c: float) -> float:
+                weight, bias = fitted(c)
+                return float(((images @ weight.t() + bias).argmax(dim=1) == labels).float().mean())
+
+            c, on, n = binary_search(accuracy), "val", len(labels)
+        self.note({"C": c}, on, n)
+        weight, bias = fitted(c)
+        learner.get_buffer("weight").copy_(weight)
+        learner.get_buffer("bias").copy_(bias)
+        return {"acc": 100.0 * float(((x @ weight.t() + bias).argmax(dim=1) == y).float().mean())}

@@ -109,8 +109,51 @@ def save_checkpoint(
         logger.info('Best checkpoint saved to "%s"', folder / BEST_NAME)
 
 
+class _Inert:
+    """Takes the place of a live object in a checkpoint: nothing of it is kept and none of its code runs."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# With warm-up, upstream's checkpoints hold the wrapped scheduler as a live object, and that its optimiser.
+_LIVE = (
+    *(("torch.optim.lr_scheduler", name) for name in ("CosineAnnealingLR", "StepLR", "MultiStepLR")),
+    *(("torch.optim." + name.lower(), name) for name in ("SGD", "Adam", "AdamW", "RMSprop")),
+    ("dassl.optim.radam", "RAdam"),
+)
+# The weights-only loader fills plain dicts only, so the optimiser's defaultdict is made one.
+_STAND_INS = [
+    *(type(name, (_Inert,), {"__module__": module}) for module, name in _LIVE),
+    type("defaultdict", (), {"__module__": "collections", "__new__": lambda cls, *args: {}}),
+]
+
+
+def _load_without_scheduler(fpath: _PathLike) -> Any:
+    """Read a checkpoint of upstream whose scheduler is a live object; its entry becomes None.
+
+    Raises:
+        pickle.UnpicklingError: there are other objects in it.
+    """
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([*_STAND_INS, dict])  # torch knows them by name
+    try:
+        content = torch.load(fpath, map_location="cpu", weights_only=True)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+    if isinstance(content, dict) and "scheduler" in content:
+        content["scheduler"] = None
+    try:
+        return plain(content, "the checkpoint")
+    except TypeError as error:
+        raise pickle.UnpicklingError(str(error)) from error
+
+
 def load_checkpoint(fpath: _PathLike | None) -> Any:
     """Read a checkpoint to the CPU, admitting tensors and plain values only.
+
+    Of upstream's checkpoints of runs with warm-up, which hold a live scheduler, the rest is read: "scheduler" is None.
 
     Raises:
         InputError: no path given, or the file is damaged or holds Python objects.
@@ -121,7 +164,10 @@ def load_checkpoint(fpath: _PathLike | None) -> Any:
     if not os.path.isfile(fpath):
         raise FileNotFoundError(f'Expected a checkpoint at "{fpath}" but found no file')
     try:
-        return torch.load(fpath, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(fpath, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            return _load_without_scheduler(fpath)
     except pickle.UnpicklingError as error:
         # torch's own message advises to switch the check off; ours must not.
         raise InputError(

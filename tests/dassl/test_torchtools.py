@@ -100,6 +100,34 @@ def test_loading_refuses_all_but_plain_values(tmp_path, capsys):
         load_checkpoint(None)
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop"])
+def test_upstream_s_live_scheduler_is_left_out(tmp_path, name):
+    """What upstream writes for a schedule with warm-up: the wrapped scheduler, alive, with its optimiser."""
+    model = nn.Linear(2, 2)
+    optimiser = getattr(torch.optim, name)(model.parameters(), lr=0.1)
+    successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 5)
+    model(torch.ones(1, 2)).sum().backward()
+    optimiser.step()
+    content = {
+        "state_dict": model.state_dict(),
+        "epoch": 3,
+        "optimizer": optimiser.state_dict(),
+        "scheduler": {"successor": successor, "warmup_epoch": 1, "last_epoch": 3},
+        "val_result": None,
+    }
+    path = tmp_path / "model.pth.tar-3"
+    torch.save(content, path)
+    before = set(torch.serialization.get_safe_globals())
+    loaded = load_checkpoint(path)
+    assert set(torch.serialization.get_safe_globals()) == before
+    assert loaded["scheduler"] is None
+    assert torch.equal(loaded["state_dict"]["weight"], model.weight)
+    assert loaded["optimizer"]["param_groups"][0]["lr"] == pytest.approx(optimiser.param_groups[0]["lr"])
+    torch.save({**content, "optimizer": optimiser}, path)  # a live object anywhere else
+    with pytest.raises(InputError, match="other Python objects"):
+        load_checkpoint(path)
+
+
 def test_resume(tmp_path):
     model = net()
     optim = torch.optim.AdamW(model.parameters(), lr=0.5)

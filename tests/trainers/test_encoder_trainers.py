@@ -228,3 +228,20 @@ def test_steps_of_lora(make):
 def test_lora_on_all_images_counts_epochs(make):
     trainer = make("CLIPLoRA", "TRAINER.CLIPLORA.N_ITERS", 7, "DATASET.NUM_SHOTS", -1)
     assert trainer.max_epoch == 2 and trainer.total_steps == 2 * len(trainer.train_loader_x)
+
+
+@pytest.mark.parametrize("name", ["CoOp", "CoCoOp"])
+def test_published_checkpoint_file(name, make, tmp_path):
+    """As upstream writes it: half precision, full-length tokens of other classes, a live scheduler, no record."""
+    trainer = make(name)
+    learner = trainer.network.learner
+    state = {key: torch.randn(p.shape).half() for key, p in learner.named_parameters()}
+    optimiser = torch.optim.SGD(learner.parameters(), lr=0.002, momentum=0.9)
+    scheduler = {"successor": torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 50), "last_epoch": 50}
+    tokens = {"token_prefix": torch.randn(40, 1, 64).half(), "token_suffix": torch.randn(40, 72, 64).half()}
+    content = {"state_dict": {**state, **tokens}, "epoch": 50, "scheduler": scheduler, "val_result": None}
+    (tmp_path / "prompt_learner").mkdir()
+    torch.save(content, tmp_path / "prompt_learner" / "model.pth.tar-50")
+    trainer.load_model(str(tmp_path), epoch=50)
+    assert all(torch.equal(p, state[key].float()) for key, p in learner.named_parameters())
+    assert torch.isfinite(heads(trainer)[trainer.main_head]).all()

@@ -1,0 +1,287 @@
+"""CLIP-Adapter and JCLIP-Adapter: small bottlenecks on the frozen CLIP's features, blended with these features.
+
+Gao et al., CLIP-Adapter: Better Vision-Language Models with Feature Adapters, 2021, has one on the image side; the
+JCLIP-Adapter adds one on the text side, prompts by super-category, and reports the five best classes of each image.
+
+    f* = normalise(a A_v(f) + (1 - a) f)    A_v(f) = relu(f W1v) W2v
+    W* = normalise(b A_t(W) + (1 - b) W)    A_t(W) = relu(W W1t) W2t
+    logits = s f* W*^T, cross-entropy; a = 0 or b = 0 switches a side off
+
+Legend: B images, C classes, E width of the joint embedding, s CLIP's temperature (1 / tau).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dassl.engine import TRAINER_REGISTRY
+
+from .clip import CLIP, fill_template, zeroshot_weights
+from .common import check_number, check_whole
+from .frozen import FeatureLearner, FeatureTrainer
+
+logger = logging.getLogger(__name__)
+
+RESULT_CLASSES = 5  # of result.txt
+
+
+def blend(features: Tensor, down: Tensor, up: Tensor, ratio: float) -> Tensor:
+    """normalise(ratio * relu(features down^T) up^T + (1 - ratio) * features).
+
+    Args:
+        features: [n, E]. down: [r, E]. up: [E, r].
+    """
+    adapted = (features @ down.t()).relu() @ up.t()
+    return F.normalize(ratio * adapted + (1 - ratio) * features, dim=-1)
+
+
+def parse_prompt_map(entries: Sequence[str]) -> dict[str, str]:
+    """ "prefix=template" entries -> {prefix: template}.
+
+    Raises:
+        ValueError: an entry that is not of that form, or a prefix that comes twice.
+    """
+    parsed: dict[str, str] = {}
+    for entry in entries:
+        prefix, equals, template = str(entry).partition("=")
+        if not (prefix and equals) or prefix in parsed:
+            raise ValueError(
+                f"Expected DATASET.PROMPT_MAP to have entries 'prefix=template', each prefix once, but got {entry!r}"
+            )
+        fill_template(template, "")
+        parsed[prefix] = template
+    return parsed
+
+
+def mapped_prompt(classname: str, prompt_map: dict[str, str], default: str) -> str:
+    """The prompt of a class: by the longest prefix in the map that its name has, else by the default template.
+
+    What is left of the name without the prefix and the separator after it goes into the template.
+    """
+    prefixes = [prefix for prefix in prompt_map if classname.startswith(prefix)]
+    if not prefixes:
+        return fill_template(default, classname)
+    prefix = max(prefixes, key=len)
+    return fill_template(prompt_map[prefix], classname[len(prefix) :].lstrip("_- ") or classname)
+
+
+class AdapterLearner(FeatureLearner):
+    """A bottleneck for image features, one for text features, or both; it works for any class list.
+
+    Args:
+        image_ratio: a in [0, 1]; 0: no adapter on that side.
+        text_ratio: b, the same.
+        reduction: E over the width of the bottleneck.
+    """
+
+    def __init__(
+        self,
+        clip: CLIP,
+        classnames: Sequence[str],
+        zeroshot: Tensor,
+        *,
+        image_ratio: float = 0.2,
+        text_ratio: float = 0.0,
+        reduction: int = 4,
+    ) -> None:
+        super().__init__(clip, classnames, zeroshot)
+        width = max(1, clip.embed_dim // reduction)
+        self.ratios = {"image": image_ratio, "text": text_ratio}
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        for side, ratio in self.ratios.items():
+            if ratio:
+                self.down[side] = nn.Linear(clip.embed_dim, width, bias=False).weight
+                self.up[side] = nn.Linear(width, clip.embed_dim, bias=False).weight
+
+    def adapt(self, features: Tensor, side: str) -> Tensor:
+        """Features [n, E] of the "image" or "text" side -> the same, adapted and normalised."""
+        if not self.ratios[side]:
+            return features
+        return blend(features, self.down[side], self.up[side], self.ratios[side])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, E] -> logits [B, C]."""
+        return self.scale * self.adapt(features, "image") @ self.adapt(self.zeroshot, "text").t()
+
+
+@TRAINER_REGISTRY.register()
+class CLIPAdapter(FeatureTrainer):
+    """A bottleneck on image features."""
+
+    node_name = "CLIPADAPTER"
+    model_name = "adapter"
+    main_head = "adapter"
+
+    @staticmethod
+    def add_config(cfg: Any) -> None:
+        """Adds TRAINER.CLIPADAPTER to `cfg` unless it is there."""
+        if "CLIPADAPTER" not in cfg.TRAINER:
+            node = FeatureTrainer.new_node(cfg, views=10)
+            node.RATIO = 0.2  # a, share of the adapted image feature, in (0, 1] (source: 0.2)
+            node.REDUCTION = 4  # E over the bottleneck's width, at least 1 (source: 4)
+            cfg.TRAINER.CLIPADAPTER = node
+
+    def check_node(self, cfg: Any) -> None:
+        """See LearnerTrainer."""
+        check_number(cfg, "TRAINER.CLIPADAPTER.RATIO", 0, 1, open_low=True)
+        check_whole(cfg, "TRAINER.CLIPADAPTER.REDUCTION")
+
+    def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
+        """The adapter on the image side."""
+        node = self.node
+        return AdapterLearner(clip, classnames, zeroshot, image_ratio=node.RATIO, reduction=node.REDUCTION)
+
+
+@TRAINER_REGISTRY.register()
+class JCLIPAdapter(FeatureTrainer):
+    """Bottlenecks on image and text features, prompts by super-category, curves, and result.txt."""
+
+    node_name = "JCLIPADAPTER"
+    model_name = "jclip"
+    main_head = "jclip"
+    _sums: tuple[float, float, int] = (0.0, 0.0, 0)  # loss, accuracy (each times images) and images of this epoch
+
+    @staticmethod
+    def add_config(cfg: Any) -> None:
+        """Adds TRAINER.JCLIPADAPTER, and DATASET.PROMPT_MAP, to `cfg` unless they are there."""
+        if "PROMPT_MAP" not in cfg.DATASET:
+            # Templates by super-category, "prefix of the class name=template": ("Animal=a photo of a {}, an animal.",)
+            cfg.DATASET.PROMPT_MAP = ()
+        if "JCLIPADAPTER" not in cfg.TRAINER:
+            node = FeatureTrainer.new_node(cfg, views=10)
+            node.IMAGE_RATIO = 0.2  # a, share of the adapted image feature, in [0, 1]; 0: no adapter there
+            node.TEXT_RATIO = 0.2  # b, share of the adapted text feature, in [0, 1]; 0: no adapter there
+            node.REDUCTION = 4  # E over the bottlenecks' width, at least 1
+            cfg.TRAINER.JCLIPADAPTER = node
+
+    def check_node(self, cfg: Any) -> None:
+        """See LearnerTrainer."""
+        check_number(cfg, "TRAINER.JCLIPADAPTER.IMAGE_RATIO", 0, 1)
+        check_number(cfg, "TRAINER.JCLIPADAPTER.TEXT_RATIO", 0, 1)
+        check_whole(cfg, "TRAINER.JCLIPADAPTER.REDUCTION")
+        if not (cfg.TRAINER.JCLIPADAPTER.IMAGE_RATIO or cfg.TRAINER.JCLIPADAPTER.TEXT_RATIO):
+            raise ValueError(
+                "Expected TRAINER.JCLIPADAPTER.IMAGE_RATIO or .TEXT_RATIO to be above 0 but got 0 for both: "
+                "nothing would be learnt"
+            )
+        parse_prompt_map(cfg.DATASET.PROMPT_MAP)
+
+    def zeroshot(self, clip: CLIP, classnames: Sequence[str]) -> Tensor:
+        """Weights [C, E] from the prompts by super-category, normalised."""
+        prompt_map, (default,) = parse_prompt_map(self.cfg.DATASET.PROMPT_MAP), self.templates()
+        prompts = [mapped_prompt(name, prompt_map, default) for name in classnames]
+        return zeroshot_weights(clip, prompts, ["{}"])
+
+    def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
+        """The adapters."""
+        node = self.node
+        return AdapterLearner(
+            clip,
+            classnames,
+            zeroshot,
+            image_ratio=node.IMAGE_RATIO,
+            text_ratio=node.TEXT_RATIO,
+            reduction=node.REDUCTION,
+        )
+
+    # Curves
+
+    def forward_backward(self, batch: Any) -> dict[str, float]:
+        """See FeatureTrainer; the numbers are kept for the curves."""
+        summary = super().forward_backward(batch)
+        n = len(batch["label"])
+        earlier = self._sums if self.batch_idx else (0.0, 0.0, 0)
+        self._sums = (earlier[0] + n * summary["loss"], earlier[1] + n * summary["acc"], earlier[2] + n)
+        return summary
+
+    @torch.no_grad()
+    def after_epoch(self) -> None:
+        """Adds a point to the curves."""
+        loss, accuracy, n = self._sums
+        point: dict[str, Any] = {"epoch": self.epoch + 1, "train": {"loss": loss / n, "accuracy": accuracy / n}}
+        if self.val_loader is not None:
+            self.set_model_mode("eval")
+            known = self.val_loader.all()
+            logits = self.network(known.values[0])
+            correct = (logits.argmax(dim=1) == known.labels).float().mean()
+            point["val"] = {"loss": float(F.cross_entropy(logits, known.labels)), "accuracy": 100.0 * float(correct)}
+            for name, value in point["val"].items():
+                self.write_scalar(f"val/{name}_per_epoch", value, self.epoch)
+        earlier = [p for p in self._read_curves() if p["epoch"] <= self.epoch]  # of the run that this one continues
+        write_text(self._file("curves.json"), json.dumps([*earlier, point], indent=1))
+        super().after_epoch()
+
+    def after_train(self) -> None:
+        """Draws the curves, and tests."""
+        curves = self._read_curves()
+        if curves:
+            draw_curves(curves, self._file("curves.png"))
+        super().after_train()
+
+    def _file(self, name: str) -> str:
+        return os.path.join(self.output_dir, name)
+
+    def _read_curves(self) -> list[dict[str, Any]]:
+        try:
+            with open(self._file("curves.json"), encoding="utf-8") as file:
+                return json.load(file)
+        except (OSError, ValueError):
+            return []
+
+    # result.txt
+
+    def test(self, split: str | None = None) -> float:
+        """Evaluates a split; after the test set, also writes result.txt: each image's file and its best classes."""
+        result = super().test(split)
+        if (split or self.cfg.TEST.SPLIT) == "test":
+            self.write_result(self._file("result.txt"))
+        return result
+
+    @torch.no_grad()
+    def write_result(self, path: str) -> None:
+        """One line per test image: file name and the numbers of its five best classes, best first."""
+        self.set_model_mode("eval")
+        lines = []
+        for batch in self.test_loader:
+            features, _ = self.parse_batch_test(batch)
+            lines += result_lines(batch["impath"], self.network(features))
+        write_text(path, "".join(f"{line}\n" for line in lines))
+        logger.info("The five best classes of each test image, by number: %s", path)
+
+
+def result_lines(paths: Sequence[str], logits: Tensor) -> list[str]:
+    """File name and the numbers of the (at most) five best classes, best first and equal ones in order, per image."""
+    order = logits.sort(dim=1, descending=True, stable=True).indices[:, :RESULT_CLASSES].tolist()
+    return [" ".join([os.path.basename(path), *map(str, classes)]) for path, classes in zip(paths, order, strict=True)]
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file so that it is never seen half-written."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(f"{path}.part", path)
+
+
+def draw_curves(curves: Sequence[dict[str, Any]], path: str) -> None:
+    """Loss and accuracy by epoch, of training and validation images, as a PNG."""
+    figure = Figure(figsize=(9, 3.5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("", ", %"), strict=True):
+        for split in ("train", "val"):
+            points = [(p["epoch"], p[split][name]) for p in curves if split in p]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=split)
+        axes.set(xlabel="epoch", ylabel=name + unit)
+        axes.legend()
+    figure.savefig(path)

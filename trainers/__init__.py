@@ -25,6 +25,7 @@ from . import (
     feature_adapter,
     linear_probe,
     mma,
+    tip_adapter,
     zsclip,
 )
 from .clip import add_clip_config
@@ -38,6 +39,7 @@ __all__ = [
     "feature_adapter",
     "linear_probe",
     "mma",
+    "tip_adapter",
     "zsclip",
 ]
 

@@ -58,31 +58,23 @@ class FeatureLearner(Learner):
         """Features [B, E] -> zero-shot logits [B, C]."""
         return self.scale * features @ self.zeroshot.t()
 
-    def take(self, state: Mapping[str, Tensor], indices: Sequence[int] | None = None) -> None:
-        """See Learner; the number of training images follows the checkpoint."""
-        for name in self.SAMPLES:
-            if name in state:
-                own = self.get_parameter(name) if name in dict(self.named_parameters()) else self.get_buffer(name)
-                own.data = torch.empty_like(state[name], device=own.device)
-        super().take(state, indices)
-
     def for_classes(
         self, state: dict[str, Tensor], trained: Sequence[str] | None, indices: Sequence[int] | None
     ) -> dict[str, Tensor]:
-        """The rows of the present classes, which must be among those trained on."""
-        if trained is None or not (self.CLASS_ROWS or self.SAMPLES):
-            return state
-        rows = class_rows(self.classnames, trained, indices, "weights or images")
-        state = {**state, **{name: state[name][rows] for name in self.CLASS_ROWS}}
-        if self.SAMPLES and rows != list(range(len(trained))):
-            labels = state[self.SAMPLES[0]]
-            position = torch.full((len(trained),), -1, dtype=labels.dtype, device=labels.device)
-            position[rows] = torch.arange(len(rows), dtype=labels.dtype, device=labels.device)
-            kept = position[labels] >= 0
-            for name in self.SAMPLES:
-                own = self.get_parameter(name) if name in dict(self.named_parameters()) else self.get_buffer(name)
-                state[name] = (position[labels] if name == self.SAMPLES[0] else state[name])[kept]
-                own.data = own.data[: len(state[name])]
+        """The rows and the training images of the present classes, which must be among those trained on."""
+        if trained is not None and (self.CLASS_ROWS or self.SAMPLES):
+            rows = class_rows(self.classnames, trained, indices, "weights or images")
+            state = {**state, **{name: state[name][rows] for name in self.CLASS_ROWS}}
+            if self.SAMPLES and rows != list(range(len(trained))):
+                labels = state[self.SAMPLES[0]]
+                position = torch.full((len(trained),), -1, dtype=labels.dtype, device=labels.device)
+                position[rows] = torch.arange(len(rows), dtype=labels.dtype, device=labels.device)
+                kept = position[labels] >= 0
+                state = {**state, **{name: state[name][kept] for name in self.SAMPLES}}
+                state[self.SAMPLES[0]] = position[labels[kept]]
+        for name in self.SAMPLES:  # their number follows the checkpoint
+            own: Tensor = getattr(self, name)
+            own.data = torch.empty_like(state[name], device=own.device)
         return state
 
 

@@ -103,6 +103,7 @@ class Learner(nn.Module):
                 f"{missing[:3]} and has {unexpected[:3]} beside (the first three of each)"
             )
         state = self.for_classes(state, record.get("classnames"), indices)
+        own = self.state_dict()  # its shapes may have followed
         for name in sorted(wanted):
             if state[name].shape != own[name].shape:
                 raise ValueError(

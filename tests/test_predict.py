@@ -263,8 +263,8 @@ def test_spoilt_runs_are_named(run, new, tmp_path, capsys):
 
 
 def test_the_command_line_knows_no_method():
-    source = Path(predict.__file__).read_text().lower()
-    assert [name for name in TRAINER_REGISTRY.registered_names() if name.lower() in source] == []
+    words = set(re.findall(r"\w+", Path(predict.__file__).read_text().lower()))  # "comma" is not MMA
+    assert [name for name in TRAINER_REGISTRY.registered_names() if name.lower() in words] == []
 
 
 def test_stdout_may_be_closed_early(run, new, tmp_path):

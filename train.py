@@ -1,4 +1,4 @@
-"""Train or evaluate a registered trainer on a registered dataset, with CoOp's command line.
+"""Train or evaluate a registered trainer on a registered dataset, with the command line that such toolboxes have.
 
     python train.py --trainer NAME --config-file FILE [flags] [KEY VALUE ...]
 

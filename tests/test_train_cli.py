@@ -85,8 +85,8 @@ def test_without_a_dataset_it_is_digits():
 
 
 def test_the_command_line_knows_no_method():
-    source = Path(train.__file__).read_text().lower()
-    assert [name for name in TRAINER_REGISTRY.registered_names() if name.lower() in source] == []
+    words = set(re.findall(r"\w+", Path(train.__file__).read_text().lower()))  # "comma" is not MMA
+    assert [name for name in TRAINER_REGISTRY.registered_names() if name.lower() in words] == []
 
 
 # ------------------------------------------------------------------------------------------------- output folders

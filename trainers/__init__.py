@@ -18,27 +18,33 @@ from typing import Any
 from dassl.engine import TRAINER_REGISTRY
 
 from . import (
+    clap,
     cliplora,
     cocoop,
     coop,
+    cross_modal,
     dlrclip,
     feature_adapter,
     linear_probe,
     mma,
+    taskres,
     tip_adapter,
     zsclip,
 )
 from .clip import add_clip_config
 
 __all__ = [
+    "clap",
     "cliplora",
     "cocoop",
     "coop",
+    "cross_modal",
     "dlrclip",
     "extend_cfg",
     "feature_adapter",
     "linear_probe",
     "mma",
+    "taskres",
     "tip_adapter",
     "zsclip",
 ]

@@ -138,6 +138,7 @@ class FeatureTrainer(LearnerTrainer):
     test_loader: Any
     per_step = True
     views_key = True
+    every_view = False  # whether an epoch goes through all views, not one of them
     eps = 0.0  # of Adam-type optimisers; 0: their own
 
     # Configuration
@@ -192,7 +193,10 @@ class FeatureTrainer(LearnerTrainer):
         cfg = self.cfg
         self._seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
         n, size = len(self.dm.dataset.train_x), cfg.DATALOADER.TRAIN_X.BATCH_SIZE
-        self.train_features = TrainingFeatures(self._encode_training_images, n, size, self._seed, self.epoch_steps())
+        views = max(1, int(self.node.get("VIEWS", 0))) if self.every_view else 0
+        self.train_features = TrainingFeatures(
+            self._encode_training_images, n, size, self._seed, self.epoch_steps(), views
+        )
         self.train_loader_x = self.train_features
         if self.val_loader is not None:
             self.val_loader = FeatureLoader(self.val_loader, self.network.encode)

@@ -53,6 +53,7 @@ def make_cfg(tmp_path, random_tiny):
         cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", False, "SEED", 1])
         cfg.merge_from_list(["DATALOADER.TRAIN_X.BATCH_SIZE", 8, "DATALOADER.TEST.BATCH_SIZE", 30])
         cfg.merge_from_list(["OPTIM.MAX_EPOCH", 2, "TEST.NO_TEST", True])
+        cfg.merge_from_list(["OPTIM.WARMUP_EPOCH", 0])
         node = TRAINER_REGISTRY.get(name).node_name
         for key, value in (("VIEWS", 2), ("STEPS", 3)):
             if cfg.TRAINER[node].get(key, 0) > value:
@@ -172,7 +173,7 @@ def test_choices_do_not_see_test_labels(name, make, monkeypatch, tmp_path):
 
 @every
 def test_without_validation_images_the_defaults_are_used_and_named(name, make, monkeypatch):
-    trainer = make(name)
+    trainer = make(name, "TEST.FINAL_MODEL", "last_step")
     trainer.dm.dataset._val = None
     trainer.val_loader = None
     trainer.train()

@@ -14,6 +14,7 @@ from .templates import (
     IMAGENET_TEMPLATES_SELECT,
     clean_classname,
     fill_template,
+    mean_text_features,
     templates_for,
     zeroshot_weights,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "clean_classname",
     "fill_template",
     "load_clip",
+    "mean_text_features",
     "save_tiny",
     "templates_for",
     "zeroshot_weights",

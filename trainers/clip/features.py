@@ -161,7 +161,7 @@ class FeatureLoader:
 
 
 class TrainingFeatures:
-    """Batches of training features in random order: epoch e uses view e mod V, in an order that seed and e decide.
+    """Batches of training features in random order, which seed and epoch decide; epoch e uses view e mod V, or all.
 
     Args:
         compute: gives the features; called when the first batch is asked for.
@@ -169,10 +169,20 @@ class TrainingFeatures:
         batch_size: B; the last batch of a pass may be smaller.
         seed: of the order.
         steps: batches in an epoch, taken from as many passes as it needs; 0: one pass.
+        every_view: V where every view is an image of its own, so that a pass has V * N; 0: one view per epoch.
     """
 
-    def __init__(self, compute: Callable[[], FeatureSet], n: int, batch_size: int, seed: int, steps: int = 0) -> None:
-        self.dataset = range(n)
+    def __init__(
+        self,
+        compute: Callable[[], FeatureSet],
+        n: int,
+        batch_size: int,
+        seed: int,
+        steps: int = 0,
+        every_view: int = 0,
+    ) -> None:
+        self.dataset = range(n * max(every_view, 1))
+        self.every_view = every_view
         self.batch_size = batch_size
         self.seed = seed
         self.steps = steps
@@ -198,10 +208,11 @@ class TrainingFeatures:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         done = 0
         while done < len(self):
-            order = torch.randperm(len(known), generator=generator).to(known.labels.device)
+            order = torch.randperm(len(self.dataset), generator=generator).to(known.labels.device)
             for rows in order.split(self.batch_size):
                 if done < len(self):
-                    yield _pick(known, rows, self.epoch % len(known.values))
+                    views = rows // len(known) if self.every_view else self.epoch % len(known.values)
+                    yield _pick(known, rows % len(known), views)
                 done += 1
 
 
@@ -219,7 +230,7 @@ class OneStep:
         yield {"label": self.features.all().labels}
 
 
-def _pick(known: FeatureSet, rows: Tensor, view: int = 0) -> Batch:
+def _pick(known: FeatureSet, rows: Tensor, view: Tensor | int = 0) -> Batch:
     paths = [known.paths[row] for row in rows.tolist()] if known.paths else []
     batch: Batch = {"feature": known.values[view, rows], "label": known.labels[rows], "index": rows}
     return {**batch, "impath": paths} if paths else batch

@@ -100,3 +100,14 @@ def zeroshot_weights(clip: CLIP, classnames: Sequence[str], templates: Sequence[
         chunks = [prompts[i : i + _CHUNK] for i in range(0, len(prompts), _CHUNK)]
         total += torch.cat([F.normalize(clip.encode_text(chunk).float(), dim=-1) for chunk in chunks])
     return F.normalize(total / len(templates), dim=-1)
+
+
+@torch.no_grad()
+def mean_text_features(clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Mean over the templates of each class's text features as CLIP gives them, not normalised: fp32 [C, E]."""
+    total = torch.zeros(len(classnames), clip.embed_dim, device=clip.device)
+    for template in templates:
+        prompts = [fill_template(template, name) for name in classnames]
+        chunks = [prompts[i : i + _CHUNK] for i in range(0, len(prompts), _CHUNK)]
+        total += torch.cat([clip.encode_text(chunk).float() for chunk in chunks])
+    return total / len(templates)

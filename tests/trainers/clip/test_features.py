@@ -118,6 +118,15 @@ def test_steps_run_over_as_many_passes_as_needed():
     assert len(list(make_training(steps=2))) == 2
 
 
+def test_every_view_in_one_pass():
+    training = make_training(every_view=2)
+    batches = list(training)
+    assert len(batches) == len(training) == 5
+    features = torch.cat([batch["feature"] for batch in batches]).flatten()
+    assert sorted(features.tolist()) == list(range(14))
+    assert torch.equal(torch.cat([batch["label"] for batch in batches]), features.long() % 7)
+
+
 def test_one_step():
     (batch,) = OneStep(make_training())
     assert batch["label"].tolist() == list(range(7))

@@ -1,0 +1,79 @@
+"""Methods that start from the zero-shot class weights: CrossModalProbe, TaskRes, CLAP."""
+
+import math
+
+import pytest
+import torch
+
+from trainers.clap import CLAPLearner, clap_penalty, class_multipliers
+from trainers.clip import mean_text_features
+from trainers.cross_modal import CrossModalLearner, cross_modal_loss
+from trainers.taskres import TaskResLearner, taskres_logits
+
+
+def unit(*shape, seed=0):
+    return torch.nn.functional.normalize(normal(*shape, seed=seed), dim=-1)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def naive_cosine_logits(f, weights, scale):
+    return torch.tensor([[float(scale * (x @ w) / math.sqrt(float(w @ w))) for w in weights] for x in f])
+
+
+def naive_cross_entropy(logits, labels):
+    rows = list(zip(logits.double(), labels.tolist(), strict=True))
+    return sum(float(row.exp().sum().log() - row[y]) for row, y in rows) / len(rows)
+
+
+def test_cross_modal_loss_is_over_the_union():
+    logits, labels = normal(6, 5), torch.tensor([0, 4, 2, 2, 1, 3])
+    got = cross_modal_loss(logits[:4], labels[:4], logits[4:], labels[4:])
+    assert float(got) == pytest.approx(naive_cross_entropy(logits, labels), rel=1e-5)
+
+
+def test_cross_modal_logits(make_clip, names):
+    f, w = unit(4, 24), unit(5, 24, seed=1)
+    learner = CrossModalLearner(make_clip(), names, w, w * 2)  # the length of a weight counts
+    want = torch.tensor([[float(100 * (x @ c) * 2) for c in w] for x in f])
+    torch.testing.assert_close(learner(f), want, rtol=1e-4, atol=4e-3)
+
+
+def test_taskres_logits(make_clip, names):
+    f, base, residual = unit(4, 24), normal(5, 24, seed=1), normal(5, 24, seed=2)
+    got = taskres_logits(f, base, residual, 0.5, 10.0)
+    torch.testing.assert_close(got, naive_cosine_logits(f, base + 0.5 * residual, 10.0), rtol=1e-5, atol=1e-5)
+    learner = TaskResLearner(make_clip(), names, unit(5, 24), base, 0.5)
+    torch.testing.assert_close(learner(f), naive_cosine_logits(f, base, 100.0), rtol=1e-4, atol=2e-3)
+    assert [name for name, _ in learner.named_parameters()] == ["residual"]
+
+
+def test_clap_multipliers():
+    logits, labels = 3 * normal(7, 4), torch.tensor([0, 1, 1, 3, 3, 3, 0])
+    got = class_multipliers(logits, labels)
+    for c in range(4):
+        right = [
+            float(row.exp()[c] / row.exp().sum()) for row, y in zip(logits, labels.tolist(), strict=True) if y == c
+        ]
+        assert float(got[c]) == pytest.approx(sum(right) / len(right) if right else 0.0, rel=1e-5)
+
+
+def test_clap_loss(make_clip, names):
+    p, base, multipliers = normal(5, 24), normal(5, 24, seed=1), torch.rand(5)
+    naive = sum(float(multipliers[c]) * float(((p[c] - base[c]) ** 2).sum()) for c in range(5)) / 5
+    assert float(clap_penalty(p, base, multipliers)) == pytest.approx(naive, rel=1e-5)
+    f = unit(4, 24)
+    learner = CLAPLearner(make_clip(), names, unit(5, 24), base)
+    torch.testing.assert_close(learner(f), naive_cosine_logits(f, base, 100.0), rtol=1e-4, atol=2e-3)
+    assert float(clap_penalty(learner.prototypes.detach(), learner.base, multipliers)) == 0
+
+
+def test_text_features_keep_their_length(make_clip, names):
+    clip = make_clip()
+    got = mean_text_features(clip, names, ["a photo of a {}.", "{} texture."])
+    for row, name in zip(got, names, strict=True):
+        prompts = [f"a photo of a {name.replace('_', ' ')}.", f"{name.replace('_', ' ')} texture."]
+        want = (clip.encode_text(prompts[:1])[0] + clip.encode_text(prompts[1:])[0]) / 2
+        torch.testing.assert_close(row, want, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,105 @@
+"""CLAP: a linear probe that starts at the zero-shot prototypes and is held near them, each class as it merits.
+
+Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, 2024. No validation
+set is used.
+
+    logits = s f normalise(P)^T,  P = T at first, the text features of the class prompts as CLIP gives them
+    loss = CE(logits) + mean_c lambda_c |P_c - T_c|^2
+    lambda_c = mean over the training images of class c of their zero-shot probability of c
+
+Legend: N training images, B images in a batch, C classes, E width of the joint embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dassl.engine import TRAINER_REGISTRY
+
+from .clip import CLIP, IMAGENET_TEMPLATES_SELECT, mean_text_features
+from .clip.features import FeatureSet
+from .frozen import FeatureLearner, FeatureTrainer
+
+
+def class_multipliers(zeroshot_logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean zero-shot probability of the right class, by class; 0 for a class without images.
+
+    Args:
+        zeroshot_logits: [N, C]. labels: [N].
+
+    Returns:
+        [C].
+    """
+    right = zeroshot_logits.softmax(dim=1).gather(1, labels[:, None]).squeeze(1)  # [N]
+    zeros = right.new_zeros(zeroshot_logits.shape[1])
+    return zeros.index_add(0, labels, right) / zeros.index_add(0, labels, torch.ones_like(right)).clamp(min=1)
+
+
+def clap_penalty(prototypes: Tensor, base: Tensor, multipliers: Tensor) -> Tensor:
+    """mean_c lambda_c |P_c - T_c|^2, for prototypes and base [C, E] and multipliers [C]."""
+    return (multipliers * (prototypes - base).pow(2).sum(dim=1)).mean()
+
+
+class CLAPLearner(FeatureLearner):
+    """The prototypes and the multipliers.
+
+    Args:
+        base: T, [C, E].
+    """
+
+    CLASS_ROWS = ("prototypes", "multipliers")
+
+    base: Tensor
+    multipliers: Tensor
+
+    def __init__(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor, base: Tensor) -> None:
+        super().__init__(clip, classnames, zeroshot)
+        self.register_buffer("base", base, persistent=False)
+        self.register_buffer("multipliers", torch.zeros(len(base)))
+        self.prototypes = nn.Parameter(base.clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, E] -> logits [B, C]."""
+        return self.scale * features @ F.normalize(self.prototypes, dim=-1).t()
+
+
+@TRAINER_REGISTRY.register()
+class CLAP(FeatureTrainer):
+    """The class-adaptive linear probe."""
+
+    node_name = "CLAP"
+    model_name = "clap"
+    main_head = "clap"
+    per_step = False  # as published
+    every_view = True
+
+    @staticmethod
+    def add_config(cfg: Any) -> None:
+        """Adds TRAINER.CLAP to `cfg` unless it is there."""
+        if "CLAP" not in cfg.TRAINER:
+            cfg.TRAINER.CLAP = FeatureTrainer.new_node(cfg, views=20)  # source: 20; an epoch goes through all of them
+
+    def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
+        """The prototypes, from the dataset's template, and on ImageNet from the seven selected ones too."""
+        select = IMAGENET_TEMPLATES_SELECT if self.cfg.DATASET.NAME == "ImageNet" else ()
+        return CLAPLearner(
+            clip, classnames, zeroshot, mean_text_features(clip, classnames, [*select, *self.templates()])
+        )
+
+    def prepare(self, features: FeatureSet) -> None:
+        """The multipliers, from the zero-shot logits of all views."""
+        learner: Any = self.network.learner
+        x, y = features.flat()
+        learner.multipliers.copy_(class_multipliers(self.network(x), y))
+
+    def loss(self, features: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """See FeatureTrainer."""
+        learner: Any = self.network.learner
+        logits = self.network(features)
+        penalty = clap_penalty(learner.prototypes, learner.base, learner.multipliers)
+        return {"ce": F.cross_entropy(logits, labels), "penalty": penalty}, logits

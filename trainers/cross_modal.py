@@ -1,0 +1,92 @@
+"""Cross-modal linear probe: class names are one more kind of training example.
+
+Lin et al., Multimodality Helps Unimodality: Cross-Modal Few-Shot Learning with Multimodal Models, 2023. One linear
+classifier on features of unit length, of images and of class prompts; every batch is half images, half prompts. It
+starts as the prompts' features and keeps CLIP's temperature.
+
+Legend: B images (and as many prompts) in a batch, T templates, C classes, E width of the joint embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dassl.engine import TRAINER_REGISTRY
+
+from .clip import CLIP, zeroshot_weights
+from .common import check_choice, check_whole
+from .frozen import FeatureLearner, FeatureTrainer
+from .zsclip import ensemble_templates
+
+
+def cross_modal_loss(image_logits: Tensor, image_labels: Tensor, text_logits: Tensor, text_labels: Tensor) -> Tensor:
+    """Cross-entropy over the union of image and text examples: [B, C], [B], [B, C], [B]."""
+    return F.cross_entropy(torch.cat([image_logits, text_logits]), torch.cat([image_labels, text_labels]))
+
+
+class CrossModalLearner(FeatureLearner):
+    """A linear classifier that starts as the zero-shot weights: s f weight^T."""
+
+    CLASS_ROWS = ("weight",)
+
+    def __init__(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor, start: Tensor) -> None:
+        super().__init__(clip, classnames, zeroshot)
+        self.weight = nn.Parameter(start.clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, E] -> logits [B, C]."""
+        return self.scale * features @ self.weight.t()
+
+
+@TRAINER_REGISTRY.register()
+class CrossModalProbe(FeatureTrainer):
+    """A linear classifier trained on image and text features."""
+
+    node_name = "CROSSMODAL"
+    model_name = "cross_modal"
+    main_head = "probe"
+
+    @staticmethod
+    def add_config(cfg: Any) -> None:
+        """Adds TRAINER.CROSSMODAL to `cfg` unless it is there."""
+        if "CROSSMODAL" in cfg.TRAINER:
+            return
+        node = FeatureTrainer.new_node(cfg, views=0)
+        node.TEMPLATES = "dataset"  # prompts: dataset (its own template) | select (with ImageNet's seven)
+        node.STEPS = 50  # steps in an epoch, after which TEST.FINAL_MODEL best_val looks at validation; 0: one pass
+        cfg.TRAINER.CROSSMODAL = node
+
+    def check_node(self, cfg: Any) -> None:
+        """See LearnerTrainer."""
+        check_choice(cfg, "TRAINER.CROSSMODAL.TEMPLATES", ("dataset", "select"))
+        check_whole(cfg, "TRAINER.CROSSMODAL.STEPS", 0)
+
+    def epoch_steps(self) -> int:
+        """STEPS."""
+        return self.node.STEPS
+
+    def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
+        """The classifier; the features of the prompts are kept beside it."""
+        (own,) = self.templates()
+        templates = [own] if self.node.TEMPLATES == "dataset" else ensemble_templates(own, "select", "")
+        texts = torch.stack([zeroshot_weights(clip, classnames, [template]) for template in templates])
+        self.texts = texts.flatten(0, 1)  # [T * C, E]
+        return CrossModalLearner(clip, classnames, zeroshot, F.normalize(texts.mean(dim=0), dim=-1))
+
+    def sample_texts(self, n: int) -> tuple[Tensor, Tensor]:
+        """n features [n, E] of prompts and their labels [n], drawn by seed and step."""
+        step = self.epoch * len(self.train_loader_x) + self.batch_idx
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step)
+        rows = torch.randint(len(self.texts), (n,), generator=generator).to(self.texts.device)
+        return self.texts[rows], rows % len(self.network.learner.classnames)
+
+    def loss(self, features: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """See FeatureTrainer: over the images and as many prompts."""
+        texts, text_labels = self.sample_texts(len(labels))
+        logits = self.network(features)
+        return {"loss": cross_modal_loss(logits, labels, self.network(texts), text_labels)}, logits

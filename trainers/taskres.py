@@ -1,0 +1,76 @@
+"""TaskRes: a learnt residual on the class weights of zero-shot CLIP.
+
+Yu et al., Task Residual for Tuning Vision-Language Models, 2023. logits = s f normalise(T + alpha x)^T: T are the text
+features of the class prompts as CLIP gives them (their length counts), x a parameter of the same size, zero at first.
+
+Legend: B images, C classes, E width of the joint embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dassl.engine import TRAINER_REGISTRY
+
+from .clip import CLIP, mean_text_features
+from .common import check_number
+from .frozen import FeatureLearner, FeatureTrainer
+
+
+def taskres_logits(features: Tensor, base: Tensor, residual: Tensor, alpha: float, scale: float) -> Tensor:
+    """Features [B, E], base and residual [C, E] -> logits [B, C]."""
+    return scale * features @ F.normalize(base + alpha * residual, dim=-1).t()
+
+
+class TaskResLearner(FeatureLearner):
+    """The residual.
+
+    Args:
+        base: T, [C, E].
+    """
+
+    CLASS_ROWS = ("residual",)
+
+    base: Tensor
+
+    def __init__(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor, base: Tensor, alpha: float) -> None:
+        super().__init__(clip, classnames, zeroshot)
+        self.alpha = alpha
+        self.register_buffer("base", base, persistent=False)
+        self.residual = nn.Parameter(torch.zeros_like(base))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, E] -> logits [B, C]."""
+        return taskres_logits(features, self.base, self.residual, self.alpha, self.scale)
+
+
+@TRAINER_REGISTRY.register()
+class TaskRes(FeatureTrainer):
+    """A residual on the class weights, trained by cross-entropy."""
+
+    node_name = "TASKRES"
+    model_name = "taskres"
+    main_head = "taskres"
+    per_step = False  # as published
+
+    @staticmethod
+    def add_config(cfg: Any) -> None:
+        """Adds TRAINER.TASKRES to `cfg` unless it is there."""
+        if "TASKRES" not in cfg.TRAINER:
+            node = FeatureTrainer.new_node(cfg, views=10)
+            node.ALPHA = 0.5  # scale of the residual, above 0 (source: 0.5, and 1 on OxfordFlowers)
+            cfg.TRAINER.TASKRES = node
+
+    def check_node(self, cfg: Any) -> None:
+        """See LearnerTrainer."""
+        check_number(cfg, "TRAINER.TASKRES.ALPHA", 0, 1e6, open_low=True)
+
+    def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
+        """The residual on the text features of the dataset's template."""
+        base = mean_text_features(clip, classnames, self.templates())
+        return TaskResLearner(clip, classnames, zeroshot, base, float(self.node.ALPHA))

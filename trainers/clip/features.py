@@ -118,7 +118,7 @@ class FeatureLoader:
     def __init__(self, loader: Any, encode: Encode) -> None:
         self.loader = loader
         self.dataset: Sized = getattr(loader, "dataset", ())
-        self._encode = encode
+        self.encode = encode
         self._known: FeatureSet | None = None
         self._batches: list[list[int]] | None = None
 
@@ -147,12 +147,12 @@ class FeatureLoader:
     def _stream(self) -> Iterator[Batch]:
         seen: list[Batch] = []
         for batch in self.loader:
-            features = self._encode(batch["img"])
+            features = self.encode(batch["img"])
             kept = {"feature": features, "label": batch["label"], "impath": batch.get("impath", ())}
             seen.append(kept)
             yield {**batch, "feature": features}
         # Only here, after the last batch: whoever stops before has not seen all of them.
-        self._known = collect_features(seen, self._encode)
+        self._known = collect_features(seen, self.encode)
 
     def _from_memory(self, known: FeatureSet) -> Iterator[Batch]:
         size = getattr(self.loader, "batch_size", None) or len(known)

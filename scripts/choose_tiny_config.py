@@ -32,7 +32,7 @@ from dassl.utils import set_random_seed
 from datasets.splits import read_split
 
 CONFIG = "configs/trainers/dlr/tiny.yaml"
-GRID = {"OPTIM.LR": [0.0005, 0.001, 0.002], "TRAINER.DLRCLIP.SCALE": [0.1, 1.0]}
+GRID = {"OPTIM.LR": [0.001, 0.002, 0.004], "TRAINER.DLRCLIP.SCALE": [0.3, 1.0], "TRAINER.DLRCLIP.START": [1]}
 
 
 def validation_accuracy(settings: dict[str, Any], shots: int, seed: int, config: str) -> dict[str, float]:
@@ -66,7 +66,7 @@ def validation_accuracy(settings: dict[str, Any], shots: int, seed: int, config:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=json.loads, default=GRID, help="JSON object: config key -> list of values")
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--config", default=CONFIG)
     args = parser.parse_args()

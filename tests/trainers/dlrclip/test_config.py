@@ -130,7 +130,7 @@ def test_every_file_is_known():
 def test_the_base_file_uses_nothing_that_upstream_lacks():
     """vit_b16.yaml must merge into upstream's defaults as extended here: no inheritance, no key of ours alone."""
     tree = yaml.safe_load((FOLDER / "vit_b16.yaml").read_text())
-    assert set(tree) == {"DATASET", "DATALOADER", "INPUT", "MODEL", "OPTIM", "TRAIN", "TRAINER"}
+    assert set(tree) == {"SEED", "DATASET", "DATALOADER", "INPUT", "MODEL", "OPTIM", "TRAIN", "TRAINER"}
     assert set(tree["OPTIM"]) <= {"NAME", "LR", "WEIGHT_DECAY", "MAX_EPOCH", "LR_SCHEDULER", "WARMUP_EPOCH"}
     assert set(tree["DATASET"]) == {"NUM_SHOTS"}
     assert set(tree["INPUT"]) <= {"SIZE", "INTERPOLATION", "PIXEL_MEAN", "PIXEL_STD", "TRANSFORMS", "RRCROP_SCALE"}

@@ -361,7 +361,11 @@ class TestLoading:
         test = json.loads((tmp_path / "part" / "metrics.json").read_text())["test"]
         cut, kway = test["heads"], test["heads_kway"]
         assert list(cut) == list(kway) == list(HEADS)
-        assert cut["clip"]["accuracy"] == kway["clip"]["accuracy"]  # zero-shot classes do not see each other
+        # Zero-shot classes do not see each other. (Logits, not accuracies: a random CLIP's are nearly tied, and how sums
+        # are rounded depends on the number of threads.)
+        as_trained = heads_on_test(part)["clip"]
+        part.bind_classes([NAMES[1], NAMES[3]], None)
+        torch.testing.assert_close(as_trained, heads_on_test(part)["clip"])
         assert kway["glr"] == kway["clip"] and cut["glr"]["ece"] != cut["clip"]["ece"]  # no refiner for new classes
 
     def test_nothing_given(self, make):

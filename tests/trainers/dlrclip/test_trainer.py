@@ -361,7 +361,7 @@ class TestLoading:
         test = json.loads((tmp_path / "part" / "metrics.json").read_text())["test"]
         cut, kway = test["heads"], test["heads_kway"]
         assert list(cut) == list(kway) == list(HEADS)
-        # Zero-shot classes do not see each other. (Logits, not accuracies: a random CLIP's are nearly tied, and how sums
+        # Zero-shot classes do not see each other. (Logits, not accuracies: a random CLIP is nearly tied, and how sums
         # are rounded depends on the number of threads.)
         as_trained = heads_on_test(part)["clip"]
         part.bind_classes([NAMES[1], NAMES[3]], None)

@@ -26,6 +26,11 @@ def cache_root() -> Path:
     return Path.home() / ".cache" / "dlr_clip"
 
 
+def made_dataset_dir(root: str, name: str) -> Path:
+    """Where a dataset that makes its own images lies: in DATASET.ROOT, or in the cache where none is given ("")."""
+    return (Path(root).expanduser().absolute() if root else cache_root()) / name
+
+
 def build_once(folder: Path, fill: Callable[[Path], None]) -> Path:
     """Make `folder` by `fill(temporary sibling folder)` and one rename, unless it is there already.
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dassl.data.datasets import DATASET_REGISTRY
 
-from .cache import build_once, cache_root
+from .cache import build_once, made_dataset_dir
 from .splits import Split, SplitDataset, split_by_folder
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -41,8 +41,7 @@ class Digits(SplitDataset):
     folder = "digits"
 
     def locate(self, root: str) -> Path:
-        parent = Path(root).expanduser().absolute() if root else cache_root()
-        return build_once(parent / self.folder, write_digits)
+        return build_once(made_dataset_dir(root, self.folder), write_digits)
 
     def make_split(self) -> Split:
         return split_by_folder(self.image_dir, renamed={str(digit): name for digit, name in enumerate(CLASSES)})

@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 
-from .cache import build_once, cache_root
+from .cache import build_once, made_dataset_dir
 from .rendering import SHAPE_CLASSES, Style, compose, outline_mask, random_style
 from .splits import Split, SplitDataset, check_shots, split_by_folder, subsample_classes
 
@@ -90,10 +90,6 @@ def write_images(
             draw(CLASSES[label], rng).save(place / f"{number:03d}.png")
 
 
-def _place(root: str, name: str) -> Path:
-    return (Path(root).expanduser().absolute() if root else cache_root()) / name
-
-
 @DATASET_REGISTRY.register()
 class Shapes(SplitDataset):
     """40 classes of rendered shapes, 50 / 20 / 30 images a class for train / val / test."""
@@ -102,7 +98,7 @@ class Shapes(SplitDataset):
 
     def locate(self, root: str) -> Path:
         return build_once(
-            _place(root, self.folder),
+            made_dataset_dir(root, self.folder),
             lambda folder: write_images(folder, draw_plain, range(len(CLASSES)), IMAGES_PER_CLASS, seed=1),
         )
 
@@ -130,7 +126,7 @@ class ShiftedShapes(DatasetBase):
         cls = type(self)
         self.dataset_dir = str(
             build_once(
-                _place(cfg.DATASET.ROOT, self.folder),
+                made_dataset_dir(cfg.DATASET.ROOT, self.folder),
                 lambda folder: write_images(folder, cls.draw, self.labels, SHIFTED_PER_CLASS, self.seed),
             )
         )

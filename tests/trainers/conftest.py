@@ -1,9 +1,11 @@
-"""Random CLIPs of toy size: what is tested here does not depend on what a CLIP knows."""
+"""Random CLIPs of toy size (what is tested does not depend on what a CLIP knows), and trainers built from a config."""
 
 import pytest
 import torch
 from random_clip import NAMES, random_open_clip
 
+from dassl.engine import build_trainer
+from dassl.utils import set_random_seed
 from trainers.clip import CLIP
 
 
@@ -30,3 +32,14 @@ def images():
 @pytest.fixture
 def labels():
     return torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+@pytest.fixture
+def make(make_cfg):
+    """Build a trainer by name, seeded, from the configuration that the test's own `make_cfg` gives for it."""
+
+    def build(name, *pairs, **arguments):
+        set_random_seed(1)
+        return build_trainer(make_cfg(name, *pairs, **arguments))
+
+    return build

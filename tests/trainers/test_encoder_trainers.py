@@ -14,7 +14,6 @@ import predict
 import trainers
 from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY, build_trainer
-from dassl.utils import set_random_seed
 from trainers.common import EncoderTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -48,15 +47,6 @@ def make_cfg(tmp_path, random_tiny):
         return cfg
 
     return make
-
-
-@pytest.fixture
-def make(make_cfg):
-    def build(name, *pairs, **arguments):
-        set_random_seed(1)
-        return build_trainer(make_cfg(name, *pairs, **arguments))
-
-    return build
 
 
 @torch.no_grad()

@@ -108,9 +108,17 @@ def add_adapter(out: Tensor, adapter: Adapter | None, number: int, seen: Tensor)
 
 
 def finish_block(
-    block: Any, number: int, x: Tensor, normed: Tensor, attended: Tensor, adapter: Adapter | None
+    block: Any,
+    number: int,
+    x: Tensor,
+    normed: Tensor,
+    attended: Tensor,
+    adapter: Adapter | None,
+    after: Adapter | None = None,
 ) -> Tensor:
-    """Everything of a block after its attention: ``x' = x + attn``, ``x' + mlp(ln_2(x')) + adapter(ln_1(x))``.
+    """Everything of a block after its attention: ``x' = x + attn``, ``h = x' + mlp(ln_2(x')) + adapter(ln_1(x))``.
+
+    With ``after``, an adapter that sees the block's output instead: ``h + after(h)``.
 
     Args:
         block: open_clip's ResidualAttentionBlock.
@@ -121,7 +129,8 @@ def finish_block(
     """
     x = x + block.ls_1(attended)
     x = x + block.ls_2(block.mlp(layer_norm(block.ln_2, x)))
-    return add_adapter(x, adapter, number, normed)
+    x = add_adapter(x, adapter, number, normed)
+    return add_adapter(x, after, number, x)
 
 
 def pick_tokens(x: Tensor, index: Tensor) -> Tensor:

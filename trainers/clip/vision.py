@@ -49,7 +49,12 @@ class VisionTower(nn.Module):
 
     @abstractmethod
     def suffix(
-        self, hidden: Tensor, start: int, adapter: Adapter | None = None, projection: Projection | None = None
+        self,
+        hidden: Tensor,
+        start: int,
+        adapter: Adapter | None = None,
+        projection: Projection | None = None,
+        after: Adapter | None = None,
     ) -> Tensor:
         """Run blocks ``start``..depth and the head on what enters block ``start``.
 
@@ -58,6 +63,7 @@ class VisionTower(nn.Module):
             start: 1..depth + 1 (depth + 1: the head alone).
             adapter: see ``blocks.Adapter``. A ViT's last block calls it for the class token alone, [B, 1, D].
             projection: see ``blocks.Projection``; for a ViT only.
+            after: as ``adapter``, but handed every block's output h, [B, N, D] (ResNet: [B, C, H, W]): ``h + after(h)``.
 
         Returns:
             Image features [B, E], not normalised.
@@ -122,29 +128,41 @@ class ViTTower(VisionTower):
         return layer_norm(self.visual.ln_pre, x)
 
     def _block(
-        self, number: int, hidden: Tensor, adapter: Adapter | None, projection: Projection | None = None
+        self,
+        number: int,
+        hidden: Tensor,
+        adapter: Adapter | None,
+        projection: Projection | None = None,
+        after: Adapter | None = None,
     ) -> Tensor:
         block = self.visual.transformer.resblocks[number - 1]
         normed = layer_norm(block.ln_1, hidden)
         attended = mix(block.attn, *project_qkv(block.attn, normed, number, projection))
-        return finish_block(block, number, hidden, normed, attended, adapter)
+        return finish_block(block, number, hidden, normed, attended, adapter, after)
 
-    def _last_block(self, hidden: Tensor, adapter: Adapter | None, projection: Projection | None) -> Tensor:
+    def _last_block(
+        self, hidden: Tensor, adapter: Adapter | None, projection: Projection | None, after: Adapter | None
+    ) -> Tensor:
         """The last block for the class token alone: only its keys and values need every token. -> [B, 1, D]."""
         block = self.visual.transformer.resblocks[-1]
         normed = layer_norm(block.ln_1, hidden)
         q = project_q(block.attn, normed[:, :1], self.depth, projection)
         attended = mix(block.attn, q, *project_kv(block.attn, normed, self.depth, projection))
-        return finish_block(block, self.depth, hidden[:, :1], normed[:, :1], attended, adapter)
+        return finish_block(block, self.depth, hidden[:, :1], normed[:, :1], attended, adapter, after)
 
     def suffix(
-        self, hidden: Tensor, start: int, adapter: Adapter | None = None, projection: Projection | None = None
+        self,
+        hidden: Tensor,
+        start: int,
+        adapter: Adapter | None = None,
+        projection: Projection | None = None,
+        after: Adapter | None = None,
     ) -> Tensor:
         self._check_start(start)
         for number in range(start, self.depth):
-            hidden = self._block(number, hidden, adapter, projection)
+            hidden = self._block(number, hidden, adapter, projection, after)
         if start <= self.depth:
-            hidden = self._last_block(hidden, adapter, projection)
+            hidden = self._last_block(hidden, adapter, projection, after)
         return layer_norm(self.visual.ln_post, hidden[:, 0]) @ self.visual.proj
 
 
@@ -190,13 +208,19 @@ class ResNetTower(VisionTower):
         return pool.c_proj(out.transpose(1, 2).flatten(2)).squeeze(1)
 
     def suffix(
-        self, hidden: Tensor, start: int, adapter: Adapter | None = None, projection: Projection | None = None
+        self,
+        hidden: Tensor,
+        start: int,
+        adapter: Adapter | None = None,
+        projection: Projection | None = None,
+        after: Adapter | None = None,
     ) -> Tensor:
         self._check_start(start)
         if projection is not None:
             raise ValueError("Expected no projection for a ResNet, whose blocks have no queries, keys and values")
         for number in range(start, self.depth + 1):
             hidden = self._block(number, hidden, adapter)
+            hidden = add_adapter(hidden, after, number, hidden)
         return self._pool(hidden)
 
 

@@ -123,6 +123,21 @@ def test_adapted_images_and_gradients_equal_the_naive_computation(oracle, build_
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_adapters_after_the_blocks_equal_hooks_on_open_clip_s_own(oracle, build_model, images, kind):
+    model = build_model(kind)
+    clip = CLIP(build_model(kind))
+    adapters = oracle.Adapters(clip.visual.widths, tuple(clip.visual.widths))
+    got = clip.visual.suffix(clip.visual.prefix(images, 0), 1, after=adapters)
+    visual = model.visual
+    stages = (visual.layer1, visual.layer2, visual.layer3, visual.layer4) if kind == "resnet" else ()
+    blocks = [block for stage in stages for block in stage] or visual.transformer.resblocks
+    for i, block in enumerate(blocks, start=1):
+        block.register_forward_hook(lambda _, seen, out, i=i: out + adapters(i, out))
+    assert_close(got, visual(images))
+    assert not torch.allclose(got, clip.visual(images))
+
+
 def test_adapter_sees_shared_tokens_once_and_one_token_in_the_last_block(oracle, build_model, images, prompts):
     clip = CLIP(build_model("vit"))
     adapters = oracle.Adapters(clip.text.widths, (3, 4))

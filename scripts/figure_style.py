@@ -1,0 +1,118 @@
+"""How the project's figures look, and how they are written.
+
+Sizes suit a two-column paper at 100 %: one column 3.5 inches, both 7.16. Colours are Okabe and Ito's, which people with
+any of the common kinds of colour blindness tell apart; markers and line styles differ too, for print without colour.
+Nothing in a file depends on when or where it was made: the same data give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLUMN, PAGE = 3.5, 7.16  # inches
+FORMATS = ("pdf", "svg", "png")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+LINES = ("-", "--", "-.", ":")
+GREY = "#999999"
+
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with Matplotlib, so it is the same everywhere
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.5,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "text.parse_math": False,  # names are names: "$5" is no formula
+    "figure.dpi": 100,
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,  # fonts that can be edited and searched
+    "svg.fonttype": "path",
+    "svg.hashsalt": "figures",  # ids that do not change from run to run
+}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Within this context figures get the project's look, whatever the user's own settings are."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+class Look(NamedTuple):
+    """How one of several series is drawn."""
+
+    color: str
+    marker: str
+    linestyle: str
+
+
+def look(number: int) -> Look:
+    """The look of series 0, 1, 2, ...; different for any 72 in a row."""
+    return Look(COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)], LINES[number % len(LINES)])
+
+
+def readable(name: str, width: int = 0) -> str:
+    """A name as one printable line; longer than `width` characters (0: any length) it is cut in the middle.
+
+    Characters that a font or an SVG file cannot hold become spaces or "?".
+    """
+    line = " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in name).split())
+    if width and len(line) > width:
+        head = (width - 1) // 2
+        line = f"{line[:head]}…{line[len(line) - (width - 1 - head) :]}"
+    return line
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, inches; made without pyplot: no window system and no global list."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, stem: Path, formats: Sequence[str] = ("pdf", "png")) -> list[Path]:
+    """Writes `<stem>.<format>` for each format and returns the paths; folders are made as needed."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    # Moments of writing are left out of the files.
+    metadata: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
+    paths = []
+    for name in formats:
+        path = stem.with_name(f"{stem.name}.{name}")
+        with style():
+            figure.savefig(path, format=name, metadata=metadata[name])
+        paths.append(path)
+    return paths
+
+
+def add_output_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds `--output` and `--formats`; `default` says in words where figures go without `--output`."""
+    parser.add_argument(
+        "--output", type=Path, metavar="STEM", help=f"files to write, without .pdf (default: {default})"
+    )
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=["pdf", "png"], help="kinds of files (default: pdf png)"
+    )

@@ -5,15 +5,23 @@
 Settings, later ones winning: defaults, --dataset-config-file, --config-file, named flags, KEY VALUE pairs. A flag that
 is not given changes nothing, and any value given counts, 0 included. Without a dataset, Digits is used.
 
-Exit codes: 0 done; 2 something given was wrong (one line on stderr; --debug adds the traceback); 1 anything else.
+Several processes, on one machine (on several: torchrun's --nnodes and --rdzv-endpoint), that make up one run:
+
+    torchrun --nproc_per_node N train.py ...
+
+Exit codes: 0 done; 2 something given was wrong (one line on stderr; --debug adds the traceback); 1 anything else,
+such as another process of the job that ended; 143 SIGTERM; 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
+import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +33,15 @@ import trainers
 from dassl.config import CfgNode, get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
-from dassl.utils import InputError, close_logger, collect_env_info, did_you_mean, set_random_seed, setup_logger
+from dassl.utils import (
+    InputError,
+    close_logger,
+    collect_env_info,
+    did_you_mean,
+    distributed,
+    set_random_seed,
+    setup_logger,
+)
 from dassl.utils.cli import SETUP_ERRORS, Parser, fail
 
 logger = logging.getLogger("train")
@@ -102,9 +118,12 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     if cfg.SEED < -1:
         raise InputError(f"Expected the seed to be -1 (none) or at least 0 but got {cfg.SEED}")
 
+    distributed.start(cfg.USE_CUDA, cfg.DIST.TIMEOUT)
     named = args.output_dir is not None or "OUTPUT_DIR" in args.opts[::2]
     if not named and cfg.OUTPUT_DIR == default_output:
-        cfg.OUTPUT_DIR = str(choose_output_dir(cfg, args))
+        # Rank 0 chooses: once it has begun to write there, the others would find the folder taken.
+        chosen = choose_output_dir(cfg, args) if distributed.is_main() else ""
+        cfg.OUTPUT_DIR = distributed.broadcast_object(str(chosen))
     cfg.freeze()
     return cfg
 
@@ -181,14 +200,17 @@ def build(args: argparse.Namespace) -> Any:
     cfg = setup_cfg(args)
     if cfg.SEED >= 0:
         set_random_seed(cfg.SEED)
+    elif distributed.world_size() > 1:  # all must draw the same, for instance the same images
+        set_random_seed(distributed.broadcast_object(random.SystemRandom().randrange(2**32)))
     found = _existing(Path(cfg.OUTPUT_DIR))
-    log_file = setup_logger(None if args.dry_run else cfg.OUTPUT_DIR)
+    log_file = setup_logger(None if args.dry_run else cfg.OUTPUT_DIR, distributed.rank())
     try:
         if cfg.SEED >= 0:
             logger.info(f"Setting fixed seed: {cfg.SEED}")
         if torch.cuda.is_available() and cfg.USE_CUDA:
             torch.backends.cudnn.benchmark = True
-        print_head(args, cfg)
+        if distributed.is_main():
+            print_head(args, cfg)
         if not args.dry_run:
             logger.info(f"Output folder: {cfg.OUTPUT_DIR}")
         trainer = build_trainer(cfg)
@@ -239,22 +261,59 @@ def run(trainer: Any, args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = parse_args(argv)
+    code = 1
     try:
-        try:
-            trainer = build(args)
-        except SETUP_ERRORS as error:
-            return fail(error, args.debug)
-        try:
-            run(trainer, args)
-        except InputError as error:  # a bad image, say, that only its turn in a batch could show
-            return fail(error, args.debug)
+        distributed.connect()
+        with _silent_unless_main():  # --help, and errors that all processes make
+            args = parse_args(argv)
+        code = _run(args)
+        if code == 0:
+            distributed.stop()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        if distributed.first_to_fail():
+            print("interrupted", file=sys.stderr)
+        code = 130
+    except (distributed.PeerLostError, distributed.TerminatedError) as error:
+        code = 143 if isinstance(error, distributed.TerminatedError) else 1
+        message = distributed.why_it_ends(error)
+        if distributed.first_to_fail():
+            print(f"error: {message}", file=sys.stderr)
+    except Exception:
+        if distributed.first_to_fail():
+            raise
     finally:
         close_logger()
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        trainer = build(args)
+    except SETUP_ERRORS as error:
+        return _fail(error, args.debug)
+    try:
+        run(trainer, args)
+    except InputError as error:  # a bad image, say, that only its turn in a batch could show
+        return _fail(error, args.debug)
     return 0
+
+
+def _fail(error: BaseException, debug: bool) -> int:
+    # Of several processes that meet the same error, one says it.
+    return fail(error, debug) if distributed.first_to_fail() else 2
+
+
+@contextlib.contextmanager
+def _silent_unless_main() -> Iterator[None]:
+    if distributed.is_main():
+        yield
+        return
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 if __name__ == "__main__":

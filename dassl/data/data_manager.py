@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from dassl.config import CfgNode
-from dassl.utils import InputError, read_image
+from dassl.utils import InputError, distributed, read_image
 
 from .bad_images import skip_bad_images
 from .datasets import DatasetBase, Datum, build_dataset
 from .samplers import PlannedSampler, build_sampler
+from .sharding import SeededItems, SharedBatches
 from .transforms import INTERPOLATION_MODES, build_transform, to_float_tensor
 
 logger = logging.getLogger(__name__)
@@ -37,14 +38,14 @@ def seed_worker(worker_id: int) -> None:
 
 
 def usable_workers(requested: int) -> int:
-    """``requested``, at most the number of CPUs this process may use; more would only take turns."""
+    """``requested``, at most this process's share of the CPUs it may use; more would only take turns."""
     if requested < 0:
         raise InputError(f"Expected DATALOADER.NUM_WORKERS to be 0 or more but got {requested}")
     try:
         available = len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system
         available = os.cpu_count() or 1
-    return min(requested, available)
+    return min(requested, max(1, available // distributed.local_world_size()))
 
 
 def build_data_loader(
@@ -61,9 +62,12 @@ def build_data_loader(
 ) -> DataLoader[Any]:
     """A loader over ``data_source``.
 
+    Of a job of several processes, a training loader gives each its part of every batch (see sharding.py); all other
+    loaders give everything to each.
+
     Args:
         cfg: the run's config.
-        sampler_type, data_source, batch_size, n_domain, n_ins: as ``build_sampler``'s.
+        sampler_type, data_source, batch_size, n_domain, n_ins: as ``build_sampler``'s; the batch of the whole job.
         tfm: transform, or a list of them (then items hold img, img2, ...).
         is_train: drop the last, smaller batch, provided there is a full one.
         dataset_wrapper: class to use instead of DatasetWrapper.
@@ -78,13 +82,17 @@ def build_data_loader(
     generator.manual_seed(int(torch.randint(2**62, (1,))) if seed is None else seed)
     sampler = build_sampler(sampler_type, cfg, data_source, batch_size, n_domain, n_ins, generator)
     wrapper = DatasetWrapper if dataset_wrapper is None else dataset_wrapper
+    dataset = wrapper(cfg, data_source, transform=tfm, is_train=is_train)
+    drop_last = is_train and len(data_source) >= batch_size
+    how: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler, "drop_last": drop_last}
+    if is_train and distributed.active():
+        dataset = SeededItems(dataset)
+        how = {"batch_sampler": SharedBatches(sampler, batch_size, drop_last, generator)}
     workers = usable_workers(cfg.DATALOADER.NUM_WORKERS)
     loader: DataLoader[Any] = DataLoader(
-        wrapper(cfg, data_source, transform=tfm, is_train=is_train),
-        batch_size=batch_size,
-        sampler=sampler,
+        dataset,
+        **how,
         num_workers=workers,
-        drop_last=is_train and len(data_source) >= batch_size,
         pin_memory=torch.cuda.is_available() and cfg.USE_CUDA,
         generator=generator,
         worker_init_fn=seed_worker,
@@ -184,8 +192,9 @@ class DataManager:
             if loader is None:
                 continue
             loader.generator.manual_seed(self._loader_seed(which, epoch))
-            if isinstance(loader.sampler, PlannedSampler):
-                loader.sampler.forget()
+            sampler: Any = getattr(loader.batch_sampler, "sampler", None)
+            if isinstance(sampler, PlannedSampler):
+                sampler.forget()
 
     def show_dataset_summary(self, cfg: CfgNode) -> None:
         """Log a table of the dataset's sizes."""

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dassl.utils import InputError, load_checkpoint, save_checkpoint, tolist_if_not
+from dassl.data.sharding import Share
+from dassl.utils import InputError, distributed, load_checkpoint, save_checkpoint, tolist_if_not
 from dassl.utils.torchtools import BEST_NAME, POINTER_NAME, checkpoint_entry, load_into, pointed_file, restore
 
 from .evaluate import Evaluation
+from .parallel import average_gradients, copy_from_main
 from .precision import Precision
 from .state import EpochStats
 
@@ -49,6 +51,9 @@ class TrainerBase:
         self.start_epoch = self.epoch = self.max_epoch = 0
         self.batch_idx = self.num_batches = 0
         self.output_dir = ""
+        self.share: Share | None = None  # of several processes: who has how much of this step's batch; None: all of it
+        self._weighted = False  # whether the gradients there are come from a loss that was weighted
+        self._averaged: set[int] = set()  # optimisers whose gradients are averaged already, by id
 
     # ---- the loop
 
@@ -58,6 +63,7 @@ class TrainerBase:
         self.phase = "train"
         try:
             self.call_hooks("start")
+            copy_from_main(self._models.values(), frozen=True)
             self.before_train()
             if self.has_training_step():
                 if self.start_epoch >= self.max_epoch:
@@ -143,6 +149,10 @@ class TrainerBase:
         self._models[name] = model
         self._optims[name] = optim
         self._scheds[name] = sched
+        if distributed.world_size() > 1 and hasattr(optim, "register_step_pre_hook"):
+            # For trainers that step the optimiser themselves. Where they scale gradients, too, one rank may leave out a
+            # step for an overflow that the others do not have; model_update, which averages first, has no such gap.
+            optim.register_step_pre_hook(lambda optimizer, *arguments: self._average(optimizer))
 
     def get_model_names(self, names: _Names = None) -> list[str]:
         """All registered names, or ``names`` as a list after a check that they are registered."""
@@ -201,17 +211,48 @@ class TrainerBase:
 
     def model_zero_grad(self, names: _Names = None) -> None:
         """Clear the gradients of the named models (all by default)."""
+        self._weighted = False
+        self._averaged.clear()
         for optimizer in self._optimizers(names):
             optimizer.zero_grad()
 
     def model_backward(self, loss: Tensor) -> None:
-        """Check the loss and back-propagate it."""
+        """Check the loss and back-propagate it.
+
+        Of several processes, each gives the mean over its part of the batch; it is weighted by the size of that part,
+        so that the mean of the gradients is exactly that of the loss over the whole batch.
+        """
         self.detect_anomaly(loss)
+        if self.share is not None:
+            self._weighted = True
+            if self.share.weight != 1:
+                loss = loss * self.share.weight
         self.precision.backward(loss)
 
+    def average_gradients(self, names: _Names = None) -> None:
+        """Average the gradients of the named models (all by default) over the processes.
+
+        ``model_update`` does it. To be called before it only by what looks at gradients in between, such as clipping.
+        """
+        for optimizer in self._optimizers(names):
+            self._average(optimizer)
+            self._averaged.add(id(optimizer))
+
+    def _average(self, optimizer: Any) -> None:
+        if id(optimizer) in self._averaged or distributed.world_size() == 1:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.share is not None and self.share.weight != 1 and not self._weighted:
+            for parameter in parameters:  # a trainer with a backward of its own
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.share.weight)
+        average_gradients(parameters)
+
     def model_update(self, names: _Names = None) -> None:
-        """Step the optimisers of the named models (all by default)."""
+        """Step the optimisers of the named models (all by default) on the mean of the processes' gradients."""
+        self.average_gradients(names)
         self.precision.update(self._optimizers(names))
+        self._averaged.clear()
 
     def model_backward_and_update(self, loss: Tensor, names: _Names = None) -> None:
         """Zero the gradients, check and back-propagate the loss, step."""
@@ -231,7 +272,7 @@ class TrainerBase:
 
     def init_writer(self, log_dir: str | os.PathLike[str], purge_step: int | None = None) -> None:
         """Open TensorBoard's event file unless one is open; earlier values from ``purge_step`` on are hidden."""
-        if self.writer is None:
+        if self.writer is None and self.writes_files:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only when training
 
             logger.info("Initialize tensorboard (log_dir=%s)", log_dir)
@@ -248,6 +289,11 @@ class TrainerBase:
         if self.writer is not None:
             step = self.global_step if global_step is None else global_step
             self._writer.add_scalar(tag, scalar_value, step)
+
+    @property
+    def writes_files(self) -> bool:
+        """Whether this process writes the files of the run: of several, rank 0 alone does."""
+        return distributed.is_main()
 
     # ---- checkpoints
 
@@ -277,9 +323,12 @@ class TrainerBase:
         val_result: float | None = None,
         model_name: str = "",
     ) -> None:
-        """Write a checkpoint of every registered model to ``<directory>/<name>/``; ``epoch`` counts from 0."""
+        """Write a checkpoint of every registered model to ``<directory>/<name>/``; ``epoch`` counts from 0.
+
+        Of several processes all call it, rank 0 writes, and all go on when the files are there.
+        """
         engine = self.engine_state()
-        for name in self.get_model_names():
+        for name in self.get_model_names() if self.writes_files else ():
             optim, sched = self._optims[name], self._scheds[name]
             save_checkpoint(
                 {
@@ -294,6 +343,7 @@ class TrainerBase:
                 is_best=is_best,
                 model_name=model_name,
             )
+        distributed.barrier()
 
     def resume_model_if_exist(self, directory: str | os.PathLike[str]) -> int:
         """Load the newest checkpoint of every registered model when all have one there.

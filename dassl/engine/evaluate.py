@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dassl.data.sharding import share_of
 from dassl.evaluation import HeadMetrics
+from dassl.utils import distributed
 
 HeadsFn = Callable[[Any], "tuple[dict[str, Tensor], Tensor]"]
 
@@ -29,6 +31,7 @@ class Example:
     image: Tensor | None  # the model's input, on the CPU
     label: int
     logits: dict[str, Tensor]  # head -> [C], on the CPU
+    position: int = 0  # in the split
 
 
 @dataclass
@@ -52,8 +55,9 @@ def spread(total: int, count: int) -> set[int]:
 
 
 def progress_bar(iterable: Any = None, **kwargs: Any) -> tqdm:
-    """A tqdm bar on stderr that redraws rarely when stderr is a file, so that a job's log stays short."""
-    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 10.0, dynamic_ncols=True, **kwargs)
+    """A tqdm bar on rank 0's stderr; it redraws rarely when that is a file, so that a job's log stays short."""
+    seconds = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(iterable, mininterval=seconds, dynamic_ncols=True, disable=not distributed.is_main(), **kwargs)
 
 
 def lines_above_bars() -> contextlib.AbstractContextManager[Any]:
@@ -71,6 +75,9 @@ def run_pass(
 ) -> None:
     """Fill ``evaluation`` from one pass.
 
+    Where the loader gives each process a part of every batch, the logits are gathered, so that each process sees all of
+    them in the order of the split: every count and every choice is then that of one process, on all ranks.
+
     Args:
         loader: batches; a dict may say ``impath``.
         forward: batch -> (head name -> logits [B, C], labels [B]).
@@ -82,18 +89,27 @@ def run_pass(
     metrics: dict[str, HeadMetrics] = {}
     start = time.perf_counter()
     wanted = spread(_length(loader), num_examples)
-    for batch in progress_bar(loader, desc=evaluation.split, unit="batch", leave=keep_bar):
+    for number, batch in enumerate(progress_bar(loader, desc=evaluation.split, unit="batch", leave=keep_bar)):
         heads, labels = forward(batch)
         evaluation.main = evaluation.main or next(iter(heads))
         if evaluation.main not in heads:
             raise ValueError(f'Expected main_head to be one of {", ".join(heads)} but got "{evaluation.main}"')
+        share = share_of(loader, number)
+        offset = evaluation.n + (share.start if share else 0)
+        rows = share.size if share else len(labels)
+        evaluation.examples.extend(_examples(batch, heads, labels[:rows], offset, wanted))
+        if share:
+            labels = distributed.gather_rows(labels, share.counts)
+            heads = {name: distributed.gather_rows(logits, share.counts) for name, logits in heads.items()}
         process(heads[evaluation.main], labels)
         for name, logits in heads.items():
             if name not in metrics:
                 metrics[name] = HeadMetrics(logits.shape[1], logits.device)
             metrics[name].update(logits, labels)
-        evaluation.examples.extend(_examples(batch, heads, labels, evaluation.n, wanted))
         evaluation.n += len(labels)
+    if wanted and share_of(loader, 0):
+        parts = distributed.gather_objects(evaluation.examples)
+        evaluation.examples = sorted((x for part in parts for x in part), key=lambda example: example.position)
     if metrics:
         evaluation.heads = {name: metric.compute() for name, metric in metrics.items()}
         evaluation.confusion = metrics[evaluation.main].confusion()
@@ -120,6 +136,7 @@ def _examples(
                 image=images[row].detach().float().cpu() if isinstance(images, Tensor) else None,
                 label=int(labels[row]),
                 logits={name: logits[row].detach().float().cpu() for name, logits in heads.items()},
+                position=offset + row,
             )
 
 

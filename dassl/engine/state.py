@@ -17,6 +17,7 @@ class EpochStats:
     batch_time: AverageMeter = field(default_factory=AverageMeter)
     data_time: AverageMeter = field(default_factory=AverageMeter)
     batches: tuple[Any, ...] = ()  # what the loaders gave for this step
+    images: int = 0  # in them, those of all processes
     summary: dict[str, float] = field(default_factory=dict)  # what forward_backward returned
     lr: float = 0.0  # the learning rate this step used
 

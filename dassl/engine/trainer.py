@@ -16,7 +16,9 @@ from __future__ import annotations
 import datetime
 import logging
 import math
+import os
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,16 +26,18 @@ import torch
 from torch import Tensor
 
 from dassl.data import DataManager
+from dassl.data.sharding import part_of, share_of
 from dassl.evaluation import build_evaluator, heads_table
 from dassl.optim import build_lr_scheduler, build_optimizer
-from dassl.utils import InputError, check_availability, count_num_param, load_pretrained_weights
+from dassl.utils import InputError, check_availability, count_num_param, distributed, load_pretrained_weights
 
 from .base import TrainerBase
 from .evaluate import Evaluation, as_heads, run_pass
 from .hooks import HookBase, build_hooks
 from .hooks.losses import as_numbers, check_finite
 from .net import SimpleNet
-from .state import EpochStats
+from .parallel import copy_from_main, own_draws
+from .state import EpochStats, count_images
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +54,18 @@ class SimpleTrainer(TrainerBase):
         self.check_cfg(cfg)
         self._check_run_cfg(cfg)
         self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.USE_CUDA else "cpu")
+        if distributed.active() and self.device.type == "cuda":
+            self.device = torch.device("cuda", distributed.local_rank())
         self.start_epoch = self.epoch = 0
         self.max_epoch = cfg.OPTIM.MAX_EPOCH
         self.output_dir = cfg.OUTPUT_DIR
         self.cfg = cfg
         self.best_result = -math.inf
+        self._parts: list[tuple[Any, Any]] = []  # evaluation loaders, and this process's parts of them
 
-        self.build_data_loader()
+        with distributed.main_first():  # splits, picks and rendered images are made by one process
+            self.build_data_loader()
+        self._check_same_data()
         self._check_data()
         self.build_model()
         self.evaluator = build_evaluator(cfg, lab2cname=self.lab2cname)
@@ -95,6 +104,18 @@ class SimpleTrainer(TrainerBase):
         """The splits that training needs beyond that (evaluating a best_val run elsewhere needs no val there)."""
         if self.cfg.TEST.FINAL_MODEL == "best_val" and not self.cfg.TEST.NO_TEST:
             self._loader_of("val", "TEST.FINAL_MODEL best_val")
+
+    def _check_same_data(self) -> None:
+        if distributed.world_size() == 1:
+            return
+        sums = []
+        for split in ("train_x", "train_u", "val", "test"):
+            total = 0
+            for item in getattr(getattr(self.dm, "dataset", None), split, None) or ():
+                name = f"{os.path.basename(item.impath)} {item.label}"  # folders may differ between machines
+                total = zlib.crc32(name.encode("utf-8", "surrogateescape"), total)
+            sums.append(total)
+        distributed.check_same("images and labels", sums)
 
     def build_data_loader(self) -> None:
         """Make the data manager and take over what it offers."""
@@ -141,9 +162,16 @@ class SimpleTrainer(TrainerBase):
         """Resume if possible; open TensorBoard."""
         self.time_start = time.time()
         self.call_hooks("before_train")
+        distributed.check_same("the epoch that checkpoints go on with", self.start_epoch)
 
     def after_epoch(self) -> None:
-        """Evaluate on val and keep the best model if configured; save a checkpoint when one is due."""
+        """Evaluate on val and keep the best model if configured; save a checkpoint when one is due.
+
+        Before, all processes take over what rank 0 has: what a method has chosen on validation images is then one
+        choice, however their GPUs round.
+        """
+        copy_from_main(self._models.values())
+        self.selected = distributed.broadcast_object(self.selected)
         self.call_hooks("after_epoch")
 
     def after_train(self) -> None:
@@ -162,11 +190,25 @@ class SimpleTrainer(TrainerBase):
         self.num_batches = self.count_batches()
         if hasattr(self.dm, "set_epoch"):  # a subclass may bring another data manager
             self.dm.set_epoch(self.epoch)  # the order of the batches depends on seed and epoch, so resuming keeps it
-        for self.batch_idx, batches in enumerate(self.train_batches()):  # noqa: B020
-            self.stats.batches = batches
-            self.call_hooks("before_step")
-            self.stats.summary = as_numbers(self.forward_backward(*batches))
-            self.call_hooks("after_step")
+        with own_draws():
+            for self.batch_idx, batches in enumerate(self.train_batches()):  # noqa: B020
+                self.stats.batches = batches
+                self.share = share_of(self.train_loader_x, self.batch_idx)
+                self.call_hooks("before_step")
+                summary = as_numbers(self.forward_backward(*batches))
+                self.stats.summary, self.stats.images = self._of_all(summary, count_images(batches))
+                self.call_hooks("after_step")
+        self.share = None
+
+    def _of_all(self, summary: dict[str, float], images: int) -> tuple[dict[str, float], int]:
+        """The means over the whole batch of what this process has of its part, and the batch's number of images."""
+        if self.share is None or distributed.world_size() == 1:
+            return summary, images
+        size = self.share.size
+        values = [size, images if size else 0, *(size * value for value in summary.values())]
+        total = distributed.all_reduce_sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        means = (value / total[0] for value in total[2:])
+        return dict(zip(summary, means, strict=True)), round(total[1])
 
     def count_batches(self) -> int:
         """Steps in an epoch: batches of train_loader_x."""
@@ -209,7 +251,7 @@ class SimpleTrainer(TrainerBase):
         """
         split = self.cfg.TEST.SPLIT if split is None else split
         check_availability(split, ("test", "val"))
-        loader = self._loader_of(split, f'test("{split}")')
+        loader = self._part_of(self._loader_of(split, f'test("{split}")'))
         alone = self.phase == "idle"
         if alone:
             self.call_hooks("start")
@@ -254,6 +296,14 @@ class SimpleTrainer(TrainerBase):
         bind(dataset.classnames, indices)
         return kway.heads
 
+    def _part_of(self, loader: Any) -> Any:
+        """This process's part of an evaluation loader, made once: its worker processes are kept."""
+        for whole, part in self._parts:
+            if whole is loader:
+                return part
+        self._parts.append((loader, part_of(loader)))
+        return self._parts[-1][1]
+
     def _loader_of(self, split: str, asked_by: str) -> Any:
         loader = self.val_loader if split == "val" else self.test_loader
         if loader is None:
@@ -297,6 +347,14 @@ class TrainerXU(SimpleTrainer):
         super()._check_training_data()
         if self.train_loader_u is None:
             raise InputError(f"Expected unlabelled data (train_u) but {self.cfg.DATASET.NAME} has none")
+        for loader in (self.train_loader_x, self.train_loader_u):
+            share = share_of(loader, 0)
+            # One weight cannot serve two parts of different sizes.
+            if share is not None and len(set(share.counts)) > 1:
+                raise InputError(
+                    "Expected labelled and unlabelled batches to be divisible by the number of processes, "
+                    f"{len(share.counts)}, but got a batch of {share.total}"
+                )
 
     def count_batches(self) -> int:
         """Steps in an epoch: those of the loader TRAIN.COUNT_ITER names, or the fewer of the two."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dassl.utils import InputError, atomic_write
+from dassl.utils import InputError, atomic_write, distributed
 
 from .build import EVALUATOR_REGISTRY
 from .heads import check_logits, macro_f1, new_confusion
@@ -83,7 +83,7 @@ class Classification(EvaluatorBase):
         )
         if self.cfg.TEST.PER_CLASS_RESULT:
             results["perclass_accuracy"] = self._per_class(counts)
-        if self.cfg.TEST.COMPUTE_CMAT:
+        if self.cfg.TEST.COMPUTE_CMAT and distributed.is_main():
             self._save_confusion(counts)
         return results
 

@@ -1,4 +1,7 @@
-"""Metrics of one classification head, by torchmetrics (which also gathers them across processes).
+"""Metrics of one classification head, by torchmetrics.
+
+torchmetrics would add up what several processes have counted. Here each process counts all images (the logits are
+gathered batch by batch, see engine/evaluate.py), so that is switched off.
 
 Shapes: B images in a batch, C classes.
 """
@@ -38,7 +41,8 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
 
 def new_confusion(num_classes: int, device: torch.device) -> MulticlassConfusionMatrix:
     """Counts [C, C], rows true, columns predicted (a one-class problem gets an empty second class)."""
-    return MulticlassConfusionMatrix(num_classes=max(num_classes, 2), validate_args=False).to(device)
+    classes = max(num_classes, 2)
+    return MulticlassConfusionMatrix(num_classes=classes, validate_args=False, sync_on_compute=False).to(device)
 
 
 def macro_f1(confusion: Tensor) -> float:
@@ -71,10 +75,14 @@ class HeadMetrics:
         self._others = MetricCollection(
             {
                 "top5": MulticlassStatScores(
-                    num_classes=width, top_k=min(5, width), average="micro", validate_args=False
+                    num_classes=width, top_k=min(5, width), average="micro", validate_args=False, sync_on_compute=False
                 ),
                 "ece": MulticlassCalibrationError(
-                    num_classes=width, n_bins=CALIBRATION_BINS, norm="l1", validate_args=False
+                    num_classes=width,
+                    n_bins=CALIBRATION_BINS,
+                    norm="l1",
+                    validate_args=False,
+                    sync_on_compute=False,
                 ),
             },
             compute_groups=False,

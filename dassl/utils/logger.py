@@ -80,6 +80,7 @@ class _Active:
 
     def __init__(self) -> None:
         self.tee: Logger | None = None
+        self.stdout: Any = sys.stdout
         self.handlers: list[logging.Handler] = []
         self.level = logging.WARNING
 
@@ -105,12 +106,14 @@ def _free_name(path: Path) -> Path:
     return candidate
 
 
-def setup_logger(output: str | os.PathLike[str] | None = None) -> Path | None:
+def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0) -> Path | None:
     """Send log records and stdout to the console and to a file. Calling it again replaces the earlier set-up.
 
     Args:
         output: folder for ``log.txt``, or a file name ending in .txt or .log. If the file exists, the time is appended
             to the name, so that an older log stays. None: console only.
+        rank: of this process among several; those above 0 write warnings only, to stderr and with their number, and
+            what they print is dropped.
 
     Returns:
         The log file's path, or None.
@@ -118,10 +121,14 @@ def setup_logger(output: str | os.PathLike[str] | None = None) -> Path | None:
     global _active
     close_logger()
     active = _Active()
-    console = sys.stdout
+    console = sys.stderr if rank > 0 else sys.stdout
     streams: list[Any] = [console]
     path = None
-    if output is not None and os.fspath(output) != "":
+    if rank > 0:
+        active.tee = Logger()
+        active.tee.console = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (closed by close_logger)
+        sys.stdout = active.tee
+    elif output is not None and os.fspath(output) != "":
         path = Path(output)
         if path.suffix not in (".txt", ".log"):
             path = path / "log.txt"
@@ -132,10 +139,10 @@ def setup_logger(output: str | os.PathLike[str] | None = None) -> Path | None:
 
     root = logging.getLogger()
     active.level = root.level
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.WARNING if rank > 0 else logging.INFO)
     for stream in streams:
         handler = _Handler(stream)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank > 0 else "%(message)s"))
         handler.addFilter(_is_wanted)
         root.addHandler(handler)
         active.handlers.append(handler)
@@ -155,6 +162,8 @@ def close_logger() -> None:
     root.setLevel(_active.level)
     if _active.tee is not None:
         if sys.stdout is _active.tee:  # somebody may have put another stream there since: leave that one alone
-            sys.stdout = _active.tee.console
+            sys.stdout = _active.stdout
+        if _active.tee.console is not _active.stdout:
+            _active.tee.console.close()
         _active.tee.close()
     _active = None

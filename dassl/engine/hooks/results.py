@@ -50,7 +50,8 @@ class Results(HookBase):
 
     def start(self, trainer: Any) -> None:
         folder = Path(trainer.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        if trainer.writes_files:
+            folder.mkdir(parents=True, exist_ok=True)
         training = trainer.phase != "idle"
         self._aside = not training and is_training_run(folder)
         if self._aside:
@@ -58,6 +59,8 @@ class Results(HookBase):
         names = list(trainer.lab2cname.values())
         if is_training_run(folder):
             _check_same_classes(folder, names)
+        if not trainer.writes_files:
+            return
         (folder / DONE).unlink(missing_ok=True)
         with atomic_write(folder / CONFIG) as stream:
             stream.write(trainer.cfg.dump())
@@ -69,6 +72,8 @@ class Results(HookBase):
                 stream.writelines(f"{path}\t{reason}\n" for path, reason in bad.items())
 
     def finish(self, trainer: Any) -> None:
+        if not trainer.writes_files:
+            return
         folder = Path(trainer.output_dir)
         metrics = self.metrics(trainer)
         name = EVAL_METRICS if self._aside else METRICS

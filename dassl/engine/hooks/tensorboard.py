@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluate import Evaluation
-from ..state import count_images
 from .base import HookBase
 
 
@@ -23,7 +22,7 @@ class TensorBoard(HookBase):
             trainer.write_scalar(f"train/{name}", meter.avg, step)
         trainer.write_scalar("train/lr", stats.lr, step)
         if stats.batch_time.val > 0:
-            trainer.write_scalar("train/images_per_second", count_images(stats.batches) / stats.batch_time.val, step)
+            trainer.write_scalar("train/images_per_second", stats.images / stats.batch_time.val, step)
 
     def after_test(self, trainer: Any, evaluation: Evaluation) -> None:
         for head, values in evaluation.heads.items():

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from ..evaluate import Evaluation
-from ..state import count_images
 from .base import HookBase
 
 
@@ -29,7 +28,7 @@ class Timing(HookBase):
         now = time.perf_counter()
         trainer.stats.batch_time.update(now - self._mark)
         self.train_seconds += now - self._mark
-        self.images += count_images(trainer.stats.batches)
+        self.images += trainer.stats.images
         self._mark = now
 
     def after_test(self, trainer: Any, evaluation: Evaluation) -> None:

@@ -1,0 +1,179 @@
+"""Batches shared out among the processes of a job: each takes its part of the very batch that one process would take.
+
+A batch size in the config is that of the whole job. Sampler and order are the same in all processes; of each batch,
+rank r takes a contiguous part, the first ranks one image more where the number of ranks does not divide it. Where a
+batch has fewer images than there are ranks, those that would get none take its first image, which then counts nothing:
+every rank goes through the same number of batches, so that none waits for another in vain.
+
+Random draws of an item (augmentation) depend on the seed, the epoch and the item's position in it alone, so that an
+image looks the same whichever process loads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+
+from dassl.utils import distributed
+
+__all__ = ["SeededItems", "Share", "SharedBatches", "part_of", "share_of"]
+
+Key = tuple[int, int, int]  # an item's index, the seed of this pass, its position in the pass
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many images of a batch each rank has, and which of them this one."""
+
+    counts: tuple[int, ...]
+    rank: int
+
+    @property
+    def size(self) -> int:
+        """Number of images of this rank; 0 where it has a stand-in that does not count."""
+        return self.counts[self.rank]
+
+    @property
+    def start(self) -> int:
+        """Position of its first image in the batch."""
+        return sum(self.counts[: self.rank])
+
+    @property
+    def total(self) -> int:
+        """Number of images in the batch."""
+        return sum(self.counts)
+
+    @property
+    def weight(self) -> float:
+        """What a mean over this rank's images counts: the mean over ranks of weight * mean is the batch's mean."""
+        return self.size * len(self.counts) / self.total
+
+
+def split(total: int, ranks: int) -> tuple[int, ...]:
+    """Numbers of images for each of ``ranks``, of ``total``."""
+    each, more = divmod(total, ranks)
+    return tuple(each + (number < more) for number in range(ranks))
+
+
+class SharedBatches(Sampler[list[Any]]):
+    """Batch sampler: this rank's part of each batch.
+
+    Args:
+        sampler: the order of the items, the same on all ranks.
+        batch_size: of the whole job.
+        drop_last: leave a smaller last batch out.
+        generator: yield keys for SeededItems, their seed drawn from here after the order; None: plain indices.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler[int],
+        batch_size: int,
+        drop_last: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.generator = generator
+        self._total: int | None = None  # items of the pass that was begun last
+
+    def __len__(self) -> int:
+        return self._batches(len(self.sampler))  # type: ignore[arg-type]  # ours and torch's have a length
+
+    def _batches(self, total: int) -> int:
+        return total // self.batch_size if self.drop_last else -(-total // self.batch_size)
+
+    def share(self, batch: int) -> Share:
+        """Who has how much of the batch of that number (from 0) in the pass that was begun last."""
+        total = len(self.sampler) if self._total is None else self._total  # type: ignore[arg-type]
+        left = total - batch * self.batch_size
+        return Share(split(min(left, self.batch_size), distributed.world_size()), distributed.rank())
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        order = list(self.sampler)
+        self._total = len(order)
+        keys: Sequence[Any] = order
+        if self.generator is not None:
+            seed = int(torch.randint(2**62, (1,), generator=self.generator))
+            keys = [(index, seed, position) for position, index in enumerate(order)]
+        for batch in range(self._batches(len(order))):
+            first, share = batch * self.batch_size, self.share(batch)
+            begin = first + share.start
+            yield list(keys[begin : begin + share.size] if share.size else keys[first : first + 1])
+
+
+class SeededItems(Dataset[Any]):
+    """A dataset whose items' random draws depend on their key alone; other attributes are those of the dataset.
+
+    Draws from the generators of Python, NumPy and torch (on the CPU) count; outside, these go on as if nothing had been
+    drawn.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # a loader over items needs it
+
+    def __getitem__(self, key: Key | int) -> Any:
+        if isinstance(key, int):
+            return self.dataset[key]
+        index, seed, position = key
+        with _seeded(seed, position):
+            return self.dataset[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # not there yet: a copy is being unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, position: int) -> Iterator[None]:
+    words = np.random.SeedSequence([seed, position]).generate_state(3, dtype=np.uint32)
+    generator = torch.default_generator  # torch.manual_seed would seed the GPUs' too
+    states = random.getstate(), np.random.get_state(), generator.get_state()
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        generator.set_state(states[2])
+
+
+def share_of(loader: Any, batch: int) -> Share | None:
+    """The shares of a loader's batch of that number; None where each process has the whole batch."""
+    batches = getattr(loader, "batch_sampler", None)
+    return batches.share(batch) if isinstance(batches, SharedBatches) else None
+
+
+def part_of(loader: Any) -> Any:
+    """A loader over this rank's parts of the batches of a loader that goes through its items in order.
+
+    Every item is in one part once. What is not such a loader (one that remembers features, say) is returned as it is:
+    each process then goes through all of it.
+    """
+    whole = distributed.world_size() == 1 or type(loader) is not DataLoader or loader.batch_size is None
+    if whole or not isinstance(loader.sampler, SequentialSampler):
+        return loader
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=SharedBatches(loader.sampler, loader.batch_size, loader.drop_last),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        generator=loader.generator,
+        persistent_workers=loader.persistent_workers,
+    )

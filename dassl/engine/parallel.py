@@ -1,0 +1,110 @@
+"""One model in several processes: gradients are averaged, and what rank 0 has counts.
+
+Why not DistributedDataParallel: it averages what a module's own ``forward`` has computed, and the models that trainers
+register are often not called: a learner holds the parameters, and the network around it, which is not registered,
+computes. So the gradients are averaged by hand, between backward and the optimiser's step, for the parameters that the
+optimiser has. The result is the same; only the overlap with backward is lost, which is little where few parameters are
+trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dassl.utils import distributed
+
+__all__ = ["average_gradients", "copy_from_main", "own_draws"]
+
+CHUNK = 2**23  # values that travel at once, at least
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the ranks, in place.
+
+    A parameter without a gradient counts as zero; without one on any rank it is left without, as its optimiser expects.
+
+    Args:
+        parameters: in the same order on all ranks.
+    """
+    if distributed.world_size() == 1:
+        return
+    kinds: dict[tuple[torch.device, torch.dtype], list[list[nn.Parameter]]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            kind = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+            chunks = kinds.setdefault(kind, [[]])
+            if sum(p.numel() for p in chunks[-1]) >= CHUNK:
+                chunks.append([])
+            chunks[-1].append(parameter)
+    for (device, dtype), chunks in kinds.items():
+        for chunk in chunks:
+            _average(chunk, device, dtype)
+
+
+def _average(chunk: list[nn.Parameter], device: torch.device, dtype: torch.dtype) -> None:
+    has = torch.tensor([p.grad is not None for p in chunk], dtype=dtype, device=device)
+    own = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in chunk]
+    total = distributed.all_reduce_sum(torch.cat([has, *(grad.to(dtype) for grad in own)]))
+    somewhere, total = total[: len(chunk)], total[len(chunk) :] / distributed.world_size()
+    missing = any(p.grad is None for p in chunk)
+    known = (somewhere > 0).tolist() if missing else [True] * len(chunk)  # asking a GPU makes it wait: only if needed
+    for parameter, mean, there in zip(chunk, total.split([p.numel() for p in chunk]), known, strict=True):
+        mean = mean.view_as(parameter).to(parameter.dtype)
+        if parameter.grad is not None:
+            parameter.grad.copy_(mean)
+        elif there:
+            parameter.grad = mean.clone()
+
+
+def copy_from_main(models: Iterable[nn.Module | None], frozen: bool = False) -> None:
+    """Give all ranks rank 0's buffers and trained parameters (``frozen``: all parameters), in place."""
+    if distributed.world_size() == 1:
+        return
+    with torch.no_grad():
+        for model in models:
+            if model is not None:
+                parameters = [p for p in model.parameters() if frozen or p.requires_grad]
+                for tensor in (*parameters, *model.buffers()):
+                    theirs = distributed.broadcast_tensor(tensor)
+                    if not distributed.is_main():
+                        tensor.copy_(theirs)
+
+
+@contextlib.contextmanager
+def own_draws() -> Iterator[None]:
+    """While it lasts, each rank above 0 draws random numbers of its own (what dropout drops of its images, say).
+
+    Rank 0 draws what a single process would; after it, all ranks have rank 0's generators again, so that what is drawn
+    outside of steps is the same on all.
+    """
+    if distributed.world_size() == 1:
+        yield
+        return
+    if distributed.rank() > 0:
+        base = int(torch.randint(2**62, (1,)))
+        words = np.random.SeedSequence([base, distributed.rank()]).generate_state(3, dtype=np.uint32)
+        random.seed(int(words[0]))
+        np.random.seed(int(words[1]))
+        torch.manual_seed(int(words[2]))
+    yield
+    _set_generators(distributed.broadcast_object(_generators()))
+
+
+def _generators() -> tuple[Any, Any, Tensor, Tensor | None]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_generators(states: tuple[Any, Any, Tensor, Tensor | None]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    if states[3] is not None:
+        torch.cuda.set_rng_state(states[3])

@@ -1,0 +1,385 @@
+"""Several processes that run one job: which of them this is, and what they tell each other.
+
+torchrun starts the processes and says in environment variables who is who. ``connect`` joins them, ``start`` opens the
+process group (nccl with GPUs, gloo on CPUs), ``stop`` closes it. In a process that torchrun has not started, all
+functions answer for a job of one and do nothing else, so that callers need not ask.
+
+Whatever waits for other processes ends in a PeerLostError when one of them has ended, or has not come within the
+group's timeout: never in a hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import InputError
+
+__all__ = [
+    "PeerLostError",
+    "TerminatedError",
+    "active",
+    "all_reduce_mean",
+    "all_reduce_sum",
+    "barrier",
+    "broadcast_object",
+    "broadcast_tensor",
+    "check_same",
+    "connect",
+    "first_to_fail",
+    "gather_objects",
+    "gather_rows",
+    "is_main",
+    "launched",
+    "local_rank",
+    "local_world_size",
+    "main_first",
+    "rank",
+    "start",
+    "stop",
+    "world_size",
+    "why_it_ends",
+]
+
+T = TypeVar("T")
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+CHECK_IN = 3.0  # seconds in which a process that still runs says so, after another one was lost
+GO_ON = "the same command goes on from the last checkpoint"
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the job ended, or did not come to where this one waited for it."""
+
+
+class TerminatedError(BaseException):
+    """SIGTERM came: from the cluster, or from torchrun because another process ended."""
+
+
+class _Job:
+    """This process's place among the others, once ``connect`` has found it."""
+
+    def __init__(self, store: Any, runs: int) -> None:
+        self.store = dist.PrefixStore(f"run{runs}", store)
+        self.control: Any = None  # gloo group for objects and barriers; None: the default group is one
+        self.started = False
+        self.minutes = 0.0
+
+
+_job: _Job | None = None
+_store: Any = None  # of the process: a second run in it uses the same connection
+_runs = 0
+
+
+def launched() -> bool:
+    """Whether torchrun (or what speaks like it) has started this process."""
+    return all(name in os.environ for name in VARIABLES)
+
+
+def active() -> bool:
+    """Whether this process belongs to a job whose process group is open; such a job may have one process."""
+    return _job is not None and _job.started
+
+
+def rank() -> int:
+    """Number of this process in the job; 0 is the one that writes."""
+    return int(os.environ["RANK"]) if _job is not None else 0
+
+
+def world_size() -> int:
+    """Number of processes of the job."""
+    return int(os.environ["WORLD_SIZE"]) if _job is not None else 1
+
+
+def local_rank() -> int:
+    """Number of this process on its machine."""
+    return int(os.environ["LOCAL_RANK"]) if _job is not None else 0
+
+
+def local_world_size() -> int:
+    """Number of processes of the job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _job is not None else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return rank() == 0
+
+
+# ---- begin and end
+
+
+def connect() -> None:
+    """Join the processes that torchrun has started; from now on ranks are known and failures can be told."""
+    global _job, _store, _runs
+    if _job is not None or not launched():
+        return
+    if _store is None:
+        from torch.distributed.rendezvous import rendezvous
+
+        _store = next(iter(rendezvous("env://")))[0]
+    _runs += 1
+    _job = _Job(_store, _runs)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: this process is ending, and says why
+    raise TerminatedError
+
+
+def start(use_cuda: bool, minutes: float) -> None:
+    """Open the process group.
+
+    Args:
+        use_cuda: each process takes the GPU of its local rank, where there are any.
+        minutes: how long a process waits for another one.
+
+    Raises:
+        InputError: a time that is not positive, or more processes on this machine than it has GPUs.
+    """
+    if minutes <= 0:
+        raise InputError(f"Expected DIST.TIMEOUT to be above 0 minutes but got {minutes}")
+    if _job is None or _job.started:
+        return
+    cuda = use_cuda and torch.cuda.is_available()
+    if cuda:
+        count = torch.cuda.device_count()
+        if local_world_size() > count:
+            raise InputError(
+                f"Expected at most {count} processes on a machine with {count} GPUs but got {local_world_size()}: "
+                "lower --nproc_per_node, or set USE_CUDA False"
+            )
+        torch.cuda.set_device(local_rank())
+    timeout = datetime.timedelta(minutes=minutes)
+    _job.minutes = minutes
+    nccl = cuda and dist.is_nccl_available()
+    with _watched():
+        dist.init_process_group(
+            "nccl" if nccl else "gloo",
+            store=dist.PrefixStore("group", _job.store),
+            rank=rank(),
+            world_size=world_size(),
+            timeout=timeout,
+        )
+        if nccl:  # objects travel over the CPU: no GPU waits for them, and a lost process is noticed at once
+            _job.control = dist.new_group(backend="gloo", timeout=timeout)
+    _job.started = True
+
+
+def stop() -> None:
+    """Close the process group, at the end of a job that went well."""
+    global _job
+    if _job is not None and _job.started:
+        dist.destroy_process_group()
+    if _job is not None and signal.getsignal(signal.SIGTERM) is _terminate:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _job = None
+
+
+# ---- failing
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """What fails in here failed because of another process."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no type of its own, nccl's and the store's are subclasses
+        reason = (str(error).splitlines() or [""])[0]
+        reason = re.sub(r"^\[\S+\] ", "", reason)  # the place in the source file
+        raise PeerLostError(" ".join(reason.split())[:200]) from error
+
+
+def first_to_fail() -> bool:
+    """Whether no other process of the job has said before that it fails; only the first one gives its reason.
+
+    An error that all processes meet (a wrong setting, say) is then told once, and those that only lost a process which
+    has told its reason are silent.
+    """
+    if _job is None:
+        return True
+    try:
+        return _job.store.add("failed", 1) == 1
+    except RuntimeError:  # where torchrun itself has ended
+        return is_main()
+
+
+def why_it_ends(error: BaseException) -> str:
+    """One line for a PeerLostError or TerminatedError: which processes are gone, and how to go on.
+
+    Takes up to CHECK_IN seconds, in which the processes that still run are heard of; all of them must call it.
+    """
+    missing = _missing()
+    lost = ", ".join(f"rank {number}" for number in missing)
+    if missing:
+        what = f"{lost} of this job ended or hung (killed, out of memory, or its machine is gone)"
+    elif isinstance(error, TerminatedError):
+        what = "this job was told to end (SIGTERM)"
+    else:
+        what = "another process of this job ended or hung"
+    reason = f" [{error}]" if str(error) else ""
+    return f"rank {rank()}: {what}: {GO_ON}{reason}"
+
+
+def _missing() -> list[int]:
+    """The ranks that do not say within CHECK_IN seconds that they still run; none where one has told its failure."""
+    if _job is None:
+        return []
+    try:
+        _job.store.set(f"runs{rank()}", "1")
+        silent = [number for number in range(world_size()) if number != rank()]
+        end = time.monotonic() + CHECK_IN
+        while silent and time.monotonic() < end:
+            if _job.store.add("failed", 0) > 0:
+                return []
+            time.sleep(0.05)
+            silent = [number for number in silent if not _job.store.check([f"runs{number}"])]
+        return silent
+    except RuntimeError:
+        return []
+
+
+# ---- talking
+
+
+def barrier() -> None:
+    """Wait until all processes are here.
+
+    Raises:
+        PeerLostError: one did not come in time.
+    """
+    if _job is not None and _job.started and world_size() > 1:
+        with _watched():
+            dist.barrier(group=_job.control)
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's ``value``, on all ranks. It is pickled: for small things."""
+    if _job is None or not _job.started or world_size() == 1:
+        return value
+    box = [value if is_main() else None]
+    with _watched():
+        dist.broadcast_object_list(box, src=0, group=_job.control)
+    return box[0]  # type: ignore[return-value]
+
+
+def broadcast_tensor(tensor: Tensor) -> Tensor:
+    """Rank 0's ``tensor``, bit by bit, on all ranks, which give one of the same shape and type."""
+    if _job is None or not _job.started or world_size() == 1 or tensor.numel() == 0:
+        return tensor.detach()
+    box = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+    with _watched():
+        dist.broadcast(box, src=0, group=_group(box))
+    return box.view(tensor.dtype).reshape(tensor.shape)
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks, in their order, on all ranks. They are pickled: for small things."""
+    if _job is None or not _job.started or world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    with _watched():
+        dist.all_gather_object(box, value, group=_job.control)
+    return box
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, which have one shape: a new tensor, without gradient, on the same device."""
+    total = tensor.detach().clone()
+    if _job is not None and _job.started and world_size() > 1:
+        with _watched():
+            dist.all_reduce(total, group=_group(total))
+    return total
+
+
+def all_reduce_mean(tensor: Tensor, weight: float = 1.0) -> Tensor:
+    """The mean of the ranks' tensors, each counting ``weight`` times (its number of samples, say).
+
+    Args:
+        tensor: floating point, of one shape on all ranks; the result is a new one, without gradient, of its type.
+        weight: 0 or more, not 0 on all ranks.
+    """
+    if not active() or world_size() == 1:
+        return tensor.detach().clone()
+    wide = tensor.detach().reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
+    total = all_reduce_sum(torch.cat([wide * weight, wide.new_full((1,), weight)]))
+    return (total[:-1] / total[-1]).reshape(tensor.shape).to(tensor.dtype)
+
+
+def gather_rows(tensor: Tensor, counts: Sequence[int]) -> Tensor:
+    """The ranks' rows, one rank's after the other's, on all ranks; bits are kept and gradients are not.
+
+    Args:
+        tensor: [n, ...] with n at least ``counts[rank()]``: rows beyond that stay behind.
+        counts: number of rows of each rank.
+    """
+    mine = tensor.detach()[: counts[rank()]]
+    if _job is None or not _job.started or world_size() == 1:
+        return mine
+    # Bytes, because gloo does not know every number format; padded, because pieces must be equally long.
+    size = tensor[0].numel() * tensor.element_size()
+    padded = torch.zeros(max(counts), size, dtype=torch.uint8, device=tensor.device)
+    if len(mine):
+        padded[: len(mine)] = mine.reshape(len(mine), -1).contiguous().view(torch.uint8)
+    pieces = [torch.empty_like(padded) for _ in counts]
+    with _watched():
+        dist.all_gather(pieces, padded, group=_group(padded))
+    rows = torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+    return rows.view(tensor.dtype).reshape(len(rows), *tensor.shape[1:])
+
+
+def _group(tensor: Tensor) -> Any:
+    assert _job is not None
+    return None if tensor.is_cuda else _job.control
+
+
+def check_same(what: str, value: Any) -> None:
+    """Raise on all ranks unless all have the same ``value``.
+
+    Raises:
+        InputError: they differ; the message says for which ranks.
+    """
+    values = gather_objects(value)
+    others = [str(number) for number, theirs in enumerate(values) if theirs != values[0]]
+    if others:
+        raise InputError(
+            f"Expected {what} to be the same in all processes but rank {', '.join(others)} differs from rank 0: "
+            "do all machines see the same files?"
+        )
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 goes through the block first, the others after it: for what makes files that all then read.
+
+    Where rank 0 fails, the others do not begin.
+
+    Raises:
+        PeerLostError: on the others, where rank 0 failed.
+    """
+    if not active() or world_size() == 1:
+        yield
+    elif is_main():
+        try:
+            yield
+        except BaseException:
+            broadcast_object(False)
+            raise
+        broadcast_object(True)
+    else:
+        if not broadcast_object(True):
+            raise PeerLostError("rank 0 failed")
+        yield

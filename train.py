@@ -81,6 +81,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model-dir", help="with --eval-only: folder of the run to load")
     parser.add_argument("--load-epoch", type=int, help="with --model-dir: epoch to load (default: see the trainer)")
     parser.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
+    parser.add_argument("--no-cache", action="store_true", help="neither read nor keep features of images on disk")
     parser.add_argument("--no-train", action="store_true", help="build everything, train nothing")
     parser.add_argument("--dry-run", action="store_true", help="build everything, run one batch, save nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -142,6 +143,8 @@ def _flag_pairs(args: argparse.Namespace) -> list[Any]:
             pairs += [key, tuple(value) if isinstance(value, list) else value]
     if args.skip_bad_images:
         pairs += ["DATALOADER.SKIP_BAD_IMAGES", True]
+    if args.no_cache:
+        pairs += ["FEATURE_CACHE.USE", False]
     return pairs
 
 

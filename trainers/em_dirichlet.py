@@ -331,7 +331,7 @@ class TransductiveLoader(FeatureLoader):
     """Batches that are to be classified as a whole: all images, or (with a size above 0) tasks; see `draw_tasks`."""
 
     def __init__(self, loader: FeatureLoader, size: int = 0, classes: int = 0, count: int = 1, seed: int = 0) -> None:
-        super().__init__(loader.loader, loader.encode)
+        super().__init__(loader.loader, loader.encode, loader.slot)
         self._task = size, classes, count, seed
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """What methods on features of the frozen CLIP have in common: the learner on features, and the trainer around it.
 
-Images are encoded once per run (see clip/features.py); what is trained or fitted sees features only.
+Images are encoded once (see clip/features.py and feature_slot.py); what is trained or fitted sees features only.
 
 Legend: B images, N training images, C classes, E width of the joint embedding. Features are L2-normalised, fp32.
 """
@@ -22,8 +22,17 @@ from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 
 from .clip import CLIP, templates_for, zeroshot_weights
-from .clip.features import FeatureLoader, FeatureSet, OneStep, SeededViews, TrainingFeatures, collect_features
-from .common import LearnerTrainer, build_optimizer_with_eps, check_whole, count_steps
+from .clip.features import (
+    FeatureLoader,
+    FeatureSet,
+    ImageEncoder,
+    OneStep,
+    SeededViews,
+    TrainingFeatures,
+    collect_features,
+)
+from .common import LearnerTrainer, build_optimizer_with_eps, check_number, check_whole, count_steps
+from .feature_slot import feature_slot
 from .learner import Learner, class_rows
 
 logger = logging.getLogger(__name__)
@@ -82,23 +91,15 @@ class FeatureNetwork(nn.Module):
     """The frozen CLIP and a learner on its features. Both `forward` and `both` take images or features.
 
     Args:
-        clip: a frozen CLIP, on its device.
+        encoder: of images, around a frozen CLIP on its device.
         learner: moved there.
-        autocast: gives the context in which images are encoded.
     """
 
-    def __init__(self, clip: CLIP, learner: FeatureLearner, autocast: Any) -> None:
+    def __init__(self, encoder: ImageEncoder, learner: FeatureLearner) -> None:
         super().__init__()
-        self.clip = clip
-        self.learner = learner.to(clip.device)
-        self._autocast = autocast
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> features [B, E]."""
-        with self._autocast():
-            features = self.clip.encode_image(images.to(self.clip.device))
-        return F.normalize(features.float(), dim=-1)
+        self.encode = encoder
+        self.clip = encoder.clip
+        self.learner = learner.to(encoder.clip.device)
 
     def features(self, input: Tensor) -> Tensor:
         """Images [B, 3, H, W], or features [B, E] as they are -> features [B, E]."""
@@ -157,6 +158,7 @@ class FeatureTrainer(LearnerTrainer):
     def check_cfg(self, cfg: Any) -> None:
         """See LearnerTrainer."""
         super().check_cfg(cfg)
+        check_number(cfg, "FEATURE_CACHE.LIMIT", 0, 1e6)
         if self.views_key:
             check_whole(cfg, f"TRAINER.{self.node_name}.VIEWS", 0)
 
@@ -184,7 +186,7 @@ class FeatureTrainer(LearnerTrainer):
         cfg = self.cfg
         clip, classnames = self.load_frozen_clip(self.node.PREC)
         learner = self.build_learner(clip, classnames, self.zeroshot(clip, classnames).float())
-        self.network = FeatureNetwork(clip, learner, self._autocast)
+        self.network = FeatureNetwork(ImageEncoder(clip, self.node.PREC, self._autocast), learner)
         self.selected = {}
         self._set_up_loaders()
         self._register(learner, cfg.OPTIM)
@@ -199,8 +201,12 @@ class FeatureTrainer(LearnerTrainer):
         )
         self.train_loader_x = self.train_features
         if self.val_loader is not None:
-            self.val_loader = FeatureLoader(self.val_loader, self.network.encode)
-        self.test_loader = FeatureLoader(self.test_loader, self.network.encode)
+            self.val_loader = self._with_features(self.val_loader, "val")
+        self.test_loader = self._with_features(self.test_loader, "test")
+
+    def _with_features(self, loader: Any, split: str) -> FeatureLoader:
+        encode = self.network.encode
+        return FeatureLoader(loader, encode, feature_slot(self.cfg, encode, loader, split))
 
     def epoch_steps(self) -> int:
         """Steps in an epoch; 0: one pass over the training images."""
@@ -227,14 +233,18 @@ class FeatureTrainer(LearnerTrainer):
         views = int(self.node.get("VIEWS", 0))
         items = self.dm.dataset.train_x
         transform = build_transform(self.cfg, is_train=views > 0)
-        data = SeededViews(DatasetWrapper(self.cfg, items, transform=transform), max(views, 1), self._seed)
+        images = DatasetWrapper(self.cfg, items, transform=transform)
+        data = SeededViews(images, views, self._seed) if views else images
         loader: DataLoader[Any] = DataLoader(
             data,
             batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE,
             num_workers=getattr(self.dm.test_loader, "num_workers", 0),
+            pin_memory=getattr(self.dm.test_loader, "pin_memory", False),
         )
-        logger.info("Encoding %d training images, %s", len(items), f"{views} views each" if views else "as they are")
-        return collect_features(loader, self.network.encode, max(views, 1))
+        logger.info("Features of %d training images, %s", len(items), f"{views} views each" if views else "as they are")
+        seeded = self.cfg.SEED >= 0 or not views  # else no later run would ask for these views
+        slot = feature_slot(self.cfg, self.network.encode, loader, "train") if seeded else None
+        return collect_features(loader, self.network.encode, max(views, 1), slot)
 
     # One step
 

@@ -52,7 +52,7 @@ def make_cfg(tmp_path, random_tiny):
         cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", False, "SEED", 1])
         cfg.merge_from_list(["DATALOADER.TRAIN_X.BATCH_SIZE", 8, "DATALOADER.TEST.BATCH_SIZE", 30])
         cfg.merge_from_list(["OPTIM.MAX_EPOCH", 2, "TEST.NO_TEST", True])
-        cfg.merge_from_list(["OPTIM.WARMUP_EPOCH", 0])
+        cfg.merge_from_list(["OPTIM.WARMUP_EPOCH", 0, "FEATURE_CACHE.USE", False])  # every run here encodes its images
         node = TRAINER_REGISTRY.get(name).node_name
         for key, value in (("VIEWS", 2), ("STEPS", 3)):
             if cfg.TRAINER[node].get(key, 0) > value:

@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from trainers.clip import IMAGENET_TEMPLATES, IMAGENET_TEMPLATES_SELECT, zeroshot_weights
+from trainers.clip.features import ImageEncoder
 from trainers.frozen import FeatureNetwork
 from trainers.zsclip import EnsembleLearner, ensemble_templates
 
@@ -35,7 +36,7 @@ def test_logits_against_open_clip(kind, make_clip, images, names):
     templates = ensemble_templates(OWN, "select", "EuroSAT")
     weights = zeroshot_weights(clip, names, templates)
     learner = EnsembleLearner(clip, names, zeroshot_weights(clip, names, [OWN]), weights)
-    clip_logits, logits = FeatureNetwork(clip, learner, torch.no_grad).both(images)
+    clip_logits, logits = FeatureNetwork(ImageEncoder(clip, "fp32", torch.no_grad), learner).both(images)
     features = F.normalize(model.encode_image(images), dim=1)
 
     def naive(templates):

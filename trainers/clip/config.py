@@ -9,7 +9,7 @@ def add_clip_config(cfg: Any) -> None:
     """Add CLIP's own keys to a yacs config, leaving those that exist as they are.
 
     Args:
-        cfg: an unfrozen yacs node that has the sections ``MODEL.BACKBONE`` and ``DATASET``.
+        cfg: an unfrozen yacs node that has the sections ``MODEL.BACKBONE`` and ``DATASET``; FEATURE_CACHE is new.
     """
     if "WEIGHTS" not in cfg.MODEL.BACKBONE:
         # Path of a local checkpoint for MODEL.BACKBONE.NAME (.pt or .safetensors); "" = the backbone's own weights,
@@ -18,3 +18,9 @@ def add_clip_config(cfg: Any) -> None:
     if "TEMPLATE" not in cfg.DATASET:
         # Zero-shot prompt with exactly one "{}" for the class name; "" = the dataset's own (see templates.py).
         cfg.DATASET.TEMPLATE = ""
+    if "FEATURE_CACHE" not in cfg:
+        node = type(cfg)()
+        node.USE = True  # keep features of frozen backbones on disk, and take them from there; the numbers are the same
+        node.DIR = ""  # folder; "" = features in $DLR_CLIP_CACHE, else in $XDG_CACHE_HOME/dlr_clip or ~/.cache/dlr_clip
+        node.LIMIT = 4.0  # GiB of all entries, 0 or more; those not used for longest go first
+        cfg.FEATURE_CACHE = node

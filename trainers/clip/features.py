@@ -1,4 +1,4 @@
-"""Image features of a frozen CLIP, computed once per run and handed out in batches.
+"""Image features of a frozen CLIP, computed once and handed out in batches; feature_cache.py keeps them between runs.
 
 Methods that learn on features alone (probes, caches, adapters behind the encoder) take everything from here: training
 images in V seeded augmentations ("views"), validation and test images as they are. All features are L2-normalised.
@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,32 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from .model import CLIP
+
 Batch = dict[str, Any]
 Encode = Callable[[Tensor], Tensor]
+
+
+class ImageEncoder:
+    """Images -> normalised features of a frozen CLIP: one encoder for all trainers, so that they can share features.
+
+    Args:
+        clip: the frozen CLIP.
+        precision: fp32, fp16, amp or bf16, as `autocast` and the CLIP's weights have it.
+        autocast: gives the context in which images are encoded.
+    """
+
+    def __init__(self, clip: CLIP, precision: str, autocast: Callable[[], Any]) -> None:
+        self.clip = clip
+        self.precision = precision
+        self.autocast = autocast
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> features [B, E], L2-normalised, fp32, on CLIP's device."""
+        with self.autocast():
+            features = self.clip.encode_image(images.to(self.clip.device))
+        return F.normalize(features.float(), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,16 @@ class FeatureSet:
     def mean(self) -> Tensor:
         """Mean over the views, normalised again: [N, E]."""
         return F.normalize(self.values.mean(dim=0), dim=-1)
+
+
+class Slot(Protocol):
+    """Where features are kept between runs."""
+
+    def load(self) -> FeatureSet | None:
+        """The features, or None where they are not there."""
+
+    def save(self, values: Tensor) -> None:
+        """Keep features [V, N, E]."""
 
 
 class SeededViews(Dataset[Any]):
@@ -91,8 +125,14 @@ def encode_batch(batch: Batch, encode: Encode) -> Tensor:
 
 
 @torch.no_grad()
-def collect_features(loader: Iterable[Batch], encode: Encode, views: int = 1) -> FeatureSet:
-    """The features of all images of a loader whose items are `views` times the same N images, in order."""
+def collect_features(loader: Iterable[Batch], encode: Encode, views: int = 1, slot: Slot | None = None) -> FeatureSet:
+    """The features of all images of a loader whose items are `views` times the same N images, in order.
+
+    With a slot they come from there, or are kept there once computed.
+    """
+    known = slot.load() if slot is not None else None
+    if known is not None:
+        return known
     values, labels, paths = [], [], []
     for batch in loader:
         values.append(encode_batch(batch, encode))
@@ -102,23 +142,30 @@ def collect_features(loader: Iterable[Batch], encode: Encode, views: int = 1) ->
     if len(features) % views:
         raise ValueError(f"Expected {views} views of each image but got {len(features)} in all")
     n = len(features) // views
-    return FeatureSet(features.unflatten(0, (views, n)), every[:n], paths[:n])
+    known = FeatureSet(features.unflatten(0, (views, n)), every[:n], paths[:n])
+    if slot is not None:
+        slot.save(known.values)
+    return known
 
 
 class FeatureLoader:
     """A loader of images that encodes them the first time it is run through, and remembers the features from then on.
+
+    With a slot it finds features of an earlier run there, and keeps them there.
 
     Batches carry "feature" [B, E] beside what they had; from memory, they have "feature", "label" and "impath" only.
 
     Args:
         loader: batches with "img", "label" and "impath", always in the same order.
         encode: images [B, 3, H, W] -> normalised features [B, E].
+        slot: where the features of these images are kept between runs, if anywhere.
     """
 
-    def __init__(self, loader: Any, encode: Encode) -> None:
+    def __init__(self, loader: Any, encode: Encode, slot: Slot | None = None) -> None:
         self.loader = loader
         self.dataset: Sized = getattr(loader, "dataset", ())
         self.encode = encode
+        self.slot = slot
         self._known: FeatureSet | None = None
         self._batches: list[list[int]] | None = None
 
@@ -129,10 +176,12 @@ class FeatureLoader:
         if self._batches is not None:
             known = self.all()
             return (_pick(known, torch.tensor(rows, device=known.labels.device)) for rows in self._batches)
+        self._recall()
         return self._from_memory(self._known) if self._known is not None else self._stream()
 
     def all(self) -> FeatureSet:
         """The features of all images."""
+        self._recall()
         if self._known is None:
             for _ in self._stream():
                 pass
@@ -142,6 +191,10 @@ class FeatureLoader:
     def regroup(self, batches: list[list[int]] | None) -> None:
         """From now on, the batches consist of these rows (a row may be in several); None: as the loader has them."""
         self._batches = batches
+
+    def _recall(self) -> None:
+        if self._known is None and self.slot is not None:
+            self._known = self.slot.load()
 
     @torch.no_grad()
     def _stream(self) -> Iterator[Batch]:
@@ -153,6 +206,8 @@ class FeatureLoader:
             yield {**batch, "feature": features}
         # Only here, after the last batch: whoever stops before has not seen all of them.
         self._known = collect_features(seen, self.encode)
+        if self.slot is not None:
+            self.slot.save(self._known.values)
 
     def _from_memory(self, known: FeatureSet) -> Iterator[Batch]:
         size = getattr(self.loader, "batch_size", None) or len(known)

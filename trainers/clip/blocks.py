@@ -12,8 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Adapter = Callable[[int, Tensor], "Tensor | None"]
 """``adapter(i, x)``: what to add to the output of block ``i`` (numbered from 1), or None for nothing.
@@ -95,6 +98,35 @@ def mix(
     return F.linear(out, attn.out_proj.weight, attn.out_proj.bias)
 
 
+class _QuickGELU(Function):
+    """z * sigmoid(1.702 z), as silu(1.702 z) / 1.702.
+
+    Autograd then keeps one tensor of the MLP's hidden layer [..., 4 D] and not two, and goes over it once backward:
+    the two factors cancel in the derivative, silu'(1.702 z).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        scaled = 1.702 * z
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).mul_(1 / 1.702)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (scaled,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad, scaled)
+
+
+def feed_forward(mlp: Any, x: Tensor) -> Tensor:
+    """A block's MLP [..., D] -> [..., D]."""
+    if not isinstance(mlp.gelu, QuickGELU):
+        return mlp(x)
+    hidden = mlp.c_fc(x)  # [..., 4 D]
+    if hidden.requires_grad:
+        return mlp.c_proj(_QuickGELU.apply(hidden))
+    return mlp.c_proj(F.silu(hidden.mul_(1.702), inplace=True).mul_(1 / 1.702))
+
+
 def add_adapter(out: Tensor, adapter: Adapter | None, number: int, seen: Tensor) -> Tensor:
     """``out + adapter(number, seen)`` in ``out``'s dtype; ``out`` itself where there is nothing to add."""
     extra = adapter(number, seen) if adapter is not None else None
@@ -107,32 +139,25 @@ def add_adapter(out: Tensor, adapter: Adapter | None, number: int, seen: Tensor)
     return out + extra.to(out.dtype)
 
 
-def finish_block(
-    block: Any,
-    number: int,
-    x: Tensor,
-    normed: Tensor,
-    attended: Tensor,
-    adapter: Adapter | None,
-    after: Adapter | None = None,
-) -> Tensor:
-    """Everything of a block after its attention: ``x' = x + attn``, ``h = x' + mlp(ln_2(x')) + adapter(ln_1(x))``.
-
-    With ``after``, an adapter that sees the block's output instead: ``h + after(h)``.
+def finish_block(block: Any, x: Tensor, attended: Tensor) -> Tensor:
+    """A block after its attention, without an adapter: ``x' = x + attn``, ``x' + mlp(ln_2(x'))``.
 
     Args:
         block: open_clip's ResidualAttentionBlock.
-        number: the block's number, from 1.
         x: tokens entering the block [B, L, D].
-        normed: ``ln_1(x)`` [B, L, D].
         attended: attention's output for the same tokens [B, L, D].
     """
     x = x + block.ls_1(attended)
-    x = x + block.ls_2(block.mlp(layer_norm(block.ln_2, x)))
-    x = add_adapter(x, adapter, number, normed)
-    return add_adapter(x, after, number, x)
+    return x + block.ls_2(feed_forward(block.mlp, layer_norm(block.ln_2, x)))
 
 
 def pick_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Token ``index[b]`` of each sequence: [B, L, D], [B] -> [B, 1, D]."""
     return x[torch.arange(x.shape[0], device=x.device), index].unsqueeze(1)
+
+
+def recompute(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, keeping only its tensor arguments for the backward pass, which computes the rest again."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in CLIP is random

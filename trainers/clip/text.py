@@ -19,7 +19,19 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from .blocks import Adapter, Projection, finish_block, layer_norm, mix, pick_tokens, project_kv, project_q, project_qkv
+from .blocks import (
+    Adapter,
+    Projection,
+    add_adapter,
+    finish_block,
+    layer_norm,
+    mix,
+    pick_tokens,
+    project_kv,
+    project_q,
+    project_qkv,
+    recompute,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +51,11 @@ class PromptTokens:
     ids: Tensor
     eot: Tensor
     shared: int
+
+    def take(self, rows: Tensor) -> PromptTokens:
+        """These prompts [n] alone, cut at their longest; n at least 1."""
+        eot = self.eot[rows]
+        return PromptTokens(self.ids[rows, : int(eot.max()) + 1], eot, self.shared)
 
 
 @dataclass(frozen=True)
@@ -126,8 +143,29 @@ class TextTower(nn.Module):
             raise ValueError(f"Expected stop to be in 0..{self.depth} but got {stop}")
         return self._advance(self.embed(tokens), stop, None)
 
+    def enter(self, state: TextState) -> tuple[TextState, TextState]:
+        """Run the next block without its adapter: what the adapter of that block sees, and the block's output.
+
+        ``suffix(join(output, adapter, seen), number + 1, adapter)`` goes on. In a frozen encoder both are constants of
+        the prompts. The last block is computed for the end-of-text tokens alone: own [N, 1, D], shared [1, 0, D].
+        """
+        if state.next_block > self.depth:
+            raise ValueError(f"Expected a state that enters a block but got one behind the last, {self.depth}")
+        return self._plain(state, None, state.next_block == self.depth)
+
+    def join(self, out: TextState, adapter: Adapter | None, seen: TextState) -> TextState:
+        """Add to a block's output what its adapter makes of what it sees; both from ``enter``."""
+        number = seen.next_block
+        shared = add_adapter(out.shared, adapter, number, seen.shared) if out.shared.shape[1] else out.shared
+        return TextState(shared, add_adapter(out.own, adapter, number, seen.own), out.eot, out.next_block)
+
     def suffix(
-        self, state: TextState, start: int, adapter: Adapter | None = None, projection: Projection | None = None
+        self,
+        state: TextState,
+        start: int,
+        adapter: Adapter | None = None,
+        projection: Projection | None = None,
+        checkpointing: bool = False,
     ) -> Tensor:
         """Run blocks ``start``..depth and the head.
 
@@ -138,55 +176,66 @@ class TextTower(nn.Module):
                 prompts' own [N, L - P, D]; in the last block once, for the end-of-text tokens alone [N, 1, D].
             projection: see ``blocks.Projection``. Called for the shared tokens and for the prompts' own; for the
                 queries of the last block for the end-of-text tokens alone.
+            checkpointing: keep only what enters each block, and compute it again in the backward pass.
 
         Returns:
             Text features [N, E], not normalised.
         """
         if start != state.next_block:
             raise ValueError(f"Expected start to be {state.next_block}, the block the state enters, but got {start}")
-        if start <= self.depth:
-            state = self._advance(state, self.depth - 1, adapter, projection)
-            last = self._last_block(state, adapter, projection)  # [N, 1, D]
-        else:
-            last = pick_tokens(state.own, state.eot)
-        return layer_norm(self.ln_final, last[:, 0]) @ self.text_projection
+        state = self._advance(state, self.depth, adapter, projection, checkpointing, read_out=True)
+        return layer_norm(self.ln_final, pick_tokens(state.own, state.eot)[:, 0]) @ self.text_projection
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Text features [N, E], not normalised."""
         return self.suffix(self.prefix(self.tokenise(prompts), 0), 1)
 
     def _advance(
-        self, state: TextState, stop: int, adapter: Adapter | None, projection: Projection | None = None
+        self,
+        state: TextState,
+        stop: int,
+        adapter: Adapter | None,
+        projection: Projection | None = None,
+        checkpointing: bool = False,
+        read_out: bool = False,
     ) -> TextState:
-        """Run the blocks ``state.next_block``..``stop`` on all tokens."""
-        shared, own = state.shared, state.own
-        p, length = shared.shape[1], own.shape[1]
-        # [L - P, L]: own token j sees all shared tokens and own tokens up to j.
-        mask = torch.ones(length, p + length, dtype=torch.bool, device=own.device).tril(diagonal=p)
+        """Run the blocks ``state.next_block``..``stop``; with ``read_out``, the last one for the end-of-text tokens."""
         for number in range(state.next_block, stop + 1):
-            block = self.transformer.resblocks[number - 1]
-            normed_shared, normed_own = layer_norm(block.ln_1, shared), layer_norm(block.ln_1, own)
-            q_shared, k_shared, v_shared = project_qkv(block.attn, normed_shared, number, projection)
-            q, k, v = project_qkv(block.attn, normed_own, number, projection)
-            k, v = _prepend(k_shared, k), _prepend(v_shared, v)
-            attended_shared = mix(block.attn, q_shared, k_shared, v_shared, causal=True)
-            shared = finish_block(block, number, shared, normed_shared, attended_shared, adapter)
-            own = finish_block(block, number, own, normed_own, mix(block.attn, q, k, v, mask=mask), adapter)
-        return TextState(shared, own, state.eot, max(stop + 1, state.next_block))
+            arguments = (state, adapter, projection, read_out and number == self.depth)
+            state = recompute(self._block, *arguments) if checkpointing else self._block(*arguments)
+        return state
 
-    def _last_block(self, state: TextState, adapter: Adapter | None, projection: Projection | None) -> Tensor:
-        """The last block for the end-of-text tokens alone: only keys and values need the others. -> [N, 1, D]."""
-        block = self.transformer.resblocks[-1]
-        k_shared, v_shared = project_kv(block.attn, layer_norm(block.ln_1, state.shared), self.depth, projection)
-        normed = layer_norm(block.ln_1, state.own)
-        k, v = project_kv(block.attn, normed, self.depth, projection)
-        normed_eot = pick_tokens(normed, state.eot)
-        p, length = state.shared.shape[1], state.own.shape[1]
-        position = torch.arange(p + length, device=state.eot.device)
-        mask = position <= (state.eot + p).view(-1, 1, 1, 1)  # [N, 1, 1, L]
-        q = project_q(block.attn, normed_eot, self.depth, projection)
-        attended = mix(block.attn, q, _prepend(k_shared, k), _prepend(v_shared, v), mask=mask)
-        return finish_block(block, self.depth, pick_tokens(state.own, state.eot), normed_eot, attended, adapter)
+    def _block(
+        self, state: TextState, adapter: Adapter | None, projection: Projection | None, read_out: bool
+    ) -> TextState:
+        seen, out = self._plain(state, projection, read_out)
+        return self.join(out, adapter, seen)
+
+    def _plain(self, state: TextState, projection: Projection | None, read_out: bool) -> tuple[TextState, TextState]:
+        """The next block without its adapter -> (ln_1 of the tokens entering it, its output).
+
+        With ``read_out`` for the end-of-text tokens alone, as "own" [N, 1, D]: only keys and values need the others.
+        """
+        number, shared, own, eot = state.next_block, state.shared, state.own, state.eot
+        block = self.transformer.resblocks[number - 1]
+        attn, p, length = block.attn, shared.shape[1], own.shape[1]
+        normed_shared, normed = layer_norm(block.ln_1, shared), layer_norm(block.ln_1, own)
+        position = torch.arange(p + length, device=own.device)
+        if read_out:
+            k_shared, v_shared = project_kv(attn, normed_shared, number, projection)
+            k, v = project_kv(attn, normed, number, projection)
+            shared, normed_shared = shared[:, :0], normed_shared[:, :0]
+            own, normed = pick_tokens(own, eot), pick_tokens(normed, eot)
+            q = project_q(attn, normed, number, projection)
+            mask = position <= (eot + p).view(-1, 1, 1, 1)  # [N, 1, 1, L]
+            eot = torch.zeros_like(eot)
+        else:
+            q_shared, k_shared, v_shared = project_qkv(attn, normed_shared, number, projection)
+            shared = finish_block(block, shared, mix(attn, q_shared, k_shared, v_shared, causal=True))
+            q, k, v = project_qkv(attn, normed, number, projection)
+            mask = position <= position[p:].unsqueeze(1)  # [L - P, L]: own token j sees what stands up to j
+        own = finish_block(block, own, mix(attn, q, _prepend(k_shared, k), _prepend(v_shared, v), mask=mask))
+        return TextState(normed_shared, normed, eot, number), TextState(shared, own, eot, number + 1)
 
 
 def _prepend(shared: Tensor, own: Tensor) -> Tensor:

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import Adapter, Projection, add_adapter, finish_block, layer_norm, mix, project_kv, project_q, project_qkv
+from .blocks import (
+    Adapter,
+    Projection,
+    add_adapter,
+    finish_block,
+    layer_norm,
+    mix,
+    project_kv,
+    project_q,
+    project_qkv,
+    recompute,
+)
 
 
 class VisionTower(nn.Module):
@@ -48,6 +59,19 @@ class VisionTower(nn.Module):
         """Run one block."""
 
     @abstractmethod
+    def enter(self, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Run block ``number`` without its adapter: what the adapter of that block sees, and the block's output.
+
+        The adapter's result is only added to the output, so branches that part at this block share all the rest of it:
+        ``suffix(add_adapter(output, adapter, number, seen), number + 1, adapter)`` goes on with one,
+        ``suffix(output, number + 1)`` without.
+
+        Args:
+            hidden: as for ``suffix``.
+            number: 1..depth. A ViT's last block is computed for the class token alone, [B, 1, D].
+        """
+
+    @abstractmethod
     def suffix(
         self,
         hidden: Tensor,
@@ -55,6 +79,7 @@ class VisionTower(nn.Module):
         adapter: Adapter | None = None,
         projection: Projection | None = None,
         after: Adapter | None = None,
+        checkpointing: bool = False,
     ) -> Tensor:
         """Run blocks ``start``..depth and the head on what enters block ``start``.
 
@@ -63,7 +88,8 @@ class VisionTower(nn.Module):
             start: 1..depth + 1 (depth + 1: the head alone).
             adapter: see ``blocks.Adapter``. A ViT's last block calls it for the class token alone, [B, 1, D].
             projection: see ``blocks.Projection``; for a ViT only.
-            after: as ``adapter``, but handed every block's output h, [B, N, D] (ResNet: [B, C, H, W]): ``h + after(h)``.
+            after: as ``adapter``, handed each block's output h, [B, N, D] (ResNet: [B, C, H, W]): ``h + after(h)``.
+            checkpointing: keep only what enters each block, and compute it again in the backward pass.
 
         Returns:
             Image features [B, E], not normalised.
@@ -89,9 +115,9 @@ class VisionTower(nn.Module):
             hidden = self._block(number, hidden, None)
         return hidden
 
-    def _check_start(self, start: int) -> None:
-        if not 1 <= start <= self.depth + 1:
-            raise ValueError(f"Expected start to be in 1..{self.depth + 1} but got {start}")
+    def _check_start(self, start: int, last: int) -> None:
+        if not 1 <= start <= last:
+            raise ValueError(f"Expected start to be in 1..{last} but got {start}")
 
     def forward(self, images: Tensor) -> Tensor:
         """Image features [B, E], not normalised."""
@@ -127,6 +153,23 @@ class ViTTower(VisionTower):
         x = torch.cat([cls, patches], dim=1) + self.visual.positional_embedding.to(patches.dtype)
         return layer_norm(self.visual.ln_pre, x)
 
+    def _plain(
+        self, number: int, hidden: Tensor, projection: Projection | None, read_out: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Block ``number`` without its adapter -> (ln_1 of the tokens entering it, its output), [B, N, D] each.
+
+        With ``read_out`` for the class token alone, [B, 1, D]: only keys and values need every token.
+        """
+        block = self.visual.transformer.resblocks[number - 1]
+        normed = layer_norm(block.ln_1, hidden)
+        if not read_out:
+            attended = mix(block.attn, *project_qkv(block.attn, normed, number, projection))
+        else:
+            q = project_q(block.attn, normed[:, :1], number, projection)
+            attended = mix(block.attn, q, *project_kv(block.attn, normed, number, projection))
+            hidden, normed = hidden[:, :1], normed[:, :1]
+        return normed, finish_block(block, hidden, attended)
+
     def _block(
         self,
         number: int,
@@ -134,21 +177,15 @@ class ViTTower(VisionTower):
         adapter: Adapter | None,
         projection: Projection | None = None,
         after: Adapter | None = None,
+        read_out: bool = False,
     ) -> Tensor:
-        block = self.visual.transformer.resblocks[number - 1]
-        normed = layer_norm(block.ln_1, hidden)
-        attended = mix(block.attn, *project_qkv(block.attn, normed, number, projection))
-        return finish_block(block, number, hidden, normed, attended, adapter, after)
+        normed, out = self._plain(number, hidden, projection, read_out)
+        out = add_adapter(out, adapter, number, normed)
+        return add_adapter(out, after, number, out)
 
-    def _last_block(
-        self, hidden: Tensor, adapter: Adapter | None, projection: Projection | None, after: Adapter | None
-    ) -> Tensor:
-        """The last block for the class token alone: only its keys and values need every token. -> [B, 1, D]."""
-        block = self.visual.transformer.resblocks[-1]
-        normed = layer_norm(block.ln_1, hidden)
-        q = project_q(block.attn, normed[:, :1], self.depth, projection)
-        attended = mix(block.attn, q, *project_kv(block.attn, normed, self.depth, projection))
-        return finish_block(block, self.depth, hidden[:, :1], normed[:, :1], attended, adapter, after)
+    def enter(self, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        self._check_start(number, self.depth)
+        return self._plain(number, hidden, None, number == self.depth)
 
     def suffix(
         self,
@@ -157,12 +194,12 @@ class ViTTower(VisionTower):
         adapter: Adapter | None = None,
         projection: Projection | None = None,
         after: Adapter | None = None,
+        checkpointing: bool = False,
     ) -> Tensor:
-        self._check_start(start)
-        for number in range(start, self.depth):
-            hidden = self._block(number, hidden, adapter, projection, after)
-        if start <= self.depth:
-            hidden = self._last_block(hidden, adapter, projection, after)
+        self._check_start(start, self.depth + 1)
+        for number in range(start, self.depth + 1):
+            arguments = (number, hidden, adapter, projection, after, number == self.depth)
+            hidden = recompute(self._block, *arguments) if checkpointing else self._block(*arguments)
         return layer_norm(self.visual.ln_post, hidden[:, 0]) @ self.visual.proj
 
 
@@ -190,9 +227,10 @@ class ResNetTower(VisionTower):
     def _stem(self, images: Tensor) -> Tensor:
         return self.visual.stem(images)
 
-    def _block(self, number: int, hidden: Tensor, adapter: Adapter | None) -> Tensor:
+    def _block(self, number: int, hidden: Tensor, adapter: Adapter | None, after: Adapter | None = None) -> Tensor:
         out = self._blocks[number - 1](hidden)
-        return add_adapter(out, adapter, number, out)
+        out = add_adapter(out, adapter, number, out)
+        return add_adapter(out, after, number, out)
 
     def _pool(self, hidden: Tensor) -> Tensor:
         """Attention pooling for its one query that is read, the mean over positions: [B, C, H, W] -> [B, E]."""
@@ -207,6 +245,11 @@ class ResNetTower(VisionTower):
         out = F.scaled_dot_product_attention(q, k, v)
         return pool.c_proj(out.transpose(1, 2).flatten(2)).squeeze(1)
 
+    def enter(self, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        self._check_start(number, self.depth)
+        out = self._blocks[number - 1](hidden)
+        return out, out
+
     def suffix(
         self,
         hidden: Tensor,
@@ -214,13 +257,14 @@ class ResNetTower(VisionTower):
         adapter: Adapter | None = None,
         projection: Projection | None = None,
         after: Adapter | None = None,
+        checkpointing: bool = False,
     ) -> Tensor:
-        self._check_start(start)
+        self._check_start(start, self.depth + 1)
         if projection is not None:
             raise ValueError("Expected no projection for a ResNet, whose blocks have no queries, keys and values")
         for number in range(start, self.depth + 1):
-            hidden = self._block(number, hidden, adapter)
-            hidden = add_adapter(hidden, after, number, hidden)
+            arguments = (number, hidden, adapter, after)
+            hidden = recompute(self._block, *arguments) if checkpointing else self._block(*arguments)
         return self._pool(hidden)
 
 

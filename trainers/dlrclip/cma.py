@@ -53,7 +53,8 @@ class Bottleneck(nn.Module):
         with torch.autocast(device_type=x.device.type, enabled=False):  # fp32 master weights compute in fp32
             y = F.relu(self.down(x.float()))
             y = F.relu(shared(y))
-            return self.scale * self.up(y)
+            # scale * up(y), with the scale on r numbers a token and not on D: its gradient then needs y [..., r] only.
+            return F.linear(self.scale * y, self.up.weight, self.scale * self.up.bias)
 
 
 class CrossModalAdapter(nn.Module):

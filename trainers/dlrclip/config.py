@@ -23,6 +23,13 @@ def add_dlrclip_config(cfg: Any) -> None:
     # Precision of the frozen backbone: fp32 | fp16 | amp (fp32 weights, autocast) | bf16. What is learnt is fp32.
     node.PREC = "fp32"
 
+    # Memory and speed; none of these changes the numbers beyond rounding.
+    node.TEXT_CHUNK = (
+        0  # training: most classes whose prompts are encoded at once, each chunk once more backward; 0: all
+    )
+    node.CHECKPOINTING = False  # training: adapted blocks are computed again backward, not kept
+    node.COMPILE = False  # training: the encoders run through torch.compile (minutes at the start; needs a compiler)
+
     # CMA
     node.TEXT_CTX_INIT = "a photo of a"  # prompt of the adapted text branch: "<this> <class>."
     node.START = 5  # first adapted block, counted from 1 (source: 5)
@@ -81,10 +88,10 @@ def _check_number(
     raise ValueError(f"Expected {path}.{key} to be a number, {wanted}, but got {value!r}")
 
 
-def _check_positive_int(node: Any, key: str) -> None:
+def _check_whole(node: Any, key: str, low: int = 1, path: str = "TRAINER.DLRCLIP") -> None:
     value = node[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Expected TRAINER.DLRCLIP.{key} to be a whole number, at least 1, but got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"Expected {path}.{key} to be a whole number, at least {low}, but got {value!r}")
 
 
 def _check_choice(node: Any, key: str, choices: tuple[str, ...]) -> None:
@@ -101,7 +108,7 @@ def check_dlrclip_config(cfg: Any) -> None:
     if "DLRCLIP" not in cfg.TRAINER:
         raise ValueError("Expected the configuration to have a node TRAINER.DLRCLIP but got none: call extend_cfg(cfg)")
     node = cfg.TRAINER.DLRCLIP
-    for key in ("CMA", "GLR", "SKD"):
+    for key in ("CMA", "GLR", "SKD", "CHECKPOINTING", "COMPILE"):
         if not isinstance(node[key], bool):
             raise ValueError(f"Expected TRAINER.DLRCLIP.{key} to be True or False but got {node[key]!r}")
     if not (node.CMA or node.GLR):
@@ -114,7 +121,8 @@ def check_dlrclip_config(cfg: Any) -> None:
             f"but got {node.TEXT_CTX_INIT!r}"
         )
     for key in ("START", "END", "DIM", "GLR_DIM", "FUSION_DIM"):
-        _check_positive_int(node, key)
+        _check_whole(node, key)
+    _check_whole(node, "TEXT_CHUNK", 0)
     if node.START > node.END:
         raise ValueError(
             f"Expected TRAINER.DLRCLIP.START to be at most .END but got START {node.START} and END {node.END}"

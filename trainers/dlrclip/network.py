@@ -8,30 +8,46 @@ Legend: B images, C classes, E width of the joint embedding. Logits are fp32, [B
     final  w * cma + (1 - w) * glr, w [B, 1] learnt per image
     fused  beta * cma + (1 - beta) * glr, beta one number chosen on validation images after training
 
-Blocks before the first adapted one see no adapter: images run through them once, without autograd, for both branches.
+Blocks before the first adapted one see no adapter, and the first adapted one differs by what its adapter adds: images
+run through them once, without autograd, for both branches. What of an image does not depend on what is learnt may be
+given instead: `features`, normalised, of the zero-shot branch, and `hidden`, what enters the first adapted block.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..clip import CLIP, clean_classname, zeroshot_weights
+from ..clip.blocks import add_adapter
 from ..learner import pack_record, unpack_record
 from .cma import CrossModalAdapter, build_adapter
 from .config import HEADS
 from .glr import FusionGate, GateLogitRefiner, fuse
 from .skd import mean_abs_difference, skd_loss
+from .text_branch import AdaptedText
 
 logger = logging.getLogger(__name__)
 
 # The running mean of w forgets with this momentum once it has seen 1 / MOMENTUM steps; before, it is the plain mean.
 MOMENTUM = 0.1
+
+
+class FrozenPart(NamedTuple):
+    """What of a batch of images does not depend on what is learnt.
+
+    Attributes:
+        features: normalised features of zero-shot CLIP [B, E], fp32.
+        hidden: what enters the first adapted block: ViT [B, N, D], ResNet [B, D, H, W]; None where CMA is off.
+    """
+
+    features: Tensor
+    hidden: Tensor | None
 
 
 class DLRCLIPLearner(nn.Module):
@@ -136,6 +152,9 @@ class DLRCLIPNetwork(nn.Module):
         fusion_dim, fixed_weight: see DLRCLIPLearner.
         loss_weights: weights of ce_cma, ce_glr, ce_final, l1_cma, l1_glr; 1 where absent.
         kd_weight, temperature, smoothing: weight of the distillation loss, and see `skd_loss`.
+        text_chunk: most classes whose prompts are encoded at once in training (exact, less memory); 0: no limit.
+        checkpointing: in training, adapted blocks are computed again in the backward pass (exact, less memory).
+        compile: in training, the encoders run through torch.compile.
 
     Raises:
         ValueError: CMA and GLR are both off, no loss is left, or the blocks do not exist in this CLIP.
@@ -166,6 +185,9 @@ class DLRCLIPNetwork(nn.Module):
         kd_weight: float = 0.01,
         temperature: float = 2.0,
         smoothing: float = 0.2,
+        text_chunk: int = 0,
+        checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if not (cma or glr):
@@ -189,6 +211,11 @@ class DLRCLIPNetwork(nn.Module):
         self.temperature, self.smoothing = temperature, smoothing
         self._text_start = min(int(i) for i in adapter.text) if adapter else 1
         self._visual_start = min(adapter.share) if adapter else 1
+        self._text_chunk, self._checkpointing = text_chunk, checkpointing
+        self._wrap: Callable[[Any], Any] | None = torch.compile if compile else None
+        self._train_frozen, self._train_adapted = self._run_frozen, self._run_adapted
+        if self._wrap is not None:
+            self._train_frozen, self._train_adapted = self._wrap(self._run_frozen), self._wrap(self._run_adapted)
         self.register_buffer("zeroshot", torch.empty(0), persistent=False)
         self.bind(classnames)
 
@@ -227,15 +254,17 @@ class DLRCLIPNetwork(nn.Module):
             self.zeroshot = zeroshot_weights(self.clip, computed, self.templates).float()
             if self.learner.cma is not None:
                 tokens = self.clip.text.tokenise([f"{self.context} {clean_classname(name)}." for name in computed])
-                self._text_state = self.clip.text.prefix(tokens, self._text_start - 1)
+                self._text = AdaptedText(
+                    self.clip.text, tokens, self._text_start, self._text_chunk, self._checkpointing, self._wrap
+                )
         self._text_cache: tuple[Any, Tensor] | None = None
 
     # Branches
 
     def _logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """[B, E], normalised [C, E] -> [B, C]; in fp32 even under autocast."""
+        """Normalised [B, E] and [C, E], fp32 -> [B, C]; in fp32 even under autocast."""
         with torch.autocast(device_type=image_features.device.type, enabled=False):
-            return self.clip.logit_scale * F.normalize(image_features.float(), dim=-1) @ text_features.t()
+            return self.clip.logit_scale * image_features @ text_features.t()
 
     def text_features(self) -> Tensor:
         """Normalised text features [C, E] of the adapted branch; kept between calls while nothing has been learnt."""
@@ -243,45 +272,81 @@ class DLRCLIPNetwork(nn.Module):
         assert cma is not None
         if self.learner.training:
             self._text_cache = None
-            return self._compute_text_features(cma)
+            return self._text.features(cma, training=torch.is_grad_enabled())
         key = tuple((p.data_ptr(), p._version) for p in cma.parameters())
         if self._text_cache is None or self._text_cache[0] != key:
             with torch.no_grad():
-                self._text_cache = key, self._compute_text_features(cma)
+                self._text_cache = key, self._text.features(cma, training=False)
         return self._text_cache[1]
 
-    def _compute_text_features(self, cma: CrossModalAdapter) -> Tensor:
-        features = self.clip.text.suffix(self._text_state, self._text_start, cma.adapt_text)
-        return F.normalize(features.float(), dim=-1)
+    def _run_frozen(self, hidden: Tensor, with_features: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What enters the first adapted block -> what its adapter sees, its output, and the zero-shot features."""
+        visual, start = self.clip.visual, self._visual_start
+        seen, out = visual.enter(hidden, start)
+        features = F.normalize(visual.suffix(out, start + 1).float(), dim=-1) if with_features else None
+        return seen, out, features
 
-    def branches(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W] -> (clip_logits, cma_logits), each [B, C]; gradients in the second only."""
-        visual, cma = self.clip.visual, self.learner.cma
-        with torch.no_grad():
-            hidden = visual.prefix(images, self._visual_start - 1)
-            clip_logits = self._logits(visual.suffix(hidden, self._visual_start), self.zeroshot)
-        if cma is None:
-            return clip_logits, clip_logits
+    def _run_adapted(self, cma: CrossModalAdapter, seen: Tensor, out: Tensor) -> Tensor:
+        """-> normalised features [B, E] of the adapted branch, fp32, with gradients."""
+        visual, start = self.clip.visual, self._visual_start
         adapt = cma.adapt_tokens if visual.kind == "vit" else cma.adapt_map
-        features = visual.suffix(hidden, self._visual_start, adapt)
-        return clip_logits, self._logits(features, self.text_features())
+        out = add_adapter(out, adapt, start, seen)
+        checkpointing = self._checkpointing and self.learner.training
+        return F.normalize(visual.suffix(out, start + 1, adapt, checkpointing=checkpointing).float(), dim=-1)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """images [B, 3, H, W] -> clip, cma, glr, final [B, C], weight [B, 1] and, where GLR is applied, alpha [B, 1].
+    @torch.no_grad()
+    def frozen_part(self, images: Tensor) -> FrozenPart:
+        """What of images [B, 3, H, W] may be kept and given to `forward` as often as they come."""
+        hidden = self.clip.visual.prefix(images, self._visual_start - 1)
+        _, _, features = self._run_frozen(hidden, True)
+        assert features is not None
+        return FrozenPart(features, hidden if self.learner.cma is not None else None)
+
+    def branches(
+        self, images: Tensor | None, features: Tensor | None = None, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """-> (clip_logits, cma_logits), each [B, C]; gradients in the second only. Arguments as `forward`'s."""
+        visual, cma, training = self.clip.visual, self.learner.cma, self.learner.training
+        seen = out = None
+        with torch.no_grad():
+            if cma is not None or features is None:
+                if hidden is None:
+                    if images is None:
+                        raise ValueError("Expected images, or all that is needed of them, but got neither")
+                    hidden = visual.prefix(images, self._visual_start - 1)
+                run = self._train_frozen if training else self._run_frozen
+                seen, out, computed = run(hidden, features is None)
+                features = computed if features is None else features
+            assert features is not None
+            clip_logits = self._logits(features, self.zeroshot)
+        if cma is None or seen is None or out is None:
+            return clip_logits, clip_logits
+        adapted = (self._train_adapted if training else self._run_adapted)(cma, seen, out)
+        return clip_logits, self._logits(adapted, self.text_features())
+
+    def forward(
+        self, images: Tensor | None = None, *, features: Tensor | None = None, hidden: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """-> clip, cma, glr, final [B, C], weight [B, 1] and, where GLR is applied, alpha [B, 1].
 
         While the learner is in evaluation mode, also fused [B, C].
+
+        Args:
+            images: [B, 3, H, W]; not needed where the other two are given.
+            features: normalised features [B, E] of zero-shot CLIP, fp32, where they are known: its blocks are not run.
+            hidden: what enters the first adapted block, where it is known; see `frozen_part`.
         """
         learner = self.learner
         if learner.training and self.classnames != learner.classnames:
             raise ValueError("Expected to train on the class list that the learner was made for but got another one")
-        clip_logits, cma_logits = self.branches(images)
+        clip_logits, cma_logits = self.branches(images, features, hidden)
         glr_logits, alpha = clip_logits, None
         if self.seen:
             if learner.glr is not None:
                 glr_logits, alpha = learner.glr(clip_logits, cma_logits)
             weight = learner.fusion_weight(cma_logits)
         else:
-            weight = learner.mean_weight().expand(len(images), 1)
+            weight = learner.mean_weight().expand(len(clip_logits), 1)
         logits = {"clip": clip_logits, "cma": cma_logits, "glr": glr_logits}
         logits["final"] = fuse(cma_logits, glr_logits, weight)
         if learner.training:
@@ -293,9 +358,9 @@ class DLRCLIPNetwork(nn.Module):
         return {**logits, "weight": weight, **({} if alpha is None else {"alpha": alpha})}
 
     @torch.no_grad()
-    def heads(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits [B, C] of the five heads; the learner must be in evaluation mode."""
-        outputs = self(images)
+    def heads(self, images: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
+        """Logits [B, C] of the five heads; the learner must be in evaluation mode. Arguments as `forward`'s."""
+        outputs = self(images, features=features)
         return {head: outputs[head] for head in HEADS}
 
     def losses(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:

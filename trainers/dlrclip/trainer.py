@@ -92,6 +92,9 @@ class DLRCLIP(CLIPTrainer):
             kd_weight=node.LAMBDA,
             temperature=node.T,
             smoothing=node.SMOOTHING,
+            text_chunk=node.TEXT_CHUNK,
+            checkpointing=node.CHECKPOINTING,
+            compile=node.COMPILE,
         )
         learner = self.network.learner
         logger.info("Parameters to learn: %s", f"{sum(p.numel() for p in learner.parameters()):,}")

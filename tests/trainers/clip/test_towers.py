@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainers.clip import CLIP, TextTower, VisionTower
+from trainers.clip.blocks import add_adapter, feed_forward
 
 
 def assert_close(a: Tensor, b: Tensor) -> None:
@@ -218,3 +219,54 @@ def test_wrong_arguments(build_model, images, prompts):
     for nothing in ([], "a cat"):
         with pytest.raises(ValueError, match="non-empty list"):
             clip.text.tokenise(nothing)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_branches_may_part_at_a_block(oracle, build_model, images, prompts, kind, checkpointing):
+    """`enter` and the rest give what `suffix` gives, with an adapter and without, at the first, a middle, the last."""
+    clip = CLIP(build_model(kind))
+    for number in (1, 2, clip.visual.depth):
+        adapter = oracle.Adapters(clip.visual.widths, tuple(range(number, clip.visual.depth + 1)))
+        hidden = clip.visual.prefix(images, number - 1)
+        seen, out = clip.visual.enter(hidden, number)
+        torch.testing.assert_close(clip.visual.suffix(out, number + 1), clip.visual(images))
+        joined = add_adapter(out, adapter, number, seen)
+        got = clip.visual.suffix(joined, number + 1, adapter, checkpointing=checkpointing)
+        torch.testing.assert_close(got, clip.visual.suffix(hidden, number, adapter))
+    for number in (1, 2, clip.text.depth):
+        adapter = oracle.Adapters(clip.text.widths, tuple(range(number, clip.text.depth + 1)))
+        state = clip.text.prefix(clip.text.tokenise(prompts), number - 1)
+        seen, out = clip.text.enter(state)
+        torch.testing.assert_close(clip.text.suffix(out, number + 1), clip.text(prompts))
+        joined = clip.text.join(out, adapter, seen)
+        got = clip.text.suffix(joined, number + 1, adapter, checkpointing=checkpointing)
+        torch.testing.assert_close(got, clip.text.suffix(state, number, adapter))
+    with pytest.raises(ValueError, match="behind the last"):
+        clip.text.enter(out)
+    with pytest.raises(ValueError, match="start to be in"):
+        clip.visual.enter(hidden, clip.visual.depth + 1)
+
+
+def test_prompts_taken_alone_are_cut_at_their_longest(build_model, prompts):
+    text = CLIP(build_model("vit")).text
+    tokens = text.tokenise(prompts)
+    rows = torch.tensor([2, 0])
+    part = tokens.take(rows)
+    assert part.ids.shape[1] == int(tokens.eot[rows].max()) + 1 < tokens.ids.shape[1]
+    torch.testing.assert_close(text.suffix(text.prefix(part, 0), 1), text(prompts)[rows])
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_feed_forward_is_the_block_s_own(build_model, quick):
+    mlp = build_model("vit", quick_gelu=quick).visual.transformer.resblocks[0].mlp.requires_grad_(False)
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(feed_forward(mlp, x), mlp(x))
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weight = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(4))
+    got, want = feed_forward(mlp, ours), mlp(theirs)
+    torch.testing.assert_close(got, want)
+    (got * weight).sum().backward()
+    (want * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)

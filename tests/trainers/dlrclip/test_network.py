@@ -297,10 +297,10 @@ class TestEvaluation:
         calls = []
         suffix = network.clip.text.suffix
 
-        def count(state, start, adapter=None):
+        def count(state, start, adapter=None, **options):
             if adapter is not None:  # the zero-shot weights run without one
                 calls.append(start)
-            return suffix(state, start, adapter)
+            return suffix(state, start, adapter, **options)
 
         monkeypatch.setattr(network.clip.text, "suffix", count)
         first = network(images)["cma"]
@@ -328,6 +328,48 @@ class TestEvaluation:
         evaluated, trained = network.eval()(images), network.train()(images)
         for head in ("clip", "cma", "glr", "final"):
             torch.testing.assert_close(trained[head].detach(), evaluated[head])
+
+
+class TestGivenParts:
+    """What of an image does not depend on what is learnt may be given instead of computed."""
+
+    @both_kinds
+    @pytest.mark.parametrize("start", [1, 2, 4])
+    def test_evaluation_with_known_features(self, make, make_clip, images, kind, start):
+        clip = make_clip(kind)
+        network = make(kind, clip=clip, start=start, end=4).eval()
+        features = F.normalize(clip.encode_image(images), dim=-1)
+        want, got = network.heads(images), network.heads(images, features)
+        for head in HEADS:
+            torch.testing.assert_close(got[head], want[head], rtol=1e-5, atol=1e-4)
+        # They are used, not computed again: other features give other zero-shot logits, the same adapted ones.
+        other = network.heads(images, features.flip(0))
+        torch.testing.assert_close(other["clip"], want["clip"].flip(0), rtol=1e-5, atol=1e-4)
+        assert torch.equal(other["cma"], got["cma"])
+
+    @both_kinds
+    @pytest.mark.parametrize("options", [{}, {"cma": False}])
+    def test_training_with_the_frozen_part(self, make, images, labels, kind, options):
+        network = make(kind, **options).train()
+        part = network.frozen_part(images)
+        assert (part.hidden is None) == ("cma" in options)
+        want, got = network(images), network(features=part.features, hidden=part.hidden)
+        for name in ("clip", "cma", "glr", "final"):
+            torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-4)
+        sum(network.losses(got, labels).values()).backward()
+        assert all(p.grad is not None for p in network.learner.parameters())
+
+    def test_without_cma_no_block_runs_where_features_are_known(self, make, images, monkeypatch):
+        network = make(cma=False).eval()
+        features = network.frozen_part(images).features
+        want = network.heads(images)
+        monkeypatch.setattr(type(network.clip.visual), "prefix", None)
+        got = network.heads(images, features)
+        assert all(torch.equal(got[head], want[head]) for head in HEADS)
+
+    def test_nothing_given(self, make):
+        with pytest.raises(ValueError, match="Expected images"):
+            make()()
 
 
 class TestOtherClasses:

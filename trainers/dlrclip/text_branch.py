@@ -1,0 +1,163 @@
+"""The adapted text branch for one class list: what of it is constant, by groups of classes, and what a step computes.
+
+Everything up to the first adapted block, and that block but for its adapter, is constant and computed once. A step runs
+the rest:
+
+* classes are grouped by prompt length, so that no prompt is padded to the longest of all where that costs more than
+  another group;
+* with `chunk`, no group has more classes than that, and each is computed again in the backward pass: the activations of
+  one group are alive at a time;
+* in data-parallel training each process encodes its share of the classes and all get all features.
+
+Legend: C classes, E width of the joint embedding, R processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from ..clip import PromptTokens, TextState, TextTower
+from ..clip.blocks import recompute
+from .cma import CrossModalAdapter
+
+# What another group costs beside its tokens, in tokens: the launches of its kernels, and the shared tokens once more.
+GROUP_COST = {"cpu": 32, "cuda": 2048}
+
+Chunk = tuple[Tensor, TextState, TextState]  # class numbers [n], what the first adapter sees, the block's output
+Encode = Callable[[CrossModalAdapter, TextState, TextState, bool], Tensor]
+
+
+def group_by_length(lengths: Sequence[int], most: int = 0, cost: int = 32) -> list[list[int]]:
+    """Groups of prompts with the least sum of (prompts * longest prompt of the group + `cost`), shortest first.
+
+    Args:
+        lengths: tokens of each prompt.
+        most: prompts in a group; 0: any number.
+        cost: of a group, in tokens.
+
+    Returns:
+        The positions in `lengths` of each group's prompts.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    ends = [k for k in range(1, len(order) + 1) if k == len(order) or lengths[order[k]] > lengths[order[k - 1]]]
+    best: dict[int, tuple[int, int]] = {0: (0, 0)}  # prompts grouped so far -> least cost, start of the last group
+    for end in ends:
+        longest = lengths[order[end - 1]]
+        best[end] = min((best[start][0] + (end - start) * longest + cost, start) for start in best)
+    cuts = [len(order)]
+    while cuts[-1]:
+        cuts.append(best[cuts[-1]][1])
+    groups = [order[start:end] for end, start in zip(cuts, cuts[1:], strict=False)][::-1]
+    size = most or len(order)
+    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+
+
+class GatherRows(Function):
+    """Rows computed by several processes -> all rows, in every process; differentiable.
+
+    Data-parallel training averages the gradients of parameters over processes. Process r has the loss l_r of its own
+    images, which depends on all rows W, and is to end with the mean over r of dl_r/dtheta. Row k reaches the parameters
+    in one process only, q, whose contribution the averaging divides by R: so that row's gradient in q must be the SUM
+    over r of dl_r/dW_k. (Without the sum, q would see its own loss alone; with a mean, R times too little.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, shares: list[Tensor]) -> Tensor:
+        """mine [n, E], the rows shares[rank]; shares: each process's row numbers, together 0..C-1 -> [C, E]."""
+        ctx.rows = shares[dist.get_rank()]
+        padded = mine.new_zeros(max(map(len, shares)), mine.shape[1])  # collectives want equal sizes
+        padded[: len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in shares]
+        dist.all_gather(parts, padded)
+        rows = mine.new_empty(sum(map(len, shares)), mine.shape[1])
+        for part, share in zip(parts, shares, strict=True):
+            rows[share] = part[: len(share)]
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)  # sum
+        return total[ctx.rows], None
+
+
+class AdaptedText:
+    """The adapted text branch for one class list.
+
+    Args:
+        tower: the frozen text tower.
+        tokens: a prompt per class.
+        start: the first adapted block.
+        chunk: most classes that are encoded at once when training; 0: no such limit.
+        checkpointing: when training, compute blocks again in the backward pass (a chunk is, anyway).
+        wrap: applied to the function that encodes a group when training; for torch.compile.
+    """
+
+    def __init__(
+        self,
+        tower: TextTower,
+        tokens: PromptTokens,
+        start: int,
+        chunk: int = 0,
+        checkpointing: bool = False,
+        wrap: Callable[[Encode], Encode] | None = None,
+    ) -> None:
+        self.tower, self.tokens, self.start, self.chunk = tower, tokens, start, chunk
+        self.checkpointing = checkpointing
+        self._wrapped = self._encode if wrap is None else wrap(self._encode)
+        self._chunks: dict[tuple[int, int], list[Chunk]] = {}  # (rank, R) -> the groups of that share
+
+    def _plan(self, rank: int, processes: int) -> list[Tensor]:
+        """Class numbers of each group of a process's share. Shares are dealt out by length: all have as much to do."""
+        device, eot = self.tokens.eot.device, self.tokens.eot.cpu()
+        share = eot.sort(stable=True).indices[rank::processes]
+        own = (eot[share] + 1 - self.tokens.shared).tolist()  # the shared tokens do not count
+        groups = group_by_length(own, self.chunk, GROUP_COST.get(device.type, GROUP_COST["cpu"]))
+        return [share[group].to(device) for group in groups]
+
+    @torch.no_grad()
+    def _groups(self, rank: int, processes: int) -> list[Chunk]:
+        """The groups of a process's share, with their constants; computed when first asked for."""
+        if (rank, processes) not in self._chunks:
+            chunks = []
+            with torch.autocast(self.tokens.eot.device.type, enabled=False):  # once, so in the weights' own precision
+                for rows in self._plan(rank, processes):
+                    state = self.tower.prefix(self.tokens.take(rows), self.start - 1)
+                    chunks.append((rows, *self.tower.enter(state)))
+            self._chunks[rank, processes] = chunks
+        return self._chunks[rank, processes]
+
+    def _encode(self, cma: CrossModalAdapter, seen: TextState, out: TextState, checkpointing: bool) -> Tensor:
+        """-> normalised features [n, E] of a group, fp32."""
+        state = self.tower.join(out, cma.adapt_text, seen)
+        features = self.tower.suffix(state, state.next_block, cma.adapt_text, checkpointing=checkpointing)
+        return F.normalize(features.float(), dim=-1)
+
+    def features(self, cma: CrossModalAdapter, training: bool) -> Tensor:
+        """Normalised features [C, E], fp32.
+
+        Args:
+            training: whether a training step asks, which all processes take together.
+        """
+        processes = dist.get_world_size() if training and dist.is_available() and dist.is_initialized() else 1
+        if processes > len(self.tokens.eot):
+            processes = 1  # some would have nothing to encode
+        rank = dist.get_rank() if processes > 1 else 0
+        parts = []
+        for _, seen, out in self._groups(rank, processes):
+            if not training:
+                parts.append(self._encode(cma, seen, out, False))
+            elif self.chunk:
+                parts.append(recompute(self._wrapped, cma, seen, out, False))
+            else:
+                parts.append(self._wrapped(cma, seen, out, self.checkpointing))
+        shares = [torch.cat(self._plan(r, processes)) for r in range(processes)]
+        features = torch.cat(parts)
+        return features[shares[0].argsort()] if processes == 1 else GatherRows.apply(features, shares)

@@ -158,16 +158,24 @@ def choose_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Path:
     if cfg.DATASET.SUBSAMPLE_CLASSES != "all":
         dataset += f"_{cfg.DATASET.SUBSAMPLE_CLASSES}"
     config = Path(args.config_file).stem if args.config_file else "default"
-    shots = f"{cfg.DATASET.NUM_SHOTS}shots" if cfg.DATASET.NUM_SHOTS > 0 else "full"
     if args.eval_only:
-        parent = Path("output", "evaluation", cfg.TRAINER.NAME, f"{config}_{shots}", dataset)
+        parent = Path("output", "evaluation", cfg.TRAINER.NAME, f"{config}_{_shots(cfg.DATASET.NUM_SHOTS)}", dataset)
     else:
-        parent = Path("output", dataset, cfg.TRAINER.NAME, f"{config}_{shots}")
+        parent = parent_folder(Path("output"), dataset, cfg.TRAINER.NAME, config, cfg.DATASET.NUM_SHOTS)
     number, folder = 1, parent / f"seed{cfg.SEED}"
     while folder.exists() and not (_is_cut_short(folder, cfg) and not args.eval_only):
         number += 1
         folder = parent / f"seed{cfg.SEED}-{number}"
     return folder
+
+
+def parent_folder(output: Path, dataset: str, trainer: str, config: str, shots: int) -> Path:
+    """The folder that holds the runs of all seeds."""
+    return output / dataset / trainer / f"{config}_{_shots(shots)}"
+
+
+def _shots(number: int) -> str:
+    return f"{number}shots" if number > 0 else "full"
 
 
 def _is_cut_short(folder: Path, cfg: CfgNode) -> bool:

@@ -126,6 +126,12 @@ class LinearProbe(FeatureTrainer):
     main_head = "probe"
     eps = 1e-4
 
+    @property
+    def fitted_parameters(self) -> int:
+        """Weights and biases of the logistic regression, for reports; 0 where they are trained by gradients."""
+        learner: Any = self.network.learner
+        return 0 if learner.trained else learner.weight.numel() + learner.bias.numel()
+
     @staticmethod
     def add_config(cfg: Any) -> None:
         """Adds TRAINER.LINEARPROBE to `cfg` unless it is there."""

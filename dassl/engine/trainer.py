@@ -5,6 +5,7 @@ What a subclass may offer beyond upstream's methods, all of it optional:
 * ``model_heads(input) -> dict[str, Tensor]``: logits [B, C] of several heads; without it there is the head "main".
 * ``main_head``: the name of the head that counts as the method's accuracy (default: the first).
 * ``reference_head``: the name of the head that pictures show as "before".
+* ``fitted_parameters``: how many numbers it fits without gradients, which count as trained ones.
 * ``selected``: what was chosen, on what: ``{"beta": {"value": 0.4, "on": "val", "n": 40}}``.
 * ``bind_classes(names, indices) -> bool``: set the class list that logits are for. ``indices`` says which of the
   classes trained on they are; None: take them as new ones. True when they are a part of those: logits are then

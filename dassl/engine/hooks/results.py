@@ -152,11 +152,15 @@ def _check_same_classes(folder: Path, names: list[str]) -> None:
 
 
 def count_parameters(trainer: Any) -> dict[str, int]:
-    """Parameters of all modules a trainer holds, each counted once: those that train, and all of them."""
+    """Parameters of all modules a trainer holds, each counted once: those that are learnt, and all of them.
+
+    Numbers that a solver fits without gradients are buffers; a trainer says how many as `fitted_parameters`.
+    """
     parameters = {id(p): p for module in _modules(trainer) for p in module.parameters()}
+    fitted = getattr(trainer, "fitted_parameters", 0)
     return {
-        "trainable": sum(p.numel() for p in parameters.values() if p.requires_grad),
-        "total": sum(p.numel() for p in parameters.values()),
+        "trainable": sum(p.numel() for p in parameters.values() if p.requires_grad) + fitted,
+        "total": sum(p.numel() for p in parameters.values()) + fitted,
     }
 
 

@@ -1,0 +1,220 @@
+"""Methods side by side: runs what is missing, reads what is there, and writes tables and a figure.
+
+    python scripts/compare.py --dataset digits --shots 1,2,4,8,16 --seeds 1,2,3 --trainers DLRCLIP,TipAdapterF,CoOp
+
+Each run is `train.py` with the method's config of the given name (`--config tiny`: configs/trainers/*/tiny.yaml) and
+lies where train.py puts it; one that was cut short is resumed. A method may have a config of its own,
+`LinearProbe:tiny_text`. KEY VALUE pairs at the end go to every run. Without --trainers: every method that has such a
+config and leaves the dataset open.
+
+Written are STEM.md, STEM.csv (unrounded), STEM.tex (booktabs) and the figure STEM.pdf and .png (accuracy by shots, a
+panel per dataset and one for the average). A cell is the mean over seeds (standard deviation) ± half of Student's 95 %
+interval. The best of a column is bold only if it is better than each of the others by a paired t-test over seeds at the
+5 % level: the seeds' few-shot images are the same for all methods. Three seeds rarely suffice for that.
+
+Exit codes: 0 done; 1 a run failed (named on stderr, and its cell is left empty); 2 something given was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import datasets
+import trainers
+from dassl.config import get_cfg_default
+from dassl.engine import TRAINER_REGISTRY
+from dassl.utils import InputError, atomic_write, did_you_mean
+from dassl.utils.cli import SETUP_ERRORS, Parser, fail
+from scripts.figure_style import save
+from scripts.grid import ROOT, Run, last_line, run_all
+from scripts.plot_shots import shots_figure
+from scripts.summary import AVERAGE, Record, collect, comma_separated, latex, markdown
+
+METRICS = ("accuracy", "top5", "macro_f1", "ece")
+
+
+def methods_with(config: str) -> dict[str, Path]:
+    """Trainer -> its config of that name, of all trainers that have one which leaves the dataset open.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = {}
+    for path in sorted((ROOT / "configs" / "trainers").glob(f"*/{config}.yaml")):
+        cfg = get_cfg_default()
+        datasets.extend_cfg(cfg)
+        trainers.extend_cfg(cfg)
+        cfg.merge_from_file(str(path))
+        if not cfg.DATASET.NAME:
+            found[cfg.TRAINER.NAME] = path.relative_to(ROOT) if ROOT == Path.cwd() else path
+    if not found:
+        raise InputError(f"Expected --config to be the name of files in configs/trainers/*/ but got {config!r}")
+    return found
+
+
+def choose_methods(asked: str, config: str) -> list[tuple[str, str, Path]]:
+    """(name in tables, trainer, config) of each method.
+
+    Raises:
+        InputError: a trainer that does not exist, or has no such config.
+    """
+    if not asked:
+        return [(name, name, path) for name, path in methods_with(config).items()]
+    chosen = []
+    for item in asked.split(","):
+        name, _, own = item.strip().partition(":")
+        known = TRAINER_REGISTRY.registered_names()
+        if name not in known:
+            raise InputError(f"Expected a trainer but got {name!r}{did_you_mean(name, known)}")
+        paths = methods_with(own or config)
+        if name not in paths:
+            raise InputError(f"Expected a config {own or config}.yaml of {name} in configs/trainers but there is none")
+        chosen.append((item.strip(), name, paths[name]))
+    return chosen
+
+
+def plan(args: argparse.Namespace) -> list[Run]:
+    """All runs of the comparison.
+
+    Raises:
+        InputError: something given was wrong.
+    """
+    for name in args.dataset:
+        known = [path.stem for path in (ROOT / "configs" / "datasets").glob("*.yaml")]
+        if name not in known:
+            raise InputError(f"Expected --dataset to name files in configs/datasets but got {name!r}")
+    if len(args.opts) % 2:
+        raise InputError(f"Expected KEY VALUE pairs but {args.opts[-1]} has no value")
+    flags = ("--root", args.root) if args.root else ()
+    return [
+        Run(method, trainer, config, dataset, shots, seed, args.output, tuple(args.opts), flags=flags)
+        for dataset in args.dataset
+        for method, trainer, config in choose_methods(args.trainers, args.config)
+        for shots in args.shots
+        for seed in args.seeds
+    ]
+
+
+def run_missing(runs: Sequence[Run], jobs: int, threads: int) -> list[Run]:
+    """Runs those that are not finished, under one progress bar; returns the ones that failed."""
+    missing = [run for run in runs if run.metrics() is None]
+    failed = []
+    with tqdm(total=len(missing), desc="runs", unit="run", disable=not missing) as bar:
+
+        def on_end(run: Run, code: int) -> None:
+            bar.update()
+            if code:
+                failed.append(run)
+                bar.write(f"failed ({code}): {run.folder}: {last_line(run)}", file=sys.stderr)
+
+        run_all(missing, jobs, threads, on_end)
+    return failed
+
+
+def read_records(runs: Sequence[Run], metric: str) -> tuple[list[Record], list[dict[str, Any]]]:
+    """Records of the finished runs, and the cost of each: parameters that were trained, and seconds."""
+    records, costs = [], []
+    for run in runs:
+        found = run.metrics()
+        if found is None:
+            continue
+        results = found[found["split"]]
+        value = results["heads"][results["main"]][metric]
+        records.append(Record(found["dataset"], run.method, run.shots, run.seed, value))
+        seconds = found["timing"].get("train_seconds", 0.0)
+        costs.append({**records[-1]._asdict(), "trainable": found["params"]["trainable"], "seconds": seconds})
+    return records, costs
+
+
+def cost_table(costs: Sequence[dict[str, Any]]) -> str:
+    """Markdown: parameters that are trained and median training seconds, at the largest number of shots."""
+    shots = max(cost["shots"] for cost in costs)
+    rows: dict[str, list[Any]] = {}
+    names = list(dict.fromkeys(cost["dataset"] for cost in costs))
+    for method in dict.fromkeys(cost["method"] for cost in costs):
+        rows[method] = [method]
+        for name in names:
+            cell = [c for c in costs if (c["method"], c["dataset"], c["shots"]) == (method, name, shots)]
+            trainable = f"{cell[0]['trainable']:,}" if cell else ""
+            rows[method] += [trainable, f"{statistics.median(c['seconds'] for c in cell):.1f}" if cell else ""]
+    heads = ["method", *(f"{name}: {what}" for name in names for what in ("parameters", "seconds"))]
+    align = ["left", *["right"] * (len(heads) - 1)]
+    table = tabulate(list(rows.values()), heads, tablefmt="pipe", disable_numparse=True, colalign=align)
+    return f"### trained parameters and training time at {shots} shots (median over seeds)\n\n{table}\n"
+
+
+def write_results(
+    records: Sequence[Record], costs: Sequence[dict[str, Any]], stem: Path, metric: str, command: str
+) -> str:
+    """Writes the tables and the figure; returns the Markdown."""
+    cells = collect(records)
+    higher = metric != "ece"
+    head = f"{metric} (%), mean over seeds (standard deviation) ±half of the 95 % interval\n\n    {command}\n"
+    text = "\n".join([head, markdown(cells, higher), cost_table(costs)])
+    for suffix, content in ((".md", text), (".csv", comma_separated(cells, higher)), (".tex", latex(cells, higher))):
+        with atomic_write(stem.with_name(stem.name + suffix)) as stream:
+            stream.write(content)
+    shown = [{**r._asdict(), "accuracy": r.value} for r in records if r.dataset != AVERAGE]
+    save(shots_figure(shown), stem)
+    return text
+
+
+def whole_numbers(text: str) -> list[int]:
+    """ "1,2,4" -> [1, 2, 4]."""
+    return [int(part) for part in text.split(",")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", type=lambda s: s.split(","), default=["digits"], help="configs/datasets/*.yaml")
+    parser.add_argument("--shots", type=whole_numbers, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--seeds", type=whole_numbers, default=[1, 2, 3])
+    parser.add_argument("--trainers", default="", help="names, each perhaps with :CONFIG")
+    parser.add_argument("--config", default="tiny", help="name of the configs in configs/trainers/*/ (default: tiny)")
+    parser.add_argument("--metric", choices=METRICS, default="accuracy")
+    parser.add_argument("--root", help="folder that holds the datasets")
+    parser.add_argument("--output", type=Path, default=Path("output"), help="folder of all runs (default: output)")
+    parser.add_argument("--write", type=Path, metavar="STEM", help="files to write (default: OUTPUT/compare/DATASETS)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run (default: cores / jobs)")
+    parser.add_argument("--read-only", action="store_true", help="start no run; make the tables of what is there")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config pairs for every run")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs are stopped too
+    try:
+        if args.jobs < 1:
+            raise InputError(f"Expected --jobs to be at least 1 but got {args.jobs}")
+        runs = plan(args)
+        failed = [] if args.read_only else run_missing(runs, args.jobs, args.threads)
+        records, costs = read_records(runs, args.metric)
+        if not records:
+            raise InputError(f"Expected finished runs below {args.output} but there is none")
+        command = " ".join(["python", "scripts/compare.py", *(sys.argv[1:] if argv is None else argv)])
+        stem = args.write or args.output / "compare" / "_".join(args.dataset)
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        print(write_results(records, costs, stem, args.metric, command))
+        print(f"Written: {stem}.md, .csv, .tex, .pdf, .png")
+    except SETUP_ERRORS as error:
+        return fail(error, args.debug)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

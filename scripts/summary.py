@@ -1,0 +1,188 @@
+"""Statistics over seeds, and the tables made of them: Markdown, CSV, LaTeX.
+
+A record is one finished run: dataset, method, shots, seed and a value in percent. Runs of one seed have the same
+few-shot images whatever the method, so methods are compared by their differences seed by seed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from scipy import stats
+from tabulate import tabulate
+
+from scripts.plot_shots import mean_and_band
+
+AVERAGE = "average"
+LEVEL = 0.05  # of the tests
+
+
+class Record(NamedTuple):
+    """One finished run."""
+
+    dataset: str
+    method: str
+    shots: int
+    seed: int
+    value: float
+
+
+Values = Mapping[int, float]  # seed -> value
+Cells = dict[tuple[str, str, int], dict[int, float]]  # (dataset, method, shots) -> values
+
+
+class Summary(NamedTuple):
+    """What stands in one cell of a table."""
+
+    mean: float
+    sd: float  # n - 1 in the denominator; nan for one seed
+    half: float  # half the width of the 95 % t-interval of the mean; nan for one seed
+    n: int
+
+
+def summarise(values: Iterable[float]) -> Summary:
+    """Mean, standard deviation and the half-width of Student's 95 % interval of the mean.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    values = list(values)
+    if not values:
+        raise ValueError("Expected at least one value but got none")
+    mean, half = mean_and_band(values, "t95")
+    return Summary(mean, mean_and_band(values, "sd")[1], half, len(values))
+
+
+def paired_p(a: Values, b: Values) -> float:
+    """Two-sided p of Student's t-test on the differences a - b over the seeds that both have; 1 where it says nothing.
+
+    Differences that are all the same have no spread to test against: 1, however large they are.
+    """
+    differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    if len(differences) < 2 or max(differences) - min(differences) < 1e-9:
+        return 1.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def significantly_best(column: Mapping[str, Values], higher: bool = True) -> str | None:
+    """The method with the best mean, if its difference to each of the others is significant; else None.
+
+    Each single test is at the 5 % level: to claim that one method is better than all others, all tests must agree, and
+    that needs no correction for their number.
+    """
+    if len(column) < 2:
+        return None
+    means = {method: statistics.fmean(values.values()) * (1 if higher else -1) for method, values in column.items()}
+    best = max(means, key=means.__getitem__)
+    others = [method for method in column if method != best]
+    return best if all(paired_p(column[best], column[m]) < LEVEL and means[m] < means[best] for m in others) else None
+
+
+def collect(records: Iterable[Record]) -> Cells:
+    """(dataset, method, shots) -> seed -> value, and the same of "average" where there are several datasets.
+
+    The average over datasets is taken seed by seed, of those (method, shots, seed) that all datasets have.
+
+    Raises:
+        ValueError: two records of one run.
+    """
+    cells: Cells = {}
+    for record in records:
+        seeds = cells.setdefault((record.dataset, record.method, record.shots), {})
+        if record.seed in seeds:
+            raise ValueError(f"Expected one value of {record[:4]} but got two")
+        seeds[record.seed] = record.value
+    datasets = list(dict.fromkeys(dataset for dataset, _, _ in cells))
+    if len(datasets) > 1:
+        for method, shots in dict.fromkeys((method, shots) for _, method, shots in cells):
+            parts = [cells.get((dataset, method, shots), {}) for dataset in datasets]
+            common = set(parts[0]).intersection(*parts[1:])
+            if common:
+                means = {seed: statistics.fmean(part[seed] for part in parts) for seed in sorted(common)}
+                cells[AVERAGE, method, shots] = means
+    return cells
+
+
+def bold_cells(cells: Cells, higher: bool = True) -> set[tuple[str, str, int]]:
+    """The cells that are significantly the best of their dataset and number of shots."""
+    found = set()
+    for dataset, shots in dict.fromkeys((dataset, shots) for dataset, _, shots in cells):
+        column = {m: values for (d, m, s), values in cells.items() if (d, s) == (dataset, shots)}
+        best = significantly_best(column, higher)
+        if best is not None:
+            found.add((dataset, best, shots))
+    return found
+
+
+def markdown(cells: Cells, higher: bool = True, digits: int = 1) -> str:
+    """A table per dataset, methods by shots: mean (standard deviation) ± half the 95 % interval."""
+    bold = bold_cells(cells, higher)
+
+    def cell(key: tuple[str, str, int]) -> str:
+        if key not in cells:
+            return ""
+        mean, sd, half, n = summarise(cells[key].values())
+        shown = f"**{mean:.{digits}f}**" if key in bold else f"{mean:.{digits}f}"
+        return shown if n == 1 else f"{shown} ({sd:.{digits}f}) ±{half:.{digits}f}"
+
+    parts = []
+    for dataset, methods, shots in _layout(cells):
+        rows = [[_plain(m), *(cell((dataset, m, k)) for k in shots)] for m in methods]
+        align = ["left", *["right"] * len(shots)]
+        heads = ["method", *(f"{k} shot{'s' * (k != 1)}" if k > 0 else "all images" for k in shots)]
+        table = tabulate(rows, heads, tablefmt="pipe", disable_numparse=True, colalign=align)
+        parts.append(f"### {_plain(dataset)}\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def latex(cells: Cells, higher: bool = True, digits: int = 1) -> str:
+    """A table per dataset for LaTeX with the package booktabs: mean and, as index, the standard deviation."""
+    bold = bold_cells(cells, higher)
+
+    def cell(key: tuple[str, str, int]) -> str:
+        if key not in cells:
+            return ""
+        mean, sd, _, n = summarise(cells[key].values())
+        shown = f"\\mathbf{{{mean:.{digits}f}}}" if key in bold else f"{mean:.{digits}f}"
+        return f"${shown}$" if n == 1 else f"${shown}_{{\\pm {sd:.{digits}f}}}$"
+
+    lines = []
+    for dataset, methods, shots in _layout(cells):
+        lines += [f"% {_plain(dataset)}", f"\\begin{{tabular}}{{l{'r' * len(shots)}}}", "\\toprule"]
+        lines += [" & ".join([_escape(dataset), *(str(k) if k > 0 else "all" for k in shots)]) + " \\\\", "\\midrule"]
+        lines += [" & ".join([_escape(m), *(cell((dataset, m, k)) for k in shots)]) + " \\\\" for m in methods]
+        lines += ["\\bottomrule", "\\end{tabular}", ""]
+    return "\n".join(lines)
+
+
+def comma_separated(cells: Cells, higher: bool = True) -> str:
+    """One row per dataset, method and number of shots, unrounded: mean, sd, bounds of the interval, n, best, values."""
+    bold = bold_cells(cells, higher)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["dataset", "method", "shots", "mean", "sd", "ci95_low", "ci95_high", "n", "best", "seeds"])
+    for (dataset, method, shots), values in cells.items():
+        mean, sd, half, n = summarise(values.values())
+        spread = ["", "", ""] if n == 1 else [sd, mean - half, mean + half]
+        by_seed = " ".join(f"{seed}:{value!r}" for seed, value in sorted(values.items()))
+        writer.writerow([dataset, method, shots, mean, *spread, n, int((dataset, method, shots) in bold), by_seed])
+    return stream.getvalue()
+
+
+def _layout(cells: Cells) -> Iterable[tuple[str, Sequence[str], Sequence[int]]]:
+    for dataset in dict.fromkeys(dataset for dataset, _, _ in cells):
+        methods = list(dict.fromkeys(m for d, m, _ in cells if d == dataset))
+        yield dataset, methods, sorted({k for d, _, k in cells if d == dataset})
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[|\s]+", " ", name)
+
+
+def _escape(name: str) -> str:
+    return re.sub(r"([&%$#_{}])", r"\\\1", re.sub(r"[\\~^\s]+", " ", name))

@@ -1,0 +1,109 @@
+"""Comparisons of methods: real runs, real processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.compare import choose_methods, main, methods_with
+from scripts.grid import Run
+
+ROOT = Path(__file__).parents[2]
+METHODS = "ZeroshotCLIP,LinearProbe"
+
+
+def compare(output: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "scripts/compare.py", "--shots", "1", "--output", str(output), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    result = compare(folder, "--seeds", "1,2", "--trainers", METHODS, "--jobs", "2")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_runs_what_is_missing_and_reads_what_is_there(output):
+    stem = output / "compare" / "digits"
+    with open(f"{stem}.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["method"] for row in rows] == METHODS.split(",")
+    folder = output / "digits" / "LinearProbe" / "tiny_1shots"
+    metrics = [json.loads((folder / f"seed{seed}" / "metrics.json").read_text()) for seed in (1, 2)]
+    assert float(rows[1]["mean"]) == pytest.approx(sum(m["accuracy"] for m in metrics) / 2)
+    assert metrics[0]["params"]["trainable"] == 10 * 128 + 10  # fitted, not trained by gradients
+    assert {path.suffix for path in stem.parent.iterdir()} == {".md", ".csv", ".tex", ".pdf", ".png"}
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("metrics.json")}
+    assert len(before) == 4
+    assert main(["--shots", "1", "--seeds", "1,2", "--trainers", METHODS, "--output", str(output)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("metrics.json")} == before
+
+
+def test_a_finished_run_with_other_settings_is_not_taken(output, capsys):
+    arguments = ["--shots", "1", "--seeds", "1", "--trainers", "LinearProbe", "--output", str(output)]
+    assert main([*arguments, "TRAINER.LINEARPROBE.C", "7.0"]) == 2
+    assert "TRAINER.LINEARPROBE.C" in capsys.readouterr().err
+    assert main([*arguments, "--read-only", "TRAIN.PRINT_FREQ", "3"]) == 0  # that changes no number
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
+    result = compare(tmp_path, "--seeds", "1", "--trainers", METHODS, "TRAINER.LINEARPROBE.C", "-1.0")
+    assert result.returncode == 1
+    assert "failed (2)" in result.stderr and "TRAINER.LINEARPROBE.C" in result.stderr
+    assert "ZeroshotCLIP" in result.stdout and "| LinearProbe" not in result.stdout
+
+
+def test_stopping_stops_the_runs_and_the_same_command_goes_on(tmp_path):
+    command = [sys.executable, "scripts/compare.py", "--shots", "16", "--seeds", "1", "--trainers", "TaskRes"]
+    command += ["--output", str(tmp_path), "OPTIM.MAX_EPOCH", "60", "TRAIN.CHECKPOINT_FREQ", "1"]
+    folder = Run("", "TaskRes", Path("tiny.yaml"), "digits", 16, 1, tmp_path).folder
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("*/model.pth.tar-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.terminate()
+    assert first.wait(60) == 130
+    assert not (folder / "DONE").exists()
+    number = len(list(folder.glob("*/model.pth.tar-*")))
+    time.sleep(0.5)
+    assert len(list(folder.glob("*/model.pth.tar-*"))) == number  # its process has gone too
+    assert subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True).returncode == 0
+    assert (folder / "DONE").exists()
+    assert "Resum" in (folder / "console.txt").read_text() or "resum" in (folder / "console.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dataset", "digit"], "--dataset"),
+        (["--trainers", "DLRCLIPP"], "did you mean"),
+        (["--trainers", "CLIPLoRA", "--config", "rn50"], "rn50.yaml of CLIPLoRA"),
+        (["--config", "nothing"], "--config"),
+        (["--shots", "1,x"], "--shots"),
+        (["--jobs", "0"], "--jobs"),
+        (["--read-only"], "finished runs"),
+        (["OPTIM.LR"], "no value"),
+    ],
+)
+def test_bad_input_is_said_before_any_run(tmp_path, capsys, arguments, message):
+    try:
+        code = main(["--output", str(tmp_path / "none"), *arguments])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_all_methods_are_those_that_leave_the_dataset_open():
+    names = [name for name, _, _ in choose_methods("", "tiny")]
+    assert names == list(methods_with("tiny")) and len(names) >= 16
+    assert {"DLRCLIP", "ZeroshotCLIP", "CoOp", "TipAdapterF", "CLAP"} <= set(names)

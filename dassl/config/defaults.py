@@ -73,6 +73,8 @@ def _dataloader() -> CN:
     node = CN()
     node.NUM_WORKERS = 4  # processes that load images, per loader; capped at the number of CPUs
     node.SKIP_BAD_IMAGES = False  # open every image first and go on without those that cannot be read. Ours
+    # Training: MiB that decoded images may take in each process that loads them; 0: they are decoded every time. Ours
+    node.CACHE_IMAGES = 0
     node.K_TRANSFORMS = 1  # training: how many augmented versions of each image
     node.RETURN_IMG0 = False  # also give the image without augmentation, as img0
     node.TRAIN_X = CN()

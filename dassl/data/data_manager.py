@@ -19,6 +19,7 @@ from dassl.utils import InputError, distributed, read_image
 
 from .bad_images import skip_bad_images
 from .datasets import DatasetBase, Datum, build_dataset
+from .decoded_images import DecodedImages
 from .samplers import PlannedSampler, build_sampler
 from .sharding import SeededItems, SharedBatches
 from .transforms import INTERPOLATION_MODES, build_transform, to_float_tensor
@@ -224,7 +225,7 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
         cfg: the run's config.
         data_source: the items.
         transform: a transform or a list of them.
-        is_train: whether K_TRANSFORMS counts.
+        is_train: whether K_TRANSFORMS and CACHE_IMAGES count.
     """
 
     def __init__(
@@ -240,6 +241,10 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
         self.is_train = is_train
         self.k_tfm = cfg.DATALOADER.K_TRANSFORMS if is_train else 1
         self.return_img0 = cfg.DATALOADER.RETURN_IMG0
+        megabytes = cfg.DATALOADER.CACHE_IMAGES
+        if megabytes < 0:
+            raise InputError(f"Expected DATALOADER.CACHE_IMAGES to be 0 or more but got {megabytes}")
+        self._read = DecodedImages(megabytes * 2**20).read if is_train and megabytes else read_image
         if self.k_tfm > 1 and transform is None:
             raise InputError(f"Expected a transform to make {self.k_tfm} versions of each image but got none")
         steps: list[Any] = [
@@ -255,7 +260,7 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         item = self.data_source[idx]
-        image = read_image(item.impath)
+        image = self._read(item.impath)
         output: dict[str, Any] = {
             "label": item.label,
             "domain": item.domain,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,8 @@ from dassl.config import get_cfg_default
 from dassl.data import DataManager, DatasetWrapper
 from dassl.data import data_manager as module
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
-from dassl.utils import InputError
+from dassl.data.decoded_images import DecodedImages
+from dassl.utils import InputError, read_image
 
 
 @pytest.fixture
@@ -244,3 +247,76 @@ def test_img0(cfg, files):
     )
     cfg.INPUT.TRANSFORMS = ()
     assert DatasetWrapper(cfg, files, transform=lambda image: 1)[0]["img0"].abs().max() == 0
+
+
+# ------------------------------------------------------------------------------------- decoded images in memory
+
+
+def epochs_of_noise(cfg, files, count):
+    """Images of `count` epochs under random transforms, as one run has them."""
+    cfg.INPUT.TRANSFORMS = ("random_resized_crop", "colorjitter", "normalize")
+    manager = DataManager(cfg)
+    for epoch in range(count):
+        manager.set_epoch(epoch)
+        torch.manual_seed(epoch)
+        yield torch.cat([batch["img"] for batch in manager.train_loader_x])
+
+
+@pytest.fixture
+def photos(files):
+    """The images with other shapes and noise, some grey, some turned by EXIF."""
+    for number, item in enumerate(files):
+        rng = np.random.default_rng(number)
+        image = Image.fromarray(rng.integers(256, size=(20, 10 + number, 3), dtype=np.uint8))
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number % 3 == 0 else 1
+        (image.convert("L") if number % 2 else image).save(item.impath, exif=exif)
+    return files
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_in_memory_give_the_same_numbers(cfg, photos, workers):
+    cfg.DATALOADER.NUM_WORKERS = workers
+    plain = list(epochs_of_noise(cfg, photos, 3))
+    cfg.DATALOADER.CACHE_IMAGES = 1
+    kept = list(epochs_of_noise(cfg, photos, 3))
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+    assert not torch.equal(plain[0], plain[1])
+
+
+def test_images_in_memory_are_decoded_once(cfg, photos):
+    cfg.DATALOADER.CACHE_IMAGES = 1
+    cfg.DATALOADER.TRAIN_X.BATCH_SIZE = 10
+    run = epochs_of_noise(cfg, photos, 2)
+    next(run)
+    for item in photos:
+        os.remove(item.impath)
+    assert next(run).shape == (10, 3, 8, 8)
+
+
+def test_what_finds_no_room_in_memory_is_decoded_again(photos):
+    first, second, third = (photos[number].impath for number in (0, 2, 1))  # the second is larger than the third
+    images = DecodedImages(sum(np.asarray(read_image(path)).nbytes for path in (first, third)))
+    for path in (first, second, third):
+        images.read(path)
+        os.remove(path)
+    for path in (first, third):
+        images.read(path).putpixel((0, 0), (1, 2, 3))  # what a caller does to an image stays his
+        assert images.read(path).getpixel((0, 0)) != (1, 2, 3)
+    with pytest.raises(InputError, match="found no file"):
+        images.read(second)
+
+
+def test_test_images_are_not_kept_in_memory(cfg, files):
+    cfg.DATALOADER.CACHE_IMAGES = 1
+    loader = DataManager(cfg).test_loader
+    list(loader)
+    os.remove(files[10].impath)
+    with pytest.raises(InputError, match="found no file"):
+        list(loader)
+
+
+def test_negative_memory_is_named(cfg):
+    cfg.DATALOADER.CACHE_IMAGES = -1
+    with pytest.raises(InputError, match="DATALOADER.CACHE_IMAGES"):
+        DataManager(cfg)

@@ -1,0 +1,35 @@
+"""Decoded images in memory, for training sets that are small and gone through often."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from dassl.utils import read_image
+
+__all__ = ["DecodedImages"]
+
+
+class DecodedImages:
+    """Reads images and keeps their pixels, 3 bytes each, while there is room; what found no room is decoded each time.
+
+    Which images are kept does not matter, as every epoch goes through all of them; so none is thrown out for another.
+
+    Args:
+        limit: bytes that all pixels may take, in each process that loads images.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+        self._pixels: dict[str, np.ndarray] = {}
+
+    def read(self, path: str) -> Image.Image:
+        """The image as ``read_image`` gives it; the caller may change it."""
+        known = self._pixels.get(path)
+        if known is not None:
+            return Image.fromarray(known)  # a copy
+        image = read_image(path)
+        if image.width * image.height * 3 <= self._left:
+            self._pixels[path] = np.array(image)
+            self._left -= self._pixels[path].nbytes
+        return image

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
 from ..evaluate import Evaluation
 from .base import HookBase
+
+logger = logging.getLogger(__name__)
 
 
 class Timing(HookBase):
@@ -14,6 +17,7 @@ class Timing(HookBase):
 
     def __init__(self) -> None:
         self.train_seconds = 0.0
+        self.data_seconds = 0.0  # of these
         self.images = 0
         self.test_seconds: dict[str, float] = {}  # by split
         self._mark = time.perf_counter()
@@ -22,7 +26,9 @@ class Timing(HookBase):
         self._mark = time.perf_counter()
 
     def before_step(self, trainer: Any) -> None:
-        trainer.stats.data_time.update(time.perf_counter() - self._mark)
+        waited = time.perf_counter() - self._mark
+        trainer.stats.data_time.update(waited)
+        self.data_seconds += waited
 
     def after_step(self, trainer: Any) -> None:
         now = time.perf_counter()
@@ -31,20 +37,47 @@ class Timing(HookBase):
         self.images += trainer.stats.images
         self._mark = now
 
+    def after_epoch(self, trainer: Any) -> None:
+        data, whole = trainer.stats.data_time.sum, trainer.stats.batch_time.sum
+        if whole > 0:
+            trainer.write_scalar("train/data_share", data / whole, trainer.global_step)
+
+    def after_train(self, trainer: Any) -> None:
+        if self.train_seconds > 0:
+            share = 100 * self.data_share
+            logger.info("Waiting for data: %.1f s of %.1f s (%.0f%%)", self.data_seconds, self.train_seconds, share)
+
+    @property
+    def data_share(self) -> float:
+        """Share of the training time in which there was no batch to train on, in [0, 1]."""
+        return self.data_seconds / self.train_seconds if self.train_seconds > 0 else 0.0
+
     def after_test(self, trainer: Any, evaluation: Evaluation) -> None:
         self.test_seconds[evaluation.split] = self.test_seconds.get(evaluation.split, 0.0) + evaluation.seconds
 
     def summary(self) -> dict[str, float]:
-        """train_seconds, images_per_second of training, and <split>_seconds."""
+        """train_seconds, images_per_second of training, data_seconds (waiting) and data_share, and <split>_seconds."""
         speed = self.images / self.train_seconds if self.train_seconds > 0 else 0.0
         splits = {f"{split}_seconds": seconds for split, seconds in self.test_seconds.items()}
-        return {"train_seconds": self.train_seconds, "images_per_second": speed, **splits}
+        return {
+            "train_seconds": self.train_seconds,
+            "images_per_second": speed,
+            "data_seconds": self.data_seconds,
+            "data_share": self.data_share,
+            **splits,
+        }
 
     def state_dict(self, trainer: Any) -> dict[str, Any]:
-        return {"train_seconds": self.train_seconds, "images": self.images, "test_seconds": self.test_seconds}
+        return {
+            "train_seconds": self.train_seconds,
+            "data_seconds": self.data_seconds,
+            "images": self.images,
+            "test_seconds": self.test_seconds,
+        }
 
     def load_state_dict(self, trainer: Any, state: dict[str, Any]) -> None:
         self.train_seconds = state["train_seconds"]
+        self.data_seconds = state.get("data_seconds", 0.0)  # older checkpoints lack it
         self.images = state["images"]
         self.test_seconds = dict(state["test_seconds"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def test_a_run_leaves_its_records(build, pictures, tmp_path):
     assert metrics["selected"] == {"beta": {"value": 0.5, "on": "val", "n": 6}}
     assert metrics["params"] == {"trainable": 12, "total": 12}
     assert metrics["epochs"] == 3 and metrics["mode"] == "train"
-    assert set(metrics["timing"]) == {"train_seconds", "images_per_second", "test_seconds"}
+    timing = metrics["timing"]
+    assert set(timing) == {"train_seconds", "images_per_second", "data_seconds", "data_share", "test_seconds"}
     assert metrics["train"]["loss"] == trainer.stats.losses.meters["loss"].avg
 
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -70,6 +72,33 @@ def test_two_runs_are_equal(build, tmp_path):
         metrics = metrics_of(tmp_path / output)
         records.append({key: metrics[key] for key in ("accuracy", "test", "train", "params")})
     assert records[0] == records[1]
+
+
+def test_share_of_time_spent_waiting_for_data(build, tmp_path, caplog):
+    caplog.set_level("INFO")
+    trainer = build("Linear", "OPTIM.MAX_EPOCH", 2)
+    loader, step = trainer.train_loader_x, trainer.forward_backward
+
+    def slow_batches():
+        for batch in loader:
+            time.sleep(0.06)
+            yield (batch,)
+
+    def slow_step(batch):
+        time.sleep(0.02)
+        return step(batch)
+
+    trainer.train_batches, trainer.forward_backward = slow_batches, slow_step
+    trainer.train()
+    timing = metrics_of(tmp_path / "run")["timing"]
+    steps = 2 * len(loader)
+    assert 0.06 * steps <= timing["data_seconds"] <= timing["train_seconds"] - 0.02 * steps
+    assert timing["data_share"] == timing["data_seconds"] / timing["train_seconds"]
+    shares = events(tmp_path / "run").Scalars("train/data_share")
+    assert [event.step for event in shares] == [len(loader) - 1, steps - 1]
+    assert all(0 < event.value < 1 for event in shares)
+    (line,) = [message for message in caplog.messages if message.startswith("Waiting for data: ")]
+    assert line.endswith(f"({100 * timing['data_share']:.0f}%)")
 
 
 def events(folder) -> EventAccumulator:

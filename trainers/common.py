@@ -107,7 +107,9 @@ class CLIPTrainer(TrainerX):
 
     def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """-> images [B, 3, H, W] and labels [B], on the device."""
-        return batch["img"].to(self.device), batch["label"].to(self.device)
+        images, labels = batch["img"], batch["label"]
+        # From pinned memory the copy goes on while the program does.
+        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def no_validation(self) -> str:
         """Why there is nothing to choose on, or "". Test images that a reader hands out as validation do not count."""

@@ -153,16 +153,19 @@ class FeatureLoader:
 
     With a slot it finds features of an earlier run there, and keeps them there.
 
-    Batches carry "feature" [B, E] beside what they had; from memory, they have "feature", "label" and "impath" only.
+    Batches carry "feature" [B, E] beside what they had; from memory, they have "feature", "label" and "impath" only,
+    unless `images` are asked for, by methods that need both.
 
     Args:
         loader: batches with "img", "label" and "impath", always in the same order.
         encode: images [B, 3, H, W] -> normalised features [B, E].
         slot: where the features of these images are kept between runs, if anywhere.
+        images: load the images in every pass; "index" in a batch says which rows of the features are theirs.
     """
 
-    def __init__(self, loader: Any, encode: Encode, slot: Slot | None = None) -> None:
+    def __init__(self, loader: Any, encode: Encode, slot: Slot | None = None, images: bool = False) -> None:
         self.loader = loader
+        self.images = images
         self.dataset: Sized = getattr(loader, "dataset", ())
         self.encode = encode
         self.slot = slot
@@ -177,7 +180,9 @@ class FeatureLoader:
             known = self.all()
             return (_pick(known, torch.tensor(rows, device=known.labels.device)) for rows in self._batches)
         self._recall()
-        return self._from_memory(self._known) if self._known is not None else self._stream()
+        if self._known is None:
+            return self._stream()
+        return self._beside_images(self._known) if self.images else self._from_memory(self._known)
 
     def all(self) -> FeatureSet:
         """The features of all images."""
@@ -208,6 +213,10 @@ class FeatureLoader:
         self._known = collect_features(seen, self.encode)
         if self.slot is not None:
             self.slot.save(self._known.values)
+
+    def _beside_images(self, known: FeatureSet) -> Iterator[Batch]:
+        for batch in self.loader:
+            yield {**batch, "feature": known.values[0, batch["index"].to(known.values.device)]}
 
     def _from_memory(self, known: FeatureSet) -> Iterator[Batch]:
         size = getattr(self.loader, "batch_size", None) or len(known)

@@ -83,6 +83,39 @@ def test_loader_encodes_once_and_only_complete_passes_count():
     assert len(loader.all()) == 7
 
 
+class Memory:
+    """A slot that has what has been saved."""
+
+    def __init__(self):
+        self.known = None
+
+    def load(self):
+        return self.known
+
+    def save(self, values):
+        self.known = FeatureSet(values, torch.arange(7) % 3, [f"{i}.png" for i in range(7)])
+
+
+class Numbered(Images):
+    def __getitem__(self, i):
+        return {**super().__getitem__(i), "index": i}
+
+
+def test_images_and_features_together_from_the_first_pass_and_from_a_slot():
+    calls, slot = [], Memory()
+    loader = DataLoader(Numbered(), batch_size=3)
+
+    def passes():
+        features = FeatureLoader(loader, lambda x: calls.append(len(x)) or encode(x), slot, images=True)
+        return [list(features) for _ in range(2)]
+
+    plain = [(batch["img"], encode(batch["img"])) for batch in loader]
+    for batches in (*passes(), *passes()):
+        for batch, (images, features) in zip(batches, plain, strict=True):
+            assert torch.equal(batch["img"], images) and torch.equal(batch["feature"], features)
+    assert calls == [3, 3, 1]
+
+
 def test_loader_regrouped():
     loader = FeatureLoader(DataLoader(Images(), batch_size=3), encode)
     loader.regroup([[0, 6, 2, 2], [1]])

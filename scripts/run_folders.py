@@ -68,7 +68,7 @@ def find_runs(places: Iterable[str | Path]) -> tuple[list[Run], list[Path]]:
         marks = {path.parent for name in ("config.yaml", "metrics.json") for path in folder.rglob(name)}
         for run in sorted(marks):
             if (run / "DONE").is_file() and (run / "metrics.json").is_file():
-                finished.setdefault(run.resolve(), Run(run, _read_metrics(run / "metrics.json"), label))
+                finished.setdefault(run.resolve(), Run(run, read_metrics(run / "metrics.json"), label))
             else:
                 unfinished[run] = None
     return list(finished.values()), list(unfinished)
@@ -81,7 +81,8 @@ def split_label(place: str | Path) -> tuple[str, Path]:
     return (label, Path(folder)) if equals and not Path(text).exists() else ("", Path(text))
 
 
-def _read_metrics(path: Path) -> dict[str, Any]:
+def read_metrics(path: Path) -> dict[str, Any]:
+    """The content of a metrics.json."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -151,6 +151,7 @@ def _test() -> CN:
     node.PER_CLASS_RESULT = False
     node.COMPUTE_CMAT = False  # save the confusion matrix to cmat.pt
     node.NO_TEST = False  # do not test after training
+    node.PREDICTIONS_MB = 20  # at most so many million bytes of predictions for figures go to the run's folder; 0: none
     node.SPLIT = "test"  # test or val
     node.FINAL_MODEL = "last_step"  # last_step or best_val
     return node

@@ -20,6 +20,8 @@ from dassl.data.sharding import share_of
 from dassl.evaluation import HeadMetrics
 from dassl.utils import distributed
 
+from .predictions import Predictions, Recorder
+
 HeadsFn = Callable[[Any], "tuple[dict[str, Tensor], Tensor]"]
 
 
@@ -46,6 +48,7 @@ class Evaluation:
     seconds: float = 0.0
     confusion: Tensor | None = None  # [C, C] counts of the main head, rows true
     examples: list[Example] = field(default_factory=list)
+    predictions: Predictions | None = None  # of a run's last test
 
 
 def spread(total: int, count: int) -> set[int]:
@@ -72,6 +75,7 @@ def run_pass(
     process: Callable[[Tensor, Tensor], None],
     num_examples: int = 0,
     keep_bar: bool = True,
+    recorder: Recorder | None = None,
 ) -> None:
     """Fill ``evaluation`` from one pass.
 
@@ -85,6 +89,7 @@ def run_pass(
         process: called with the main head's logits and the labels of each batch.
         num_examples: how many images to keep, spread over the split.
         keep_bar: leave the progress bar on the screen at the end.
+        recorder: takes all logits, and what ``forward`` told it of the batch.
     """
     metrics: dict[str, HeadMetrics] = {}
     start = time.perf_counter()
@@ -101,6 +106,8 @@ def run_pass(
         if share:
             labels = distributed.gather_rows(labels, share.counts)
             heads = {name: distributed.gather_rows(logits, share.counts) for name, logits in heads.items()}
+        if recorder is not None:
+            recorder.add(heads, labels, share)
         process(heads[evaluation.main], labels)
         for name, logits in heads.items():
             if name not in metrics:

@@ -4,6 +4,8 @@ What a subclass may offer beyond upstream's methods, all of it optional:
 
 * ``model_heads(input) -> dict[str, Tensor]``: logits [B, C] of several heads; without it there is the head "main".
 * ``main_head``: the name of the head that counts as the method's accuracy (default: the first).
+* ``model_report(input) -> dict``: what figures show beside the logits, of test images: ``heads`` as model_heads gives
+  them, ``values`` (name -> [B] or [B, 1]) and ``features`` (branch -> [B, E]); see predictions.py.
 * ``reference_head``: the name of the head that pictures show as "before".
 * ``fitted_parameters``: how many numbers it fits without gradients, which count as trained ones.
 * ``selected``: what was chosen, on what: ``{"beta": {"value": 0.4, "on": "val", "n": 40}}``.
@@ -38,6 +40,7 @@ from .hooks import HookBase, build_hooks
 from .hooks.losses import as_numbers, check_finite
 from .net import SimpleNet
 from .parallel import copy_from_main, own_draws
+from .predictions import MEGABYTE, Recorder
 from .state import EpochStats, count_images
 
 logger = logging.getLogger(__name__)
@@ -90,6 +93,7 @@ class SimpleTrainer(TrainerBase):
             ("OPTIM.MAX_EPOCH", cfg.OPTIM.MAX_EPOCH, 0),
             ("TRAIN.PRINT_FREQ", cfg.TRAIN.PRINT_FREQ, 1),
             ("TRAIN.CHECKPOINT_FREQ", cfg.TRAIN.CHECKPOINT_FREQ, 0),
+            ("TEST.PREDICTIONS_MB", cfg.TEST.PREDICTIONS_MB, 0),
         ):
             if value < least:
                 raise InputError(f"Expected {key} to be at least {least} but got {value}")
@@ -260,14 +264,20 @@ class SimpleTrainer(TrainerBase):
         self.evaluator.reset()
         logger.info("Evaluate on the *%s* set", split)
         evaluation = Evaluation(split, getattr(self, "main_head", ""))
+        limit = 0 if self.phase == "train" else self.cfg.TEST.PREDICTIONS_MB * MEGABYTE
+        recorder = Recorder(len(getattr(loader, "dataset", ())), limit, self.cfg.SEED) if limit else None
         run_pass(
             loader,
-            self._infer,
+            lambda batch: self._infer(batch, recorder),
             evaluation,
             self.evaluator.process,
             num_examples=NUM_EXAMPLES if self.phase == "final" else 0,
             keep_bar=self.phase != "train",
+            recorder=recorder,
         )
+        if recorder is not None:
+            before = getattr(self, "reference_head", "")
+            evaluation.predictions = recorder.finish(split, evaluation.main, before, self.lab2cname)
         evaluation.heads_kway = self._heads_kway(loader, evaluation)
         results = self.evaluator.evaluate()
         if self.phase == "train" and len(evaluation.heads) > 1:  # otherwise the closing lines have the table
@@ -311,13 +321,19 @@ class SimpleTrainer(TrainerBase):
             raise InputError(f"Expected a {split} set for {asked_by} but the dataset {self.cfg.DATASET.NAME} has none")
         return loader
 
-    def _infer(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """Logits [B, C] by head, and labels [B], of a test batch."""
+    def _infer(self, batch: Any, recorder: Recorder | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """Logits [B, C] by head, and labels [B], of a test batch; what else there is goes to the recorder."""
         input, label = self.parse_batch_test(batch)
         model_heads = getattr(self, "model_heads", None)
+        model_report = None if recorder is None else getattr(self, "model_report", None)
         with self.precision.autocast():
-            output = self.model_inference(input) if model_heads is None else model_heads(input)
-        return as_heads(output), label
+            report = {} if model_report is None else model_report(input)
+            if model_report is None:
+                report["heads"] = self.model_inference(input) if model_heads is None else model_heads(input)
+        if recorder is not None:
+            paths = batch.get("impath") if isinstance(batch, dict) else None
+            recorder.tell(paths, report.get("values"), report.get("features"))
+        return as_heads(report["heads"]), label
 
     def model_inference(self, input: Any) -> Any:
         """Logits [B, C]."""

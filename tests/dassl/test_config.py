@@ -21,7 +21,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_defaults_are_upstreams_and_five_of_ours():
+def test_defaults_are_upstreams_and_six_of_ours():
     cfg = get_cfg_default()
     assert (cfg.OPTIM.ADAM_EPS, cfg.OPTIM.LR_UNIT, cfg.DATALOADER.SKIP_BAD_IMAGES, cfg.DIST.TIMEOUT) == (
         1e-8,
@@ -30,7 +30,8 @@ def test_defaults_are_upstreams_and_five_of_ours():
         10,
     )
     assert cfg.DATALOADER.CACHE_IMAGES == 0
-    assert leaves(cfg) == 135 + 5
+    assert cfg.TEST.PREDICTIONS_MB == 20
+    assert leaves(cfg) == 135 + 6
     assert leaves(cfg.TRAINER) == 45
     assert cfg.OPTIM.WEIGHT_DECAY == 5e-4 and cfg.SEED == -1 and cfg.INPUT.SIZE == (224, 224)
 

@@ -302,10 +302,13 @@ class DLRCLIPNetwork(nn.Module):
         assert features is not None
         return FrozenPart(features, hidden if self.learner.cma is not None else None)
 
-    def branches(
+    def image_features(
         self, images: Tensor | None, features: Tensor | None = None, hidden: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """-> (clip_logits, cma_logits), each [B, C]; gradients in the second only. Arguments as `forward`'s."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> normalised features [B, E] of the frozen and of the adapted branch (None: CMA is off), fp32.
+
+        Gradients are in the second only. Arguments as `forward`'s.
+        """
         visual, cma, training = self.clip.visual, self.learner.cma, self.learner.training
         seen = out = None
         with torch.no_grad():
@@ -317,12 +320,16 @@ class DLRCLIPNetwork(nn.Module):
                 run = self._train_frozen if training else self._run_frozen
                 seen, out, computed = run(hidden, features is None)
                 features = computed if features is None else features
-            assert features is not None
-            clip_logits = self._logits(features, self.zeroshot)
+        assert features is not None
         if cma is None or seen is None or out is None:
-            return clip_logits, clip_logits
-        adapted = (self._train_adapted if training else self._run_adapted)(cma, seen, out)
-        return clip_logits, self._logits(adapted, self.text_features())
+            return features, None
+        return features, (self._train_adapted if training else self._run_adapted)(cma, seen, out)
+
+    def branches(self, frozen: Tensor, adapted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Features of `image_features` -> (clip_logits, cma_logits), each [B, C]; gradients in the second only."""
+        with torch.no_grad():
+            clip_logits = self._logits(frozen, self.zeroshot)
+        return clip_logits, clip_logits if adapted is None else self._logits(adapted, self.text_features())
 
     def forward(
         self, images: Tensor | None = None, *, features: Tensor | None = None, hidden: Tensor | None = None
@@ -336,10 +343,13 @@ class DLRCLIPNetwork(nn.Module):
             features: normalised features [B, E] of zero-shot CLIP, fp32, where they are known: its blocks are not run.
             hidden: what enters the first adapted block, where it is known; see `frozen_part`.
         """
-        learner = self.learner
-        if learner.training and self.classnames != learner.classnames:
+        if self.learner.training and self.classnames != self.learner.classnames:
             raise ValueError("Expected to train on the class list that the learner was made for but got another one")
-        clip_logits, cma_logits = self.branches(images, features, hidden)
+        return self._outputs(*self.image_features(images, features, hidden))
+
+    def _outputs(self, frozen: Tensor, adapted: Tensor | None) -> dict[str, Tensor]:
+        learner = self.learner
+        clip_logits, cma_logits = self.branches(frozen, adapted)
         glr_logits, alpha = clip_logits, None
         if self.seen:
             if learner.glr is not None:
@@ -360,8 +370,18 @@ class DLRCLIPNetwork(nn.Module):
     @torch.no_grad()
     def heads(self, images: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
         """Logits [B, C] of the five heads; the learner must be in evaluation mode. Arguments as `forward`'s."""
-        outputs = self(images, features=features)
-        return {head: outputs[head] for head in HEADS}
+        return self.report(images, features)["heads"]
+
+    @torch.no_grad()
+    def report(self, images: Tensor, features: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
+        """`heads`, `values` (alpha, weight, [B, 1]) and `features` (clip, cma, [B, E]). Arguments as `forward`'s."""
+        frozen, adapted = self.image_features(images, features)
+        outputs = self._outputs(frozen, adapted)
+        return {
+            "heads": {head: outputs[head] for head in HEADS},
+            "values": {name: outputs[name] for name in ("alpha", "weight") if name in outputs},
+            "features": {"clip": frozen} if adapted is None else {"clip": frozen, "cma": adapted},
+        }
 
     def losses(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """The named losses, each times its weight; one that is switched off is absent. Their sum is to be minimised."""

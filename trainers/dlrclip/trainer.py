@@ -36,8 +36,8 @@ NOT_CHOSEN = "mean learnt w (beta was not chosen)"
 class DLRCLIP(CLIPTrainer):
     """Few-shot adaptation of CLIP by a cross-modal adapter and a gated logit refiner.
 
-    What the engine may ask for beside the usual methods: `model_heads`, `main_head`, `reference_head`, `selected`,
-    `bind_classes`.
+    What the engine may ask for beside the usual methods: `model_heads`, `model_report`, `main_head`, `reference_head`,
+    `selected`, `bind_classes`.
     """
 
     network: DLRCLIPNetwork
@@ -147,6 +147,11 @@ class DLRCLIP(CLIPTrainer):
         """Images [B, 3, H, W] -> logits [B, C] of all five heads."""
         with self._autocast():
             return self.network.heads(input)
+
+    def model_report(self, input: Tensor) -> dict[str, dict[str, Tensor]]:
+        """The heads with what figures show beside them: alpha, w and image features of each branch."""
+        with self._autocast():
+            return self.network.report(input)
 
     def bind_classes(self, classnames: Sequence[str], class_indices: Sequence[int] | None = None) -> bool:
         """Sets the class list that logits are for; True when it is a part of the training classes (see the network)."""

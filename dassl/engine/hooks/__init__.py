@@ -9,6 +9,7 @@ from .checkpoint import BestModel, Checkpoint
 from .console import ConsoleLine
 from .evaluation import FinalTest
 from .losses import Losses
+from .predictions import Predictions
 from .progress import ProgressBar
 from .results import Results
 from .tensorboard import TensorBoard
@@ -22,6 +23,7 @@ __all__ = [
     "HookBase",
     "LearningRate",
     "Losses",
+    "Predictions",
     "ProgressBar",
     "Results",
     "TensorBoard",
@@ -41,10 +43,13 @@ def build_hooks(cfg: Any) -> list[HookBase]:
     * BestModel before Checkpoint: the file written last is the one resumed from, and it must know the new best result.
     * Checkpoint before TensorBoard: resuming decides at which step the event file goes on.
     * FinalTest before TensorBoard: the hyper-parameter tab shows the test result.
+    * Predictions after Results, which knows whether an evaluation goes beside a training run's files.
     """
     timing, losses, best = Timing(), Losses(), BestModel()
+    results = Results(timing, losses, best)
     return [
-        Results(timing, losses, best),
+        results,
+        Predictions(results),
         timing,
         LearningRate(),
         losses,

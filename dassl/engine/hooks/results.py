@@ -46,15 +46,15 @@ class Results(HookBase):
         self._timing = timing
         self._losses = losses
         self._best = best
-        self._aside = False
+        self.aside = False  # evaluating only, in the folder of a training run
 
     def start(self, trainer: Any) -> None:
         folder = Path(trainer.output_dir)
         if trainer.writes_files:
             folder.mkdir(parents=True, exist_ok=True)
         training = trainer.phase != "idle"
-        self._aside = not training and is_training_run(folder)
-        if self._aside:
+        self.aside = not training and is_training_run(folder)
+        if self.aside:
             return
         names = list(trainer.lab2cname.values())
         if is_training_run(folder):
@@ -76,10 +76,10 @@ class Results(HookBase):
             return
         folder = Path(trainer.output_dir)
         metrics = self.metrics(trainer)
-        name = EVAL_METRICS if self._aside else METRICS
+        name = EVAL_METRICS if self.aside else METRICS
         _write_json(folder / name, metrics)
         self._closing_lines(trainer, folder)
-        if not self._aside:
+        if not self.aside:
             finished = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             _write_json(folder / DONE, {"finished": finished, "metrics": name})
 

@@ -1,0 +1,32 @@
+"""The file that figures are drawn from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..evaluate import Evaluation
+from ..predictions import EVAL_PREDICTIONS, PREDICTIONS, save_predictions
+from .base import HookBase
+from .results import Results
+
+
+class Predictions(HookBase):
+    """predictions.safetensors after the last test; see dassl/engine/predictions.py.
+
+    Evaluating only, into a folder that holds a training run, writes predictions-eval.safetensors.
+    """
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+
+    def _path(self, trainer: Any) -> Path:
+        return Path(trainer.output_dir) / (EVAL_PREDICTIONS if self._results.aside else PREDICTIONS)
+
+    def start(self, trainer: Any) -> None:
+        if trainer.writes_files:
+            self._path(trainer).unlink(missing_ok=True)  # an earlier run's would not go with the metrics to come
+
+    def after_test(self, trainer: Any, evaluation: Evaluation) -> None:
+        if evaluation.predictions is not None and trainer.writes_files:
+            save_predictions(self._path(trainer), evaluation.predictions)

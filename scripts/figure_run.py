@@ -1,0 +1,63 @@
+"""What scripts share that draw one figure from one finished run's folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dassl.engine.predictions import Predictions, load_predictions
+from scripts.figure_style import add_output_options, save
+
+
+def open_predictions(run: Path) -> Predictions:
+    """The predictions of a finished run.
+
+    Args:
+        run: its folder, or a file of predictions in it (`predictions-eval.safetensors`, say).
+
+    Raises:
+        ValueError: the run has not finished, or left no such file.
+    """
+    if not run.exists():
+        raise ValueError(f"Expected the folder of a run but there is no {run}")
+    if run.is_dir() and not (run / "DONE").is_file():
+        raise ValueError(f"Expected a finished run but {run} has no DONE")
+    return load_predictions(run)
+
+
+def figure_main(
+    doc: str,
+    name: str,
+    draw: Callable[[argparse.Namespace], Figure],
+    argv: Sequence[str] | None,
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> int:
+    """The command line of such a script; returns the exit code.
+
+    Args:
+        doc: the help text.
+        name: of the figure, which goes to `RUN/figures/<name>` by default.
+        draw: makes it from the arguments, of which `run` is the run's folder.
+        argv: the command line; None: the process's.
+        add_options: adds the script's own options.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    add_options(parser)
+    add_output_options(parser, f"RUN/figures/{name}")
+    args = parser.parse_args(argv)
+    try:
+        figure = draw(args)
+        folder = args.run if args.run.is_dir() else args.run.parent
+        for path in save(figure, args.output or folder / "figures" / name, args.formats):
+            print(path)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -94,17 +94,19 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def write_figure(figure: Figure, target: Any, kind: str) -> None:
+    """Writes a figure as "pdf", "svg" or "png" to a path or a binary stream; the moment of writing is left out."""
+    metadata: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
+    with style():
+        figure.savefig(target, format=kind, metadata=metadata[kind])
+
+
 def save(figure: Figure, stem: Path, formats: Sequence[str] = ("pdf", "png")) -> list[Path]:
     """Writes `<stem>.<format>` for each format and returns the paths; folders are made as needed."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    # Moments of writing are left out of the files.
-    metadata: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
-    paths = []
-    for name in formats:
-        path = stem.with_name(f"{stem.name}.{name}")
-        with style():
-            figure.savefig(path, format=name, metadata=metadata[name])
-        paths.append(path)
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in formats]
+    for path, kind in zip(paths, formats, strict=True):
+        write_figure(figure, path, kind)
     return paths
 
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +122,21 @@ def test_many_classes_take_little() -> None:
     assert predictions is not None and predictions.logits is None and predictions.classnames[999] == "999"
     per_image = sum(getattr(predictions, name).nbytes for name in ("labels", "top", "true", "rival", "logsumexp")) / 100
     assert per_image * 50_000 < 6_000_000
+
+
+def test_two_processes_record_what_one_does(tmp_path) -> None:
+    worker = [sys.executable, str(Path(__file__).parents[2] / "helpers" / "predictions_worker.py"), str(tmp_path)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{**job, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    running = [subprocess.Popen(worker, env={**os.environ, **more}) for more in ({}, *ranks)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    one, first, second = ((tmp_path / name).read_bytes() for name in ("0-of-1", "0-of-2", "1-of-2"))
+    assert one == first == second
+    alone = load_predictions(tmp_path / "0-of-1")
+    assert len(alone.labels) == len(alone.rows) == len(alone.paths or ()) == 23
 
 
 def test_something_else_is_refused(tmp_path) -> None:

@@ -199,6 +199,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"Activations as published : accelerated (and its {gigabytes(result['memory']['fresh']['resident'])} of "
         f"constants) = {result['peak_memory_ratio']:.1f}."
     ]
+    for name in ("fresh", "views"):
+        shares = [f"{row['operator'].removeprefix('aten::')} {row['share']:.0%}" for row in result["profile"][name]]
+        lines += ["", f"Where the time goes ({names[name]}): {', '.join(shares[:7])}."]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The configuration keys of DLR-CLIP: TRAINER.DLRCLIP.*, and their check."""
+"""The configuration keys of DLR-CLIP, TRAINER.DLRCLIP.* and INPUT.VIEWS*, and their check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ PRECISIONS = ("fp32", "fp16", "amp", "bf16")
 
 
 def add_dlrclip_config(cfg: Any) -> None:
-    """Adds TRAINER.DLRCLIP to `cfg` unless it is there. "source" below is the published method and its code."""
+    """Adds the keys to `cfg` unless they are there. "source" below is the published method and its code."""
+    if "INPUT" in cfg and "VIEWS" not in cfg.INPUT:
+        # Seeded augmentations of each training image; epoch e uses view e mod VIEWS. What the frozen blocks make of a
+        # view is computed once and kept. 0: fresh augmentation in every epoch, as in the source.
+        cfg.INPUT.VIEWS = 0
+        cfg.INPUT.VIEWS_MEMORY = 4.0  # GiB of RAM (in each process) to keep it in, at least 0; more goes to a file
     if "DLRCLIP" in cfg.TRAINER:
         return
     node = type(cfg)()
@@ -100,13 +105,16 @@ def _check_choice(node: Any, key: str, choices: tuple[str, ...]) -> None:
 
 
 def check_dlrclip_config(cfg: Any) -> None:
-    """Checks every key of TRAINER.DLRCLIP; needs neither CLIP nor data.
+    """Checks every key of TRAINER.DLRCLIP, and INPUT.VIEWS*; needs neither CLIP nor data.
 
     Raises:
         ValueError: naming the key, what was expected and what came.
     """
     if "DLRCLIP" not in cfg.TRAINER:
         raise ValueError("Expected the configuration to have a node TRAINER.DLRCLIP but got none: call extend_cfg(cfg)")
+    if "VIEWS" in cfg.INPUT:
+        _check_whole(cfg.INPUT, "VIEWS", 0, path="INPUT")
+        _check_number(cfg.INPUT, "VIEWS_MEMORY", 0, path="INPUT")
     node = cfg.TRAINER.DLRCLIP
     for key in ("CMA", "GLR", "SKD", "CHECKPOINTING", "COMPILE"):
         if not isinstance(node[key], bool):

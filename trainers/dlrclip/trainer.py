@@ -24,7 +24,8 @@ from ..common import CLIPTrainer, build_optimizer_with_eps, checkpoint_path, cou
 from ..learner import FACTS, unpack_record
 from .config import add_dlrclip_config, check_dlrclip_config
 from .glr import best_beta
-from .network import DLRCLIPNetwork
+from .network import DLRCLIPNetwork, FrozenPart
+from .views import GIB, ViewLoader
 
 logger = logging.getLogger(__name__)
 
@@ -102,14 +103,47 @@ class DLRCLIP(CLIPTrainer):
         sched = build_lr_scheduler(optim, count_steps(cfg.OPTIM, len(self.train_loader_x)))
         self.register_model(MODEL_NAME, learner, optim, sched)
         self.selected = {}
+        self._keep_views()
+
+    def _keep_views(self) -> None:
+        """With INPUT.VIEWS, training batches carry what the frozen blocks make of the images, instead of images."""
+        cfg, loader, items = self.cfg, self.train_loader_x, self.dm.dataset.train_x
+        views = int(cfg.INPUT.get("VIEWS", 0))
+        self._views: ViewLoader | None = None
+        if not views or not items:  # built without images, to predict
+            return
+        seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
+        budget = cfg.INPUT.VIEWS_MEMORY * GIB
+        self._views = ViewLoader(loader, items, self._frozen_part, views, seed, budget, self.output_dir, self.device)
+        self.train_loader_x: Any = self._views
+
+    def _frozen_part(self, images: Tensor) -> FrozenPart:
+        with self._autocast():
+            return self.network.frozen_part(images.to(self.device))
 
     # One step
 
+    def before_epoch(self) -> None:
+        """Has the views follow the epoch."""
+        super().before_epoch()
+        if self._views is not None:
+            self._views.set_epoch(self.epoch)
+
+    def after_train(self) -> None:
+        """Gives the room of the views back, and tests."""
+        if self._views is not None:
+            self._views.close()
+        super().after_train()
+
     def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """One step -> loss, accuracy (percent) and each loss term, for the console and TensorBoard."""
-        images, labels = self.parse_batch_train(batch)
+        images: Tensor | None = None
+        if "img" in batch:
+            images, labels = self.parse_batch_train(batch)
+        else:  # the frozen part of the images, see INPUT.VIEWS
+            labels = batch["label"].to(self.device)
         with self._autocast():
-            outputs = self.network(images)
+            outputs = self.network(images, features=batch.get("feature"), hidden=batch.get("hidden"))
             terms = self.network.losses(outputs, labels)
             loss = torch.stack(list(terms.values())).sum()
         self.model_backward_and_update(loss)

@@ -1,5 +1,146 @@
-"""What the tests here take from the helpers; the fixtures are those of the folder above."""
+"""A dataset of plain colours, a trainer on it, and what the tests here take from the helpers."""
 
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 from random_clip import NAMES, random_open_clip
 
-__all__ = ["NAMES", "random_open_clip"]
+import trainers
+from dassl.config import get_cfg_default
+from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
+from dassl.engine import build_trainer
+from dassl.utils import set_random_seed
+from trainers.clip import save_tiny
+from trainers.clip.features import SeededViews
+
+__all__ = ["NAMES", "ToyScenes", "Uncached", "epochs", "random_open_clip"]
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (8, 3))
+
+
+class ToyScenes(DatasetBase):
+    """Noisy plain colours, one per class: `train`, `val`, `test` images per class. Set OPTIONS to vary it."""
+
+    OPTIONS: dict = {}
+
+    def __init__(self, cfg):
+        options = {"names": NAMES, "train": 4, "val": 2, "test": 3, "class_indices": None, "size": 32, **self.OPTIONS}
+        folder, rng = cfg.DATASET.ROOT, np.random.default_rng(1)
+        splits = {}
+        for split in ("train", "val", "test"):
+            splits[split] = []
+            for label, name in enumerate(options["names"]):
+                for k in range(options[split]):
+                    path = f"{folder}/{split}_{label}_{k}.png"
+                    noise = rng.normal(0, 40, (options["size"], options["size"], 3))
+                    pixels = np.clip(COLOURS[label] + noise, 0, 255).astype(np.uint8)
+                    Image.fromarray(pixels).save(path)
+                    splits[split].append(Datum(impath=path, label=label, classname=name))
+        if options["class_indices"] is not None:
+            self.class_indices = options["class_indices"]
+        val = splits["test"] if options.get("val_is_test") else splits["val"] or None
+        super().__init__(train_x=splits["train"], val=val, test=splits["test"])
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    """ToyScenes is registered while a test here runs only: other tests enumerate the registry."""
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, "ToyScenes", ToyScenes)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Folders with two random tiny CLIPs, "a" and "b"."""
+    root = tmp_path_factory.mktemp("weights")
+    ids = range(0, 49408, 97)
+    for seed, name in enumerate("ab"):
+        save_tiny(random_open_clip(seed=seed), ids, {}, root / name)
+    return root
+
+
+@pytest.fixture
+def dataset(monkeypatch):
+    """dataset(names=[...], val=0, ...) -> what the next trainers find."""
+    return lambda **options: monkeypatch.setattr(ToyScenes, "OPTIONS", options)
+
+
+@pytest.fixture
+def make_cfg(tmp_path, weights):
+    def make(*pairs, out="run"):
+        images = tmp_path / "images"
+        images.mkdir(exist_ok=True)
+        cfg = get_cfg_default()
+        trainers.extend_cfg(cfg)
+        settings = {
+            "OUTPUT_DIR": str(tmp_path / out),
+            "USE_CUDA": False,
+            "DATASET.NAME": "ToyScenes",
+            "DATASET.ROOT": str(images),
+            "INPUT.SIZE": (32, 32),
+            "INPUT.TRANSFORMS": ("normalize",),
+            "DATALOADER.NUM_WORKERS": 0,
+            "DATALOADER.TRAIN_X.BATCH_SIZE": 5,
+            "MODEL.BACKBONE.NAME": "tiny",
+            "MODEL.BACKBONE.WEIGHTS": str(weights / "a"),
+            "OPTIM.NAME": "adamw",
+            "OPTIM.LR": 0.01,
+            "OPTIM.LR_SCHEDULER": "cosine",
+            "OPTIM.MAX_EPOCH": 2,
+            "TRAINER.NAME": "DLRCLIP",
+            "TRAINER.DLRCLIP.START": 2,
+            "TRAINER.DLRCLIP.END": 3,
+            "TRAINER.DLRCLIP.DIM": 8,
+            "TRAINER.DLRCLIP.SCALE": 0.5,
+            "TRAINER.DLRCLIP.GLR_DIM": 16,
+            "TRAINER.DLRCLIP.FUSION_DIM": 8,
+        }
+        cfg.merge_from_list([item for pair in settings.items() for item in pair])
+        cfg.merge_from_list(list(pairs))
+        cfg.freeze()
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def make(make_cfg):
+    def build(*pairs, **arguments):
+        set_random_seed(1)
+        return build_trainer(make_cfg(*pairs, **arguments))
+
+    return build
+
+
+def epochs(trainer, loader, count):
+    """Losses, step by step, of some epochs by hand, and the image numbers of each batch."""
+    losses, order = [], []
+    for trainer.epoch in range(count):
+        trainer.dm.set_epoch(trainer.epoch)
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(trainer.epoch)
+        trainer.set_model_mode("train")
+        for trainer.batch_idx, batch in enumerate(loader):
+            order.append(batch["index"].tolist())
+            losses.append(trainer.forward_backward(batch)["loss"])
+    return losses, order
+
+
+class Uncached:
+    """The same batches, as images: view `epoch mod V`, read and encoded every time."""
+
+    def __init__(self, trainer, views, seed, order):
+        self.views = SeededViews(trainer.train_loader_x.dataset, views, seed)
+        self.n, self.v = len(trainer.train_loader_x.dataset), views
+        self.order = iter(order)
+        self.epoch, self.steps = 0, len(trainer.train_loader_x)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        for _ in range(self.steps):
+            rows = next(self.order)
+            items = [self.views[self.epoch % self.v * self.n + i] for i in rows]
+            labels = torch.tensor([item["label"] for item in items])
+            yield {"img": torch.stack([i["img"] for i in items]), "label": labels, "index": torch.tensor(rows)}

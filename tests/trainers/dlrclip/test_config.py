@@ -79,6 +79,21 @@ def test_each_key_is_checked(cfg, pair, message):
         check_dlrclip_config(cfg)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("VIEWS", -1, "Expected INPUT.VIEWS to be a whole number, at least 0, but got -1"),
+        ("VIEWS", 2.0, "Expected INPUT.VIEWS to be a whole number"),
+        ("VIEWS_MEMORY", -1.0, "Expected INPUT.VIEWS_MEMORY to be a number, at least 0, but got -1.0"),
+    ],
+)
+def test_keys_of_the_views_are_checked(cfg, key, value, message):
+    assert (cfg.INPUT.VIEWS, cfg.INPUT.VIEWS_MEMORY) == (0, 4.0)
+    cfg.INPUT[key] = value
+    with pytest.raises(ValueError, match=message):
+        check_dlrclip_config(cfg)
+
+
 def test_both_parts_off(cfg):
     cfg.merge_from_list(["TRAINER.DLRCLIP.CMA", False, "TRAINER.DLRCLIP.GLR", False])
     with pytest.raises(ValueError, match="nothing would be learnt"):

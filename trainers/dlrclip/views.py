@@ -1,0 +1,193 @@
+"""Training images in V fixed views, whose frozen part is computed once: an epoch then costs only the adapted suffix.
+
+View v of an image depends on seed, v and the image alone; epoch e uses view e mod V. What of a view does not depend on
+what is learnt (see `FrozenPart`) is computed when it is first met, and kept: in RAM where all of it fits into a budget,
+else in a memory-mapped file, which has no name, so that nothing is left of it when the process ends, however it ends.
+
+Legend: V views, N images, B images in a batch, E width of the joint embedding.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..clip.features import SeededViews
+from .network import FrozenPart
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+
+Encode = Callable[[Tensor], FrozenPart]
+
+
+def mapped_rows(count: int, shape: Sequence[int], dtype: torch.dtype, folder: str) -> Tensor:
+    """A tensor [count, *shape] that lies in a new file without a name in `folder`; it goes when the tensor goes.
+
+    Raises:
+        ValueError: there is no room for it.
+    """
+    size = count * math.prod(shape) * dtype.itemsize
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives the open file
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and a crash when written to
+            else:
+                file.truncate(size)
+            buffer = mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        raise ValueError(
+            f"Expected room for {size / GIB:.1f} GiB in {folder}, for activations of INPUT.VIEWS beyond "
+            f"INPUT.VIEWS_MEMORY, but got: {error}"
+        ) from error
+    return torch.frombuffer(buffer, dtype=dtype).view(count, *shape)
+
+
+class FrozenViews:
+    """The frozen parts of `count` views, put in and taken out by row.
+
+    Args:
+        count: V * N.
+        budget: bytes that they may take in RAM.
+        folder: where the file lies if they take more.
+    """
+
+    def __init__(self, count: int, budget: float, folder: str) -> None:
+        self.known = torch.zeros(count, dtype=torch.bool)
+        self.budget = budget
+        self.folder = folder
+        self.features: Tensor | None = None  # [count, E]
+        self.hidden: Tensor | None = None  # [count, ...]
+        self.on_disk = False
+
+    def _allocate(self, part: FrozenPart) -> None:
+        """Makes room for rows like those of `part`."""
+        count, tensors = len(self.known), [t for t in part if t is not None]
+        size = count * sum(math.prod(t.shape[1:]) * t.dtype.itemsize for t in tensors)
+        self.on_disk = size > self.budget
+        where = f"in a file in {self.folder}" if self.on_disk else "in RAM"
+        logger.info("INPUT.VIEWS: activations of %d views of training images, %.2f GiB %s", count, size / GIB, where)
+
+        def room(values: Tensor) -> Tensor:
+            shape = values.shape[1:]
+            if self.on_disk:
+                return mapped_rows(count, shape, values.dtype, self.folder)
+            return torch.empty(count, *shape, dtype=values.dtype)  # the system commits pages as they are written to
+
+        self.features = room(part.features)
+        self.hidden = None if part.hidden is None else room(part.hidden)
+
+    def put(self, rows: Tensor, part: FrozenPart) -> None:
+        """Keeps the frozen part of these rows [n]."""
+        if self.features is None:
+            self._allocate(part)
+        assert self.features is not None
+        self.features[rows] = part.features.cpu()
+        if self.hidden is not None and part.hidden is not None:
+            self.hidden[rows] = part.hidden.cpu()
+        self.known[rows] = True
+
+    def take(self, rows: Tensor, device: torch.device) -> FrozenPart:
+        """The frozen part of these rows [B], all of them known, on the device."""
+        assert self.features is not None and bool(self.known[rows].all())
+        hidden = None if self.hidden is None else self.hidden[rows].to(device)
+        return FrozenPart(self.features[rows].to(device), hidden)
+
+
+class ViewLoader:
+    """Batches of training images' frozen parts, in the order of a loader of images: "feature", "hidden" and the label.
+
+    Images are read and encoded as long as a batch has views that are not known yet.
+
+    Args:
+        loader: of the training images; its batch sampler gives the order, its dataset the augmented images.
+        items: the images, with `label` and `impath`, in the dataset's order.
+        encode: images [B, 3, H, W] -> their frozen part.
+        views: V, at least 1.
+        seed: of the views, 0 or more.
+        budget: bytes of RAM, see FrozenViews.
+        folder: see FrozenViews.
+        device: where the batches go.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        items: Sequence[Any],
+        encode: Encode,
+        views: int,
+        seed: int,
+        budget: float,
+        folder: str,
+        device: torch.device,
+    ) -> None:
+        self.dataset = loader.dataset
+        self.batch_size = loader.batch_size
+        self.batch_sampler = loader.batch_sampler
+        self.items = items
+        self.views = views
+        self.epoch = 0
+        self.device = device
+        self._encode = encode
+        self._data = SeededViews(loader.dataset, views, seed)
+        self._new_store: Callable[[], FrozenViews] = lambda: FrozenViews(len(self._data), budget, folder)
+        self._options = {"num_workers": loader.num_workers, "pin_memory": loader.pin_memory}
+        self._todo: list[list[int]] = []  # what the reader reads next, in batches
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch (from 0) that the next pass belongs to."""
+        self.epoch = epoch
+
+    def close(self) -> None:
+        """Forgets all views, and gives their memory or file back; a further pass starts anew."""
+        self.store = self._new_store()
+        self._reader: DataLoader[Any] | None = None
+
+    def _read(self, batches: list[list[int]]) -> Iterator[Any]:
+        """Batches of these views; the reader's processes stay for the next epoch."""
+        if not batches:
+            self._reader = None  # all is known, as it will be in the epochs to come
+            return iter(())
+        if self._reader is None:
+            self._reader = DataLoader(
+                self._data,
+                batch_sampler=self._todo,  # read anew for each pass
+                persistent_workers=self._options["num_workers"] > 0,
+                generator=torch.Generator(),  # of the workers; the program's own draws do not count
+                **self._options,
+            )
+        self._todo[:] = batches
+        return iter(self._reader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        offset = self.epoch % self.views * len(self.dataset)
+        # In a job of several processes the sampler's entries are tuples that begin with the index.
+        batches = [[k if isinstance(k, int) else k[0] for k in batch] for batch in self.batch_sampler]
+        unknown = [[offset + i for i in dict.fromkeys(batch) if not self.store.known[offset + i]] for batch in batches]
+        images = self._read([rows for rows in unknown if rows])
+        for batch, new in zip(batches, unknown, strict=True):
+            if new:
+                self.store.put(torch.tensor(new), self._encode(next(images)["img"]))
+            part = self.store.take(offset + torch.tensor(batch), self.device)
+            fields = {
+                "feature": part.features,
+                "label": torch.tensor([self.items[i].label for i in batch]),
+                "impath": [self.items[i].impath for i in batch],
+                "index": torch.tensor(batch),
+            }
+            yield fields if part.hidden is None else {**fields, "hidden": part.hidden}

@@ -27,62 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import datasets
-import trainers
-from dassl.config import get_cfg_default
-from dassl.engine import TRAINER_REGISTRY
-from dassl.utils import InputError, atomic_write, did_you_mean
+from dassl.utils import InputError, atomic_write
 from dassl.utils.cli import SETUP_ERRORS, Parser, fail
 from scripts.figure_style import save
-from scripts.grid import ROOT, Run, last_line, run_all
+from scripts.grid import Run, few_shot_run, run_missing
+from scripts.methods import check_datasets, choose_methods, whole_numbers
 from scripts.plot_shots import shots_figure
 from scripts.summary import AVERAGE, Record, collect, comma_separated, latex, markdown
 
 METRICS = ("accuracy", "top5", "macro_f1", "ece")
-
-
-def methods_with(config: str) -> dict[str, Path]:
-    """Trainer -> its config of that name, of all trainers that have one which leaves the dataset open.
-
-    Raises:
-        InputError: there is none.
-    """
-    found = {}
-    for path in sorted((ROOT / "configs" / "trainers").glob(f"*/{config}.yaml")):
-        cfg = get_cfg_default()
-        datasets.extend_cfg(cfg)
-        trainers.extend_cfg(cfg)
-        cfg.merge_from_file(str(path))
-        if not cfg.DATASET.NAME:
-            found[cfg.TRAINER.NAME] = path.relative_to(ROOT) if ROOT == Path.cwd() else path
-    if not found:
-        raise InputError(f"Expected --config to be the name of files in configs/trainers/*/ but got {config!r}")
-    return found
-
-
-def choose_methods(asked: str, config: str) -> list[tuple[str, str, Path]]:
-    """(name in tables, trainer, config) of each method.
-
-    Raises:
-        InputError: a trainer that does not exist, or has no such config.
-    """
-    if not asked:
-        return [(name, name, path) for name, path in methods_with(config).items()]
-    chosen = []
-    for item in asked.split(","):
-        name, _, own = item.strip().partition(":")
-        known = TRAINER_REGISTRY.registered_names()
-        if name not in known:
-            raise InputError(f"Expected a trainer but got {name!r}{did_you_mean(name, known)}")
-        paths = methods_with(own or config)
-        if name not in paths:
-            raise InputError(f"Expected a config {own or config}.yaml of {name} in configs/trainers but there is none")
-        chosen.append((item.strip(), name, paths[name]))
-    return chosen
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
@@ -91,36 +47,17 @@ def plan(args: argparse.Namespace) -> list[Run]:
     Raises:
         InputError: something given was wrong.
     """
-    for name in args.dataset:
-        known = [path.stem for path in (ROOT / "configs" / "datasets").glob("*.yaml")]
-        if name not in known:
-            raise InputError(f"Expected --dataset to name files in configs/datasets but got {name!r}")
+    check_datasets(args.dataset)
     if len(args.opts) % 2:
         raise InputError(f"Expected KEY VALUE pairs but {args.opts[-1]} has no value")
     flags = ("--root", args.root) if args.root else ()
     return [
-        Run(method, trainer, config, dataset, shots, seed, args.output, tuple(args.opts), flags=flags)
+        few_shot_run(method, trainer, path, dataset, shots, seed, output=args.output, flags=flags, options=args.opts)
         for dataset in args.dataset
-        for method, trainer, config in choose_methods(args.trainers, args.config)
+        for method, trainer, path in choose_methods(args.trainers, args.config)
         for shots in args.shots
         for seed in args.seeds
     ]
-
-
-def run_missing(runs: Sequence[Run], jobs: int, threads: int) -> list[Run]:
-    """Runs those that are not finished, under one progress bar; returns the ones that failed."""
-    missing = [run for run in runs if run.metrics() is None]
-    failed = []
-    with tqdm(total=len(missing), desc="runs", unit="run", disable=not missing) as bar:
-
-        def on_end(run: Run, code: int) -> None:
-            bar.update()
-            if code:
-                failed.append(run)
-                bar.write(f"failed ({code}): {run.folder}: {last_line(run)}", file=sys.stderr)
-
-        run_all(missing, jobs, threads, on_end)
-    return failed
 
 
 def read_records(runs: Sequence[Run], metric: str) -> tuple[list[Record], list[dict[str, Any]]]:
@@ -169,11 +106,6 @@ def write_results(
     shown = [{**r._asdict(), "accuracy": r.value} for r in records if r.dataset != AVERAGE]
     save(shots_figure(shown), stem)
     return text
-
-
-def whole_numbers(text: str) -> list[int]:
-    """ "1,2,4" -> [1, 2, 4]."""
-    return [int(part) for part in text.split(",")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,12 +14,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 import train
 from dassl.utils import InputError
@@ -38,41 +39,23 @@ class Run:
 
     Attributes:
         method: what tables call it.
-        trainer: a registered trainer.
-        config: its YAML.
         dataset: stem of a YAML in configs/datasets.
-        shots: images per class.
+        shots: images per class that it is trained with.
         seed: 0 or more.
-        output: the folder that holds all results.
-        options: further KEY VALUE pairs.
-        flags: further flags of train.py.
+        folder: its output folder.
+        given: the rest of the command line, KEY VALUE pairs last.
     """
 
     method: str
-    trainer: str
-    config: Path
     dataset: str
     shots: int
     seed: int
-    output: Path = Path("output")
-    options: tuple[str, ...] = ()
-    flags: tuple[str, ...] = field(default=(), kw_only=True)
-
-    @property
-    def folder(self) -> Path:
-        """Where train.py itself would put a run of this dataset, trainer, config, number of shots and seed."""
-        return train.parent_folder(self.output, self.dataset, self.trainer, self.config.stem, self.shots) / (
-            f"seed{self.seed}"
-        )
+    folder: Path
+    given: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
         """The command line, without "python train.py"."""
-        return [
-            *("--trainer", self.trainer, "--config-file", str(self.config)),
-            *("--dataset-config-file", str(ROOT / "configs" / "datasets" / f"{self.dataset}.yaml")),
-            *("--seed", str(self.seed), "--output-dir", str(self.folder), *self.flags),
-            *("DATASET.NUM_SHOTS", str(self.shots), *self.options),
-        ]
+        return ["--seed", str(self.seed), "--output-dir", str(self.folder), *self.given]
 
     def metrics(self) -> dict[str, Any] | None:
         """metrics.json of the finished run; None: it is not finished.
@@ -96,6 +79,32 @@ class Run:
             )
 
 
+def command_line(
+    trainer: str, config: Path, dataset: str, shots: int, flags: Sequence[str] = (), options: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """What `Run.given` is for a trainer with its YAML on configs/datasets/<dataset>.yaml."""
+    yaml_file = ROOT / "configs" / "datasets" / f"{dataset}.yaml"
+    files = ("--trainer", trainer, "--config-file", str(config), "--dataset-config-file", str(yaml_file))
+    return (*files, *flags, "DATASET.NUM_SHOTS", str(shots), *options)
+
+
+def few_shot_run(
+    method: str,
+    trainer: str,
+    config: Path,
+    dataset: str,
+    shots: int,
+    seed: int,
+    *,
+    output: Path,
+    flags: Sequence[str] = (),
+    options: Sequence[str] = (),
+) -> Run:
+    """Training and test on one dataset, where train.py itself would put it below `output`."""
+    folder = train.parent_folder(output, dataset, trainer, config.stem, shots) / f"seed{seed}"
+    return Run(method, dataset, shots, seed, folder, command_line(trainer, config, dataset, shots, flags, options))
+
+
 def _differing(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Names of the settings that both have, with other values; what an older version did not know is not among them."""
     for key, value in wanted.items():
@@ -104,6 +113,26 @@ def _differing(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "") 
                 yield from _differing(there[key], value, f"{prefix}{key}.")
             elif there[key] != value:
                 yield f"{prefix}{key}"
+
+
+def run_missing(runs: Sequence[Run], jobs: int, threads: int) -> list[Run]:
+    """Runs those that are not finished, under one progress bar; returns the ones that failed.
+
+    Raises:
+        InputError: a finished run with other settings is there; said before anything is run.
+    """
+    missing = [run for run in runs if run.metrics() is None]
+    failed = []
+    with tqdm(total=len(missing), desc="runs", unit="run", disable=not missing) as bar:
+
+        def on_end(run: Run, code: int) -> None:
+            bar.update()
+            if code:
+                failed.append(run)
+                bar.write(f"failed ({code}): {run.folder}: {last_line(run)}", file=sys.stderr)
+
+        run_all(missing, jobs, threads, on_end)
+    return failed
 
 
 def run_all(runs: Sequence[Run], jobs: int, threads: int = 0, on_end: Callable[[Run, int], None] | None = None) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.compare import choose_methods, main, methods_with
-from scripts.grid import Run
+from scripts.compare import main
+from scripts.methods import choose_methods, methods_with
 
 ROOT = Path(__file__).parents[2]
 METHODS = "ZeroshotCLIP,LinearProbe"
@@ -65,7 +65,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
 def test_stopping_stops_the_runs_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "scripts/compare.py", "--shots", "16", "--seeds", "1", "--trainers", "TaskRes"]
     command += ["--output", str(tmp_path), "OPTIM.MAX_EPOCH", "60", "TRAIN.CHECKPOINT_FREQ", "1"]
-    folder = Run("", "TaskRes", Path("tiny.yaml"), "digits", 16, 1, tmp_path).folder
+    folder = tmp_path / "digits" / "TaskRes" / "tiny_16shots" / "seed1"
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(folder.glob("*/model.pth.tar-*")) and time.monotonic() < deadline:
@@ -84,7 +84,7 @@ def test_stopping_stops_the_runs_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--dataset", "digit"], "--dataset"),
+        (["--dataset", "digit"], "configs/datasets"),
         (["--trainers", "DLRCLIPP"], "did you mean"),
         (["--trainers", "CLIPLoRA", "--config", "rn50"], "rn50.yaml of CLIPLoRA"),
         (["--config", "nothing"], "--config"),

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.flops import Product, by_part, fresh_step, naive_step, sizes_of, total, views_step
 from benchmarks.measure import MatrixRate, Stopwatch, biggest, free_memory, machine, operator_times, write_json
-from benchmarks.memory import constants, count_step, storage_bytes, without_values
+from benchmarks.memory import constants, count_step, storage_bytes
 from benchmarks.naive import Naive
 from benchmarks.steps import FreshStep, Learner, NaiveStep, ViewsStep, gradients
 from benchmarks.subject import MODELS, build_clip, build_network, make_batch
@@ -66,8 +66,7 @@ def measure_memory(
         def loss(labels: Tensor, *values: Tensor, step: Any = step, names: list[str] = names) -> Tensor:
             return step.loss(labels, **dict(zip(names, values, strict=True)))
 
-        with without_values(network):
-            memory = count_step(loss, (labels, *inputs.values()), step.learner.parameters, parts["there"])
+        memory = count_step(loss, (labels, *inputs.values()), step.learner.parameters, parts["there"])
         found[step.name] = {
             "activations": memory.activations,
             "peak": memory.peak,

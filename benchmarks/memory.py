@@ -9,9 +9,8 @@ storages are those of the real step, so that a step can be counted that would fi
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -42,18 +41,6 @@ def constants(network: Any) -> list[Tensor]:
     return _tensors(
         {k: v for k, v in vars(network).items() if not k.startswith(("_modules", "_buffers", "_text_cache"))}
     )
-
-
-@contextlib.contextmanager
-def without_values(network: Any) -> Iterator[None]:
-    """Lets a network's step run on tensors without data: the grouping of its classes, which reads values, is kept."""
-    text = network._text
-    text._plan = functools.cache(text._plan)
-    try:
-        text._plan(0, 1)
-        yield
-    finally:
-        del text._plan
 
 
 def _tensors(value: Any) -> list[Tensor]:

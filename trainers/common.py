@@ -64,6 +64,7 @@ class CLIPTrainer(TrainerX):
                 "this toolbox cannot scale gradients, which half precision needs"
             )
         templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE)
+        check_number(cfg, "FEATURE_CACHE.LIMIT", 0, 1e6)
         check_backbone(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None)
 
     # Building

@@ -31,7 +31,7 @@ from .clip.features import (
     TrainingFeatures,
     collect_features,
 )
-from .common import LearnerTrainer, build_optimizer_with_eps, check_number, check_whole, count_steps
+from .common import LearnerTrainer, build_optimizer_with_eps, check_whole, count_steps
 from .feature_slot import feature_slot
 from .learner import Learner, class_rows
 
@@ -158,7 +158,6 @@ class FeatureTrainer(LearnerTrainer):
     def check_cfg(self, cfg: Any) -> None:
         """See LearnerTrainer."""
         super().check_cfg(cfg)
-        check_number(cfg, "FEATURE_CACHE.LIMIT", 0, 1e6)
         if self.views_key:
             check_whole(cfg, f"TRAINER.{self.node_name}.VIEWS", 0)
 

@@ -153,19 +153,16 @@ class FeatureLoader:
 
     With a slot it finds features of an earlier run there, and keeps them there.
 
-    Batches carry "feature" [B, E] beside what they had; from memory, they have "feature", "label" and "impath" only,
-    unless `images` are asked for, by methods that need both.
+    Batches carry "feature" [B, E] beside what they had; from memory, they have "feature", "label" and "impath" only.
 
     Args:
         loader: batches with "img", "label" and "impath", always in the same order.
         encode: images [B, 3, H, W] -> normalised features [B, E].
         slot: where the features of these images are kept between runs, if anywhere.
-        images: load the images in every pass; "index" in a batch says which rows of the features are theirs.
     """
 
-    def __init__(self, loader: Any, encode: Encode, slot: Slot | None = None, images: bool = False) -> None:
+    def __init__(self, loader: Any, encode: Encode, slot: Slot | None = None) -> None:
         self.loader = loader
-        self.images = images
         self.dataset: Sized = getattr(loader, "dataset", ())
         self.encode = encode
         self.slot = slot
@@ -180,9 +177,7 @@ class FeatureLoader:
             known = self.all()
             return (_pick(known, torch.tensor(rows, device=known.labels.device)) for rows in self._batches)
         self._recall()
-        if self._known is None:
-            return self._stream()
-        return self._beside_images(self._known) if self.images else self._from_memory(self._known)
+        return self._stream() if self._known is None else self._from_memory(self._known)
 
     def all(self) -> FeatureSet:
         """The features of all images."""
@@ -214,14 +209,44 @@ class FeatureLoader:
         if self.slot is not None:
             self.slot.save(self._known.values)
 
-    def _beside_images(self, known: FeatureSet) -> Iterator[Batch]:
-        for batch in self.loader:
-            yield {**batch, "feature": known.values[0, batch["index"].to(known.values.device)]}
-
     def _from_memory(self, known: FeatureSet) -> Iterator[Batch]:
         size = getattr(self.loader, "batch_size", None) or len(known)
         for start in range(0, len(known), size):
             yield _pick(known, torch.arange(start, min(start + size, len(known)), device=known.labels.device))
+
+
+class KnownFeatures:
+    """The batches of a loader of images, with their features beside them where those are known.
+
+    For methods that need the images too, and compute the features on the way: where they are not known, each batch has
+    a function "keep" that takes them. After a pass in which it got those of every batch, they are in the slot.
+
+    Args:
+        loader: batches with "img", always in the same order.
+        slot: where the features of these images are kept between runs.
+    """
+
+    def __init__(self, loader: Any, slot: Slot) -> None:
+        self.loader = loader
+        self.dataset: Sized = loader.dataset
+        self.slot = slot
+        self._known: FeatureSet | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._known is None:
+            self._known = self.slot.load()
+        known, done = self._known, 0
+        kept: list[Tensor] = []
+        for batch in self.loader:
+            size = len(batch["img"])
+            extra = {"keep": kept.append} if known is None else {"feature": known.values[0, done : done + size]}
+            done += size
+            yield {**batch, **extra}
+        if known is None and sum(map(len, kept)) == done:
+            self.slot.save(torch.cat(kept)[None])
 
 
 class TrainingFeatures:

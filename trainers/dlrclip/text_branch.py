@@ -113,6 +113,14 @@ class AdaptedText:
         self.checkpointing = checkpointing
         self._wrapped = self._encode if wrap is None else wrap(self._encode)
         self._chunks: dict[tuple[int, int], list[Chunk]] = {}  # (rank, R) -> the groups of that share
+        self._shares: dict[int, tuple[list[Tensor], Tensor]] = {}  # R -> what `_order` says
+
+    def _order(self, processes: int) -> tuple[list[Tensor], Tensor]:
+        """Class numbers of each process's share as it encodes them, and where each class is in the first share."""
+        if processes not in self._shares:  # once: it takes a transfer from the device
+            shares = [torch.cat(self._plan(r, processes)) for r in range(processes)]
+            self._shares[processes] = shares, shares[0].argsort()
+        return self._shares[processes]
 
     def _plan(self, rank: int, processes: int) -> list[Tensor]:
         """Class numbers of each group of a process's share. Shares are dealt out by length: all have as much to do."""
@@ -158,6 +166,5 @@ class AdaptedText:
                 parts.append(recompute(self._wrapped, cma, seen, out, False))
             else:
                 parts.append(self._wrapped(cma, seen, out, self.checkpointing))
-        shares = [torch.cat(self._plan(r, processes)) for r in range(processes)]
-        features = torch.cat(parts)
-        return features[shares[0].argsort()] if processes == 1 else GatherRows.apply(features, shares)
+        features, (shares, position) = torch.cat(parts), self._order(processes)
+        return features[position] if processes == 1 else GatherRows.apply(features, shares)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler
 from dassl.utils import load_checkpoint
 
-from ..clip import templates_for
+from ..clip import CLIP, templates_for
+from ..clip.features import ImageEncoder, KnownFeatures
 from ..common import CLIPTrainer, build_optimizer_with_eps, checkpoint_path, count_steps
+from ..feature_slot import feature_slot
 from ..learner import FACTS, unpack_record
 from .config import add_dlrclip_config, check_dlrclip_config
 from .glr import best_beta
@@ -31,6 +33,14 @@ logger = logging.getLogger(__name__)
 
 MODEL_NAME = "dlrclip"  # folder of the checkpoints within a run's output folder
 NOT_CHOSEN = "mean learnt w (beta was not chosen)"
+
+
+class GivenImages(NamedTuple):
+    """Test images [B, 3, H, W]; zero-shot features [B, E] where they are known, else what takes them."""
+
+    images: Tensor
+    features: Tensor | None = None
+    keep: Callable[[Tensor], None] | None = None
 
 
 @TRAINER_REGISTRY.register()
@@ -104,6 +114,7 @@ class DLRCLIP(CLIPTrainer):
         self.register_model(MODEL_NAME, learner, optim, sched)
         self.selected = {}
         self._keep_views()
+        self._share_features(clip)
 
     def _keep_views(self) -> None:
         """With INPUT.VIEWS, training batches carry what the frozen blocks make of the images, instead of images."""
@@ -116,6 +127,17 @@ class DLRCLIP(CLIPTrainer):
         budget = cfg.INPUT.VIEWS_MEMORY * GIB
         self._views = ViewLoader(loader, items, self._frozen_part, views, seed, budget, self.output_dir, self.device)
         self.train_loader_x: Any = self._views
+
+    def _share_features(self, clip: CLIP) -> None:
+        """Zero-shot features of validation and test images come from the cache on disk, or go there."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return  # each process then has a part of the images
+        encoder = ImageEncoder(clip, self.cfg.TRAINER.DLRCLIP.PREC, self._autocast)
+        for split in ("val", "test"):
+            loader = getattr(self, f"{split}_loader")
+            slot = feature_slot(self.cfg, encoder, loader, split)
+            if slot is not None:
+                setattr(self, f"{split}_loader", KnownFeatures(loader, slot))
 
     def _frozen_part(self, images: Tensor) -> FrozenPart:
         with self._autocast():
@@ -177,15 +199,23 @@ class DLRCLIP(CLIPTrainer):
 
     # Evaluation
 
-    def model_heads(self, input: Tensor) -> dict[str, Tensor]:
-        """Images [B, 3, H, W] -> logits [B, C] of all five heads."""
-        with self._autocast():
-            return self.network.heads(input)
+    def parse_batch_test(self, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
+        """-> images [B, 3, H, W], with what is known of them, and labels [B], on the device."""
+        images, labels = super().parse_batch_test(batch)
+        return GivenImages(images, batch.get("feature"), batch.get("keep")), labels
 
-    def model_report(self, input: Tensor) -> dict[str, dict[str, Tensor]]:
+    def model_heads(self, input: Tensor | GivenImages) -> dict[str, Tensor]:
+        """Images [B, 3, H, W] -> logits [B, C] of all five heads."""
+        return self.model_report(input)["heads"]
+
+    def model_report(self, input: Tensor | GivenImages) -> dict[str, dict[str, Tensor]]:
         """The heads with what figures show beside them: alpha, w and image features of each branch."""
+        given = GivenImages(input) if isinstance(input, Tensor) else input
         with self._autocast():
-            return self.network.report(input)
+            report = self.network.report(given.images, given.features)
+        if given.keep is not None:
+            given.keep(report["features"]["clip"])
+        return report
 
     def bind_classes(self, classnames: Sequence[str], class_indices: Sequence[int] | None = None) -> bool:
         """Sets the class list that logits are for; True when it is a part of the training classes (see the network)."""

@@ -3,7 +3,15 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from trainers.clip.features import FeatureLoader, FeatureSet, OneStep, SeededViews, TrainingFeatures, collect_features
+from trainers.clip.features import (
+    FeatureLoader,
+    FeatureSet,
+    KnownFeatures,
+    OneStep,
+    SeededViews,
+    TrainingFeatures,
+    collect_features,
+)
 
 
 class Noisy:
@@ -96,24 +104,22 @@ class Memory:
         self.known = FeatureSet(values, torch.arange(7) % 3, [f"{i}.png" for i in range(7)])
 
 
-class Numbered(Images):
-    def __getitem__(self, i):
-        return {**super().__getitem__(i), "index": i}
-
-
-def test_images_and_features_together_from_the_first_pass_and_from_a_slot():
-    calls, slot = [], Memory()
-    loader = DataLoader(Numbered(), batch_size=3)
-
-    def passes():
-        features = FeatureLoader(loader, lambda x: calls.append(len(x)) or encode(x), slot, images=True)
-        return [list(features) for _ in range(2)]
-
-    plain = [(batch["img"], encode(batch["img"])) for batch in loader]
-    for batches in (*passes(), *passes()):
-        for batch, (images, features) in zip(batches, plain, strict=True):
-            assert torch.equal(batch["img"], images) and torch.equal(batch["feature"], features)
-    assert calls == [3, 3, 1]
+def test_images_with_known_features():
+    slot = Memory()
+    loader = KnownFeatures(DataLoader(Images(), batch_size=3), slot)
+    for batch in loader:  # whoever stops half-way leaves nothing
+        batch["keep"](encode(batch["img"]))
+        break
+    for batch in loader:  # nor who computes none
+        assert "feature" not in batch
+    assert slot.known is None
+    for batch in loader:
+        batch["keep"](encode(batch["img"]))
+    assert slot.known is not None
+    for again in (loader, KnownFeatures(loader.loader, slot)):
+        for batch, plain in zip(again, loader.loader, strict=True):
+            assert torch.equal(batch["img"], plain["img"]) and "keep" not in batch
+            assert torch.equal(batch["feature"], encode(plain["img"]))
 
 
 def test_loader_regrouped():

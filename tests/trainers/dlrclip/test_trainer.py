@@ -335,3 +335,34 @@ class TestErrors:
     def test_first_block_beyond_the_last(self, make):
         with pytest.raises(ValueError, match="START. to be at most 4"):
             make("TRAINER.DLRCLIP.START", 5, "TRAINER.DLRCLIP.END", 12)
+
+
+class TestSharedFeatures:
+    def test_a_second_run_reads_what_the_first_computed_and_says_the_same(self, make, tmp_path, monkeypatch):
+        cache = ("FEATURE_CACHE.USE", True, "FEATURE_CACHE.DIR", str(tmp_path / "features"))
+        earlier, trainer = make(*cache), make(*cache)
+        first = heads_on_test(earlier)
+        monkeypatch.setattr(trainer.network, "_run_frozen", forbidding_features(trainer.network._run_frozen))
+        again = heads_on_test(trainer)
+        plain = heads_on_test(make("FEATURE_CACHE.USE", False))
+        assert len(list((tmp_path / "features").glob("*.safetensors"))) == 1
+        for head in HEADS:
+            assert torch.equal(first[head], again[head]) and torch.equal(first[head], plain[head])
+
+    def test_the_features_are_those_that_other_methods_keep(self, make, tmp_path):
+        trainer = make("FEATURE_CACHE.USE", True, "FEATURE_CACHE.DIR", str(tmp_path / "features"))
+        heads_on_test(trainer)
+        slot = trainer.test_loader.slot
+        images = torch.cat([batch["img"] for batch in trainer.test_loader.loader])
+        expected = [slot.encoder(part) for part in images.split(trainer.test_loader.loader.batch_size)]
+        assert torch.equal(slot.load().values[0], torch.cat(expected))
+
+
+def forbidding_features(run_frozen):
+    """`run_frozen` that must not be asked for zero-shot features."""
+
+    def run(hidden, with_features):
+        assert not with_features
+        return run_frozen(hidden, with_features)
+
+    return run

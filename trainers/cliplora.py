@@ -200,6 +200,8 @@ class CLIPLoRA(EncoderTrainer):
         if step < self.total_steps:
             seed = self.cfg.SEED if self.cfg.SEED >= 0 else torch.initial_seed()
             # Of the step, not of what was drawn before it: a resumed run drops what an uninterrupted one does.
-            self.network.learner.seed_dropout((1_000_003 * seed + step) % 2**63, self.device)
+            share = getattr(self, "share", None)  # of several processes: each drops entries of its own images
+            rank = 0 if share is None else share.rank
+            self.network.learner.seed_dropout((1_000_003 * seed + step + (rank << 48)) % 2**63, self.device)
             self._summary = super().forward_backward(batch)
         return self._summary

@@ -217,16 +217,22 @@ class JCLIPAdapter(FeatureTrainer):
             point["val"] = {"loss": float(F.cross_entropy(logits, known.labels)), "accuracy": 100.0 * float(correct)}
             for name, value in point["val"].items():
                 self.write_scalar(f"val/{name}_per_epoch", value, self.epoch)
-        earlier = [p for p in self._read_curves() if p["epoch"] <= self.epoch]  # of the run that this one continues
-        write_text(self._file("curves.json"), json.dumps([*earlier, point], indent=1))
+        if self._writes:
+            earlier = [p for p in self._read_curves() if p["epoch"] <= self.epoch]  # of the run that this one continues
+            write_text(self._file("curves.json"), json.dumps([*earlier, point], indent=1))
         super().after_epoch()
 
     def after_train(self) -> None:
         """Draws the curves, and tests."""
-        curves = self._read_curves()
+        curves = self._read_curves() if self._writes else []
         if curves:
             draw_curves(curves, self._file("curves.png"))
         super().after_train()
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes the run's files; of several, an engine that knows them has one do so."""
+        return getattr(self, "writes_files", True)
 
     def _file(self, name: str) -> str:
         return os.path.join(self.output_dir, name)
@@ -243,7 +249,7 @@ class JCLIPAdapter(FeatureTrainer):
     def test(self, split: str | None = None) -> float:
         """Evaluates a split; after the test set, also writes result.txt: each image's file and its best classes."""
         result = super().test(split)
-        if (split or self.cfg.TEST.SPLIT) == "test":
+        if (split or self.cfg.TEST.SPLIT) == "test" and self._writes:
             self.write_result(self._file("result.txt"))
         return result
 

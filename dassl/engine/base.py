@@ -290,6 +290,14 @@ class TrainerBase:
             step = self.global_step if global_step is None else global_step
             self._writer.add_scalar(tag, scalar_value, step)
 
+    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
+        """The mean over the whole batch of a step, where ``tensor`` is the mean over this process's part of it.
+
+        For what is not a sum over images, such as a running centre; a new tensor, without gradient. To be called by all
+        processes alike, as everything that talks to the others.
+        """
+        return distributed.all_reduce_mean(tensor, 1.0 if self.share is None else self.share.size)
+
     @property
     def writes_files(self) -> bool:
         """Whether this process writes the files of the run: of several, rank 0 alone does."""

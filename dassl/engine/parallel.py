@@ -81,8 +81,8 @@ def copy_from_main(models: Iterable[nn.Module | None], frozen: bool = False) -> 
 def own_draws() -> Iterator[None]:
     """While it lasts, each rank above 0 draws random numbers of its own (what dropout drops of its images, say).
 
-    Rank 0 draws what a single process would; after it, all ranks have rank 0's generators again, so that what is drawn
-    outside of steps is the same on all.
+    For steps on parts of a batch: on a whole one, all must draw alike. Rank 0 draws what a single process would; after
+    it, all ranks have rank 0's generators again, so that what is drawn outside of steps is the same on all.
     """
     if distributed.world_size() == 1:
         yield

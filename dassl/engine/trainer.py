@@ -16,6 +16,7 @@ What a subclass may offer beyond upstream's methods, all of it optional:
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import math
@@ -195,7 +196,8 @@ class SimpleTrainer(TrainerBase):
         self.num_batches = self.count_batches()
         if hasattr(self.dm, "set_epoch"):  # a subclass may bring another data manager
             self.dm.set_epoch(self.epoch)  # the order of the batches depends on seed and epoch, so resuming keeps it
-        with own_draws():
+        shared = share_of(self.train_loader_x, 0) is not None
+        with own_draws() if shared else contextlib.nullcontext():
             for self.batch_idx, batches in enumerate(self.train_batches()):  # noqa: B020
                 self.stats.batches = batches
                 self.share = share_of(self.train_loader_x, self.batch_idx)

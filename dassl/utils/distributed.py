@@ -55,7 +55,7 @@ __all__ = [
 T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-CHECK_IN = 3.0  # seconds in which a process that still runs says so, after another one was lost
+CHECK_IN = 5.0  # seconds in which a process that still runs says so, after another one was lost
 GO_ON = "the same command goes on from the last checkpoint"
 
 

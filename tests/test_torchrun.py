@@ -1,0 +1,174 @@
+"""Runs in several processes, started by torchrun: the numbers of one process, files of one process, no hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import two_processes
+from PIL import Image
+
+import train
+from dassl.utils import distributed
+
+ROOT = Path(train.__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TIMEOUT = 600  # seconds, for machines with other things to do
+HELPER = str(ROOT / "tests" / "helpers" / "two_processes.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, random_tiny) -> Path:
+    """Three classes of pictures: 24 to train on, 6 for validation, 15 to test on."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    for part, count in (("train", 8), ("val", 2), ("test", 5)):
+        for label, name in enumerate(("red", "green", "blue")):
+            place = folder / "images" / part / name
+            place.mkdir(parents=True)
+            for i in range(count):
+                colour = [40 + 5 * i] * 3
+                colour[label] = 200 - 9 * i
+                picture = Image.new("RGB", (80, 72), tuple(colour))
+                picture.paste((255, 255, 255), (5 * i, 10, 5 * i + 20, 40))
+                picture.save(place / f"{name}{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(folder, random_tiny):
+    """Arguments of train.py: 21 steps on batches of 7 with random crops and colours, test batches of 7."""
+
+    def command(trainer: str, config: str, output: str, *pairs: str) -> list[str]:
+        return [
+            *("--transforms", "random_resized_crop", "random_flip", "colorjitter", "normalize"),
+            *("--trainer", trainer, "--config-file", str(ROOT / "configs" / "trainers" / config / "tiny.yaml")),
+            *("--seed", "1", "--root", str(folder / "images"), "--output-dir", str(folder / output)),
+            *("DATASET.NAME", "ImageFolder", "DATASET.NUM_SHOTS", "-1", "MODEL.BACKBONE.WEIGHTS", str(random_tiny)),
+            *("OPTIM.MAX_EPOCH", "7", "DATALOADER.TRAIN_X.BATCH_SIZE", "7", "DATALOADER.TEST.BATCH_SIZE", "7"),
+            *("DATALOADER.NUM_WORKERS", "0", "USE_CUDA", "False", "TEST.FINAL_MODEL", "best_val", *pairs),
+        ]
+
+    return command
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def one_process() -> dict[str, str]:
+    """torchrun's variables for a job of one, without torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+@pytest.fixture(scope="module")
+def runs(folder, command):
+    """Results of the same commands in one process and in two, and what the two wrote to the console."""
+    found = {}
+    for name in ("one", "two"):
+        argv = [
+            command("DLRCLIP", "dlr", f"{name}/dlr"),
+            command("CoOp", "coop", f"{name}/coop"),
+            command("TipAdapterF", "tip_adapter_f", f"{name}/tip"),
+        ]
+        if name == "two":
+            argv.append(command("CoOp", "coop", f"{name}/wrong", "TRAINER.COOP.PREC", "fp8"))
+        spec = folder / f"{name}.json"
+        spec.write_text(json.dumps({"checks": name == "two", "runs": argv}))
+        if name == "one":
+            with pytest.MonkeyPatch.context() as patch:
+                for variable, value in one_process().items():
+                    patch.setenv(variable, value)
+                patch.setattr(distributed, "_store", None)
+                two_processes.main(str(spec))
+            done = None
+        else:
+            done = subprocess.run(
+                [*TORCHRUN, HELPER, str(spec)],
+                cwd=ROOT,
+                env=environment(),
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+        found[name] = json.loads(spec.with_suffix(".losses.json").read_text()), done
+    return found
+
+
+@pytest.mark.parametrize("number, method", enumerate(["dlr", "coop", "tip"]))
+def test_two_processes_have_the_numbers_of_one(runs, folder, number, method):
+    one, two = (runs[name][0][number]["losses"] for name in ("one", "two"))
+    assert len(one) >= 20 and two == pytest.approx(one, abs=1e-4)
+    metrics = {name: json.loads((folder / name / method / "metrics.json").read_text()) for name in ("one", "two")}
+    assert metrics["one"]["test"]["n"] == metrics["two"]["test"]["n"] == 15
+    assert metrics["two"]["train"]["loss"] == pytest.approx(metrics["one"]["train"]["loss"], abs=1e-4)
+    assert metrics["two"]["selected"].keys() == metrics["one"]["selected"].keys()
+    total = re.findall(r"\* total: (\d+)", (folder / "two" / method / "log.txt").read_text())
+    assert set(total) == {"6", "15"}
+
+
+@pytest.mark.parametrize("method", ["dlr", "coop", "tip"])
+def test_only_rank_0_writes(runs, folder, method):
+    def files(name: str) -> list[str]:
+        paths = (path for path in (folder / name / method).rglob("*") if path.is_file())
+        return sorted(re.sub(r"(tfevents)\..*", r"\1", str(path.relative_to(folder / name))) for path in paths)
+
+    assert files("two") == files("one")
+
+
+def test_a_wrong_setting_is_told_once(runs, folder):
+    results, done = runs["two"]
+    assert [result["code"] for result in results] == [0, 0, 0, 2]
+    assert len(re.findall(r"^error: Expected TRAINER.COOP.PREC", done.stderr, re.MULTILINE)) == 1
+    assert not (folder / "two" / "wrong").exists()
+
+
+def test_a_killed_process_ends_the_job_which_then_resumes(runs, folder, command):
+    argv = [*TORCHRUN, str(ROOT / "train.py"), *command("CoOp", "coop", "killed")]
+    log = folder / "killed.txt"
+    argv += ["TRAIN.CHECKPOINT_FREQ", "1"]
+    with open(log, "w") as stream:
+        job = subprocess.Popen(argv, cwd=folder, env=environment(), stdout=stream, stderr=stream)
+    checkpoint = folder / "killed" / "prompt_learner" / "model.pth.tar-2"
+    try:
+        end = time.monotonic() + TIMEOUT
+        while not checkpoint.exists() and job.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        os.kill(worker(job.pid, rank=1), signal.SIGKILL)
+        assert job.wait(timeout=TIMEOUT) != 0
+    finally:
+        job.kill()
+    lines = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and lines[0].startswith("error: rank 0: rank 1 of this job ended or hung"), lines
+    assert "the same command goes on" in lines[0]
+    assert not (folder / "killed" / "DONE").exists()
+
+    done = subprocess.run(argv, cwd=folder, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"Found checkpoint|will resume", done.stdout)
+    whole, resumed = (json.loads((folder / name / "metrics.json").read_text()) for name in ("two/coop", "killed"))
+    assert resumed["test"] == whole["test"] and resumed["train"] == whole["train"]
+
+
+def worker(parent: int, rank: int) -> int:
+    """The process that torchrun has started with that rank."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (place / "environ").read_bytes().split(b"\0")
+            ppid = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if ppid == parent and f"RANK={rank}".encode() in variables:
+            return int(place.name)
+    raise AssertionError(f"torchrun has no process of rank {rank}")

@@ -284,14 +284,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if distributed.first_to_fail():
             print("interrupted", file=sys.stderr)
         code = 130
-    except (distributed.PeerLostError, distributed.TerminatedError) as error:
-        code = 143 if isinstance(error, distributed.TerminatedError) else 1
-        message = distributed.why_it_ends(error)
+    except (Exception, distributed.TerminatedError) as error:
+        terminated = isinstance(error, distributed.TerminatedError)
+        code = 143 if terminated else 1
+        lost = terminated or distributed.is_peer_lost(error)
+        message = distributed.why_it_ends(error) if lost else ""
         if distributed.first_to_fail():
+            if not lost:
+                raise
             print(f"error: {message}", file=sys.stderr)
-    except Exception:
-        if distributed.first_to_fail():
-            raise
     finally:
         close_logger()
     return code

@@ -41,6 +41,7 @@ __all__ = [
     "gather_objects",
     "gather_rows",
     "is_main",
+    "is_peer_lost",
     "launched",
     "local_rank",
     "local_world_size",
@@ -136,8 +137,15 @@ def connect() -> None:
 
 
 def _terminate(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: this process is ending, and says why
+    _ignore_termination()
     raise TerminatedError
+
+
+def _ignore_termination() -> None:
+    """This process is ending, and is to say why: torchrun, which ends all when one has ended, may not cut it short."""
+    main = threading.current_thread() is threading.main_thread()  # no other one may change what a signal does
+    if main and signal.getsignal(signal.SIGTERM) is _terminate:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def start(use_cuda: bool, minutes: float) -> None:
@@ -198,9 +206,18 @@ def _watched() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo has no type of its own, nccl's and the store's are subclasses
+        _ignore_termination()
         reason = (str(error).splitlines() or [""])[0]
         reason = re.sub(r"^\[\S+\] ", "", reason)  # the place in the source file
-        raise PeerLostError(" ".join(reason.split())[:200]) from error
+        raise PeerLostError(reason) from error
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether an error comes from another process; torch's own count where a trainer talks to the others itself."""
+    if isinstance(error, PeerLostError):
+        return True
+    told = re.search(r"gloo|nccl|connection (closed|reset)|timed out", str(error), re.IGNORECASE)
+    return active() and isinstance(error, RuntimeError) and told is not None
 
 
 def first_to_fail() -> bool:
@@ -222,6 +239,7 @@ def why_it_ends(error: BaseException) -> str:
 
     Takes up to CHECK_IN seconds, in which the processes that still run are heard of; all of them must call it.
     """
+    _ignore_termination()
     missing = _missing()
     lost = ", ".join(f"rank {number}" for number in missing)
     if missing:
@@ -230,7 +248,8 @@ def why_it_ends(error: BaseException) -> str:
         what = "this job was told to end (SIGTERM)"
     else:
         what = "another process of this job ended or hung"
-    reason = f" [{error}]" if str(error) else ""
+    reason = " ".join(str(error).split())[:200]
+    reason = f" [{reason}]" if reason else ""
     return f"rank {rank()}: {what}: {GO_ON}{reason}"
 
 

@@ -248,7 +248,7 @@ def why_it_ends(error: BaseException) -> str:
         what = "this job was told to end (SIGTERM)"
     else:
         what = "another process of this job ended or hung"
-    reason = " ".join(str(error).split())[:200]
+    reason = " ".join(str(error).split()).partition(". ")[0][:200]  # torch's advice is left out
     reason = f" [{reason}]" if reason else ""
     return f"rank {rank()}: {what}: {GO_ON}{reason}"
 

@@ -63,8 +63,8 @@ def build_data_loader(
 ) -> DataLoader[Any]:
     """A loader over ``data_source``.
 
-    Of a job of several processes, a training loader gives each its part of every batch (see sharding.py); all other
-    loaders give everything to each.
+    A training loader's augmentations depend on seed, epoch and position alone, and of a job of several processes it
+    gives each its part of every batch (see sharding.py); all other loaders give everything to each.
 
     Args:
         cfg: the run's config.
@@ -86,7 +86,7 @@ def build_data_loader(
     dataset = wrapper(cfg, data_source, transform=tfm, is_train=is_train)
     drop_last = is_train and len(data_source) >= batch_size
     how: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler, "drop_last": drop_last}
-    if is_train and distributed.active():
+    if is_train:
         dataset = SeededItems(dataset)
         how = {"batch_sampler": SharedBatches(sampler, batch_size, drop_last, generator)}
     workers = usable_workers(cfg.DATALOADER.NUM_WORKERS)

@@ -154,11 +154,11 @@ def test_set_epoch_with_a_planned_sampler(cfg):
 def test_unlabelled_loader(cfg, files, monkeypatch):
     cfg = with_unlabelled(cfg, files, monkeypatch)
     manager = DataManager(cfg)
-    assert manager.train_loader_u.batch_size == 4 and len(manager.val_loader) == 1
+    assert manager.train_loader_u.batch_sampler.batch_size == 4 and len(manager.val_loader) == 1
     assert order(manager.train_loader_u) != order(manager.train_loader_x)
     cfg.DATALOADER.TRAIN_U.SAME_AS_X = False
     cfg.DATALOADER.TRAIN_U.BATCH_SIZE = 5
-    assert DataManager(cfg).train_loader_u.batch_size == 5
+    assert DataManager(cfg).train_loader_u.batch_sampler.batch_size == 5
 
 
 def test_workers_are_seeded_and_kept(cfg, monkeypatch):

@@ -59,8 +59,8 @@ def spread(total: int, count: int) -> set[int]:
 
 def progress_bar(iterable: Any = None, **kwargs: Any) -> tqdm:
     """A tqdm bar on rank 0's stderr; it redraws rarely when that is a file, so that a job's log stays short."""
-    seconds = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(iterable, mininterval=seconds, dynamic_ncols=True, disable=not distributed.is_main(), **kwargs)
+    kwargs["disable"] = kwargs.get("disable", False) or not distributed.is_main()
+    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 10.0, dynamic_ncols=True, **kwargs)
 
 
 def lines_above_bars() -> contextlib.AbstractContextManager[Any]:

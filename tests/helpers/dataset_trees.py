@@ -214,6 +214,14 @@ def image_folder(root: Path) -> None:
         write_folder(root / name, 10)
 
 
+def open_images(root: Path) -> None:
+    rows = []
+    for number in range(16):
+        write_image(root / "open_images" / "images" / f"train_{number % 3}" / f"{number:016x}.jpg")
+        rows.append(f"{number:016x},{('Tree', 'Cat, tabby')[number % 2]}".replace("Cat, tabby", '"Cat, tabby"'))
+    write_text(root / "open_images" / "labels.csv", "ImageID,LabelName", *reversed(rows))
+
+
 TREES: dict[str, Callable[[Path], None]] = {
     "ImageNet": imagenet,
     "Caltech101": caltech101,
@@ -231,6 +239,7 @@ TREES: dict[str, Callable[[Path], None]] = {
     "ImageNetA": imagenet_a,
     "ImageNetR": imagenet_r,
     "ImageFolder": image_folder,
+    "OpenImages": open_images,
 }
 
 

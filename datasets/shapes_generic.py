@@ -1,0 +1,156 @@
+"""ShapesGeneric: a generic labelled set to train on once and use elsewhere, with nothing of `Shapes` or `Digits` in it.
+
+96 classes of 62 rendered images, split 50 / 6 / 6: eight outlines that are not among the classes of `Shapes`, sixteen
+letters, and seventy-two figures drawn at random (curves, jagged polygons, pen strokes; twenty-four each), which keep
+their figure within a class. Colours and patterns are drawn anew for each image and are none of those of `Shapes`. Made
+on first use from fixed seeds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from dassl.data.datasets import DATASET_REGISTRY, Datum
+
+from .cache import build_once, made_dataset_dir
+from .rendering import COLOURS, OTHER_OUTLINES, draw_outline, glyph_mask, outline_mask
+from .shapes import COLOURS as TAKEN_COLOURS
+from .splits import Split, SplitDataset
+
+Rng = np.random.Generator
+Array = np.ndarray  # [64, 64], [3] or [64, 64, 3]
+
+LETTERS = "ABEFGHJKMNPRSUWY"  # without those that look like a class of Shapes or a digit, such as C, T, X or Z
+FIGURES = ("curve", "polygon", "stroke")
+PER_FIGURE = 24
+CLASSES = (
+    *OTHER_OUTLINES,
+    *(f"letter {letter}" for letter in LETTERS),
+    *(f"{figure} {number}" for figure in FIGURES for number in range(1, PER_FIGURE + 1)),
+)
+FOLDERS = tuple(f"{label:02d}_{name.replace(' ', '_')}" for label, name in enumerate(CLASSES))
+PATTERNS = ("dotted", "checkered", "rings", "bricks", "speckled", "rays")  # Shapes: plain, striped, outlined, shaded
+IMAGES_PER_CLASS, TRAIN, VAL = 62, 50, 6
+SIDE = 64
+ROWS, COLUMNS = np.mgrid[0:SIDE, 0:SIDE].astype(float)
+SEED = 11
+APART = 60.0  # least distance of a colour from each of Shapes', in RGB
+
+
+def other_colour(rng: Rng, unlike: Array | None = None) -> Array:
+    """An RGB colour [3] that is none of Shapes', and not like the other one."""
+    taken = np.array([COLOURS[name] for name in TAKEN_COLOURS], dtype=float)
+    while True:
+        colour = rng.uniform(10, 245, 3)
+        far = np.linalg.norm(taken - colour, axis=1).min() >= APART
+        if far and (unlike is None or np.linalg.norm(colour - unlike) >= 90):
+            return colour
+
+
+def random_figure(kind: str, family: int, rng: Rng) -> list[tuple[str, Array]]:
+    """The outline of one member of a random figure: the family decides the figure, `rng` the member."""
+    own = np.random.default_rng((SEED, FIGURES.index(kind), family))
+    if kind == "polygon":
+        corners = 2 * int(own.integers(3, 5))  # every second one lies deep inside: jagged, unlike any regular shape
+        angle = np.sort(own.uniform(0, 2 * np.pi, corners)) + rng.normal(0, 0.06, corners)
+        deep = np.where(np.arange(corners) % 2 == 0, own.uniform(0.7, 1.0, corners), own.uniform(0.2, 0.5, corners))
+        radius = deep * rng.uniform(0.92, 1.08, corners)
+        points = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    elif kind == "curve":
+        t, order = np.linspace(0, 2 * np.pi, 90, endpoint=False), np.arange(1, 7)
+        size = own.normal(0, 0.35, 6) / order**0.5 * rng.uniform(0.85, 1.15, 6)
+        phase = own.uniform(0, 2 * np.pi, 6) + rng.normal(0, 0.1, 6)
+        radius = 1 + (size[:, None] * np.cos(order[:, None] * t + phase[:, None])).sum(axis=0)
+        radius = np.clip(radius, 0.2, None)
+        points = np.stack([radius * np.cos(t), radius * np.sin(t)], axis=1)
+    else:
+        points = own.uniform(-1, 1, (int(own.integers(4, 7)), 2))
+        points = points + rng.normal(0, 0.06, points.shape)
+    points = points - (points.max(axis=0) + points.min(axis=0)) / 2
+    return [("line" if kind == "stroke" else "add", points / np.abs(points).max())]
+
+
+def draw_mask(label: int, rng: Rng) -> Array:
+    """Where a member of a class lies in the picture: [64, 64] in [0, 1]."""
+    name = CLASSES[label]
+    kind, _, rest = name.rpartition(" ")
+    if name in OTHER_OUTLINES:
+        return outline_mask(name, rng, scale=(0.4, 0.85))
+    if kind == "letter":
+        return glyph_mask(rest, rng)
+    scale = float(rng.uniform(0.4, 0.85))
+    room = max(0.0, 0.92 - scale)
+    shift = (float(rng.uniform(-room, room)), float(rng.uniform(-room, room)))
+    turn, stretch = float(rng.uniform(-25, 25)), float(rng.uniform(0.88, 1.12))
+    return draw_outline(random_figure(kind, int(rest), rng), SIDE, scale, turn, shift, stretch)
+
+
+def draw_pattern(name: str, rng: Rng) -> Array:
+    """Share of the second colour in each pixel, [64, 64]."""
+    y, x = ROWS, COLUMNS
+    turn, period, phase = rng.uniform(0, np.pi), rng.uniform(5.5, 11.0), rng.uniform(0, 6.3)
+    u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+    waves = np.sin(2 * np.pi * u / period + phase), np.sin(2 * np.pi * v / period + phase)
+    cx, cy = rng.uniform(10, 54, 2)
+    if name == "dotted":
+        return (waves[0] + waves[1] > 1.0).astype(float)
+    if name == "checkered":
+        return (waves[0] * waves[1] > 0).astype(float)
+    if name == "rings":
+        return (np.sin(2 * np.pi * np.hypot(x - cx, y - cy) / period) > 0).astype(float)
+    if name == "bricks":
+        row = np.floor(v / period)
+        return ((v % period < 1.6) | ((u + 0.8 * period * (row % 2)) % (1.6 * period) < 1.6)).astype(float)
+    if name == "rays":
+        return (np.sin(int(rng.integers(6, 12)) * np.arctan2(y - cy, x - cx) + phase) > 0).astype(float)
+    speckles = Image.fromarray((rng.uniform(0, 255, (SIDE, SIDE))).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1))
+    return (np.asarray(speckles, dtype=float) > 127).astype(float)
+
+
+def draw_generic(label: int, rng: Rng) -> Image.Image:
+    """A member of a class, 64 x 64 RGB, before a background of one colour or of a faint pattern, with clutter."""
+    back = other_colour(rng)
+    front = other_colour(rng, unlike=back)
+    second = np.clip(front * rng.uniform(0.3, 0.7) + rng.uniform(0, 120, 3), 0, 255)
+    picture = np.broadcast_to(back, (SIDE, SIDE, 3)) + np.linspace(-1, 1, SIDE)[:, None, None] * rng.uniform(-25, 25)
+    if rng.random() < 0.3:
+        faint = draw_pattern(PATTERNS[rng.integers(len(PATTERNS))], rng)[..., None]
+        picture = picture + faint * rng.uniform(-25, 25, 3)
+    for _ in range(int(rng.integers(0, 4))):
+        cx, cy, r = rng.uniform(0, SIDE), rng.uniform(0, SIDE), rng.uniform(3, 8)
+        picture = np.where(((COLUMNS - cx) ** 2 + (ROWS - cy) ** 2 < r * r)[..., None], other_colour(rng), picture)
+    paint = front + draw_pattern(PATTERNS[rng.integers(len(PATTERNS))], rng)[..., None] * (second - front)
+    mask = draw_mask(label, rng)[..., None]
+    picture = picture + mask * (paint - picture) + rng.normal(0, rng.uniform(0, 25), (SIDE, SIDE, 3))
+    image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8))) if rng.random() < 0.5 else image
+
+
+def write_generic(folder: Path) -> None:
+    """Render `folder/images/<label>_<class>/<number>.png`; each class has a generator of its own."""
+    for label, name in enumerate(FOLDERS):
+        rng = np.random.default_rng((SEED, label))
+        (folder / "images" / name).mkdir(parents=True)
+        for number in range(IMAGES_PER_CLASS):
+            draw_generic(label, rng).save(folder / "images" / name / f"{number:03d}.png", compress_level=1)
+
+
+@DATASET_REGISTRY.register()
+class ShapesGeneric(SplitDataset):
+    """96 classes of rendered figures, 50 / 6 / 6 images a class for train / val / test."""
+
+    folder = "shapes_generic"
+
+    def locate(self, root: str) -> Path:
+        return build_once(made_dataset_dir(root, self.folder), write_generic)
+
+    def make_split(self) -> Split:
+        split = Split([], [], [])
+        for label, (folder, name) in enumerate(zip(FOLDERS, CLASSES, strict=True)):
+            for number in range(IMAGES_PER_CLASS):
+                part = split.train if number < TRAIN else split.val if number < TRAIN + VAL else split.test
+                part.append(Datum(f"{self.image_dir}/{folder}/{number:03d}.png", label, classname=name))
+        return split

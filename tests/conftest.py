@@ -44,6 +44,25 @@ def random_tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_adapters(random_tiny, tmp_path_factory) -> Path:
+    """A file of random adapters for that CLIP, for MODEL.IMO_WEIGHTS."""
+    import torch
+
+    from trainers.clip import load_clip
+    from trainers.imo import IMOAdapters, save_adapters
+
+    clip = load_clip("tiny", random_tiny)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapters = IMOAdapters(clip.visual.widths, 4)
+        for p in adapters.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    path = tmp_path_factory.mktemp("adapters") / "imo_adapters.safetensors"
+    save_adapters(path, adapters, clip, {"trainer": "random"})
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_weights(random_tiny) -> str:
     """MODEL.BACKBONE.WEIGHTS for tests that want the bundled CLIP: "" where it is there, else the random one."""
     from trainers.clip.tiny import tiny_files

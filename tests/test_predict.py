@@ -169,7 +169,7 @@ def test_another_head(run, new, capsys):
 
 
 @pytest.mark.parametrize("name", TRAINER_REGISTRY.registered_names())
-def test_every_trainer_predicts_without_its_images(name, tmp_path, random_tiny, capsys, monkeypatch):
+def test_every_trainer_predicts_without_its_images(name, tmp_path, random_tiny, random_adapters, capsys, monkeypatch):
     """Built on Digits, saved, and used again where Digits are gone."""
     image = tmp_path / "image.png"
     Image.new("RGB", (64, 64), "red").save(image)
@@ -180,6 +180,7 @@ def test_every_trainer_predicts_without_its_images(name, tmp_path, random_tiny, 
             *("MODEL.BACKBONE.WEIGHTS", str(random_tiny), "INPUT.SIZE", "(64, 64)", "DATASET.NUM_SHOTS", "1"),
             *("INPUT.TRANSFORMS", "('normalize',)", "DATALOADER.NUM_WORKERS", "0", "USE_CUDA", "False"),
             *("OPTIM.NAME", "adamw", "OPTIM.MAX_EPOCH", "1"),
+            *(("MODEL.IMO_WEIGHTS", str(random_adapters)) if TRAINER_REGISTRY.get(name).adapters == "needed" else ()),
         ]
     )
     trainer = train.build(args)

@@ -35,9 +35,14 @@ def make_cfg(folder: Path, *pairs: Any):
 
 
 @pytest.fixture
-def build(tmp_path, random_tiny):
+def build(tmp_path, random_tiny, random_adapters):
     def build(name: str, seed: int = 1):
         cfg = make_cfg(tmp_path, "TRAINER.NAME", name, "MODEL.BACKBONE.WEIGHTS", str(random_tiny), "SEED", seed)
+        if getattr(TRAINER_REGISTRY.get(name), "adapters", "none") == "needed":
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.IMO_WEIGHTS = str(random_adapters)
+            cfg.freeze()
         set_random_seed(seed)
         return build_trainer(cfg)
 

@@ -26,10 +26,12 @@ from . import (
     dlrclip,
     em_dirichlet,
     feature_adapter,
+    imo,
     linear_probe,
     mma,
     taskres,
     tip_adapter,
+    tip_adapter_pp,
     zsclip,
 )
 from .clip import add_clip_config
@@ -44,10 +46,12 @@ __all__ = [
     "em_dirichlet",
     "extend_cfg",
     "feature_adapter",
+    "imo",
     "linear_probe",
     "mma",
     "taskres",
     "tip_adapter",
+    "tip_adapter_pp",
     "zsclip",
 ]
 

@@ -39,6 +39,7 @@ class CLIPTrainer(TrainerX):
     node_name = ""
     main_head = ""
     reference_head = "clip"
+    adapters = "none"  # whether features are corrected by MODEL.IMO_WEIGHTS: none (refused) | optional | needed
 
     @property
     def _own_toolbox(self) -> bool:
@@ -62,6 +63,11 @@ class CLIPTrainer(TrainerX):
             raise ValueError(
                 f"Expected TRAINER.{self.node_name}.PREC to be fp32, amp or bf16 but got fp16: "
                 "this toolbox cannot scale gradients, which half precision needs"
+            )
+        if cfg.MODEL.get("IMO_WEIGHTS", "") and self.adapters == "none":
+            raise ValueError(
+                f"Expected MODEL.IMO_WEIGHTS to be '' for {type(self).__name__}, which uses no corrected features, "
+                f"but got {cfg.MODEL.IMO_WEIGHTS!r}"
             )
         templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE)
         check_number(cfg, "FEATURE_CACHE.LIMIT", 0, 1e6)
@@ -240,8 +246,12 @@ class EncoderTrainer(LearnerTrainer):
         learner = self.network.learner
         count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
         logger.info("Parameters to learn: %s", f"{count:,}")
-        optim = build_optimizer(learner, cfg.OPTIM)
+        optim = self.build_optimiser(learner)
         self.register_model(self.model_name, learner, optim, self.build_schedule(optim))
+
+    def build_optimiser(self, learner: Any) -> Any:
+        """The optimiser of what is learnt."""
+        return build_optimizer(learner, self.cfg.OPTIM)
 
     def build_schedule(self, optim: Any) -> Any:
         """The schedule of the learning rate."""

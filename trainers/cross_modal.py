@@ -21,6 +21,7 @@ from dassl.engine import TRAINER_REGISTRY
 from .clip import CLIP, zeroshot_weights
 from .common import check_choice, check_whole
 from .frozen import FeatureLearner, FeatureTrainer
+from .imo.adapters import add_imo_weights
 from .zsclip import ensemble_templates
 
 
@@ -40,7 +41,7 @@ class CrossModalLearner(FeatureLearner):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, E] -> logits [B, C]."""
-        return self.scale * features @ self.weight.t()
+        return self.scale * self.compared(features) @ self.weight.t()
 
 
 @TRAINER_REGISTRY.register()
@@ -50,10 +51,12 @@ class CrossModalProbe(FeatureTrainer):
     node_name = "CROSSMODAL"
     model_name = "cross_modal"
     main_head = "probe"
+    adapters = "optional"
 
     @staticmethod
     def add_config(cfg: Any) -> None:
-        """Adds TRAINER.CROSSMODAL to `cfg` unless it is there."""
+        """Adds TRAINER.CROSSMODAL and MODEL.IMO_WEIGHTS to `cfg` unless they are there."""
+        add_imo_weights(cfg)
         if "CROSSMODAL" in cfg.TRAINER:
             return
         node = FeatureTrainer.new_node(cfg, views=0)

@@ -64,9 +64,9 @@ class FeatureSlot:
             return None
         steps = getattr(transform, "transforms", [transform])
         return {
-            "shape": [max(1, self.views), len(self.images.data_source), clip.embed_dim],
+            "shape": [max(1, self.views), len(self.images.data_source), self.encoder.width],
             "images": images,
-            "weights": clip.weights_digest,
+            "weights": self.encoder.weights_digest,
             "transform": words,
             **({"views": self.views, "seed": self.seed} if self.views else {}),
             "precision": self.encoder.precision,
@@ -75,7 +75,13 @@ class FeatureSlot:
             "device": _device(clip.device),
             "matmul": torch.get_float32_matmul_precision(),
             "versions": [module.__version__ for module in (torch, torchvision, PIL, numpy)],
-            "code": code_digest(read_image, self.encoder.autocast, type(self.images), *(type(step) for step in steps)),
+            "code": code_digest(
+                read_image,
+                type(self.encoder),
+                self.encoder.autocast,
+                type(self.images),
+                *(type(step) for step in steps),
+            ),
         }
 
     def load(self) -> FeatureSet | None:

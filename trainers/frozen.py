@@ -33,6 +33,7 @@ from .clip.features import (
 )
 from .common import LearnerTrainer, build_optimizer_with_eps, check_whole, count_steps
 from .feature_slot import feature_slot
+from .imo.adapters import CorrectedEncoder, check_adapters, load_adapters
 from .learner import Learner, class_rows
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,16 @@ class FeatureLearner(Learner):
         return self.clip_logits(features)
 
     def clip_logits(self, features: Tensor) -> Tensor:
-        """Features [B, E] -> zero-shot logits [B, C]."""
-        return self.scale * features @ self.zeroshot.t()
+        """Features -> zero-shot logits [B, C]."""
+        return self.scale * self.original(features) @ self.zeroshot.t()
+
+    def original(self, features: Tensor) -> Tensor:
+        """Features [..., E], or [..., 2E] with corrected ones beside them -> those that CLIP gives, [..., E]."""
+        return features[..., : self.zeroshot.shape[1]]
+
+    def compared(self, features: Tensor) -> Tensor:
+        """Features [..., E] or [..., 2E] -> those to compare images by, the corrected ones where there are any."""
+        return features[..., -self.zeroshot.shape[1] :]
 
     def for_classes(
         self, state: dict[str, Tensor], trained: Sequence[str] | None, indices: Sequence[int] | None
@@ -158,6 +167,14 @@ class FeatureTrainer(LearnerTrainer):
     def check_cfg(self, cfg: Any) -> None:
         """See LearnerTrainer."""
         super().check_cfg(cfg)
+        weights = cfg.MODEL.get("IMO_WEIGHTS", "")
+        if self.adapters == "needed" and not weights:
+            raise ValueError(
+                f"Expected MODEL.IMO_WEIGHTS to be adapters that IMO or IMODINO saved, which {type(self).__name__} "
+                "needs, but got ''"
+            )
+        if self.adapters != "none" and weights:
+            check_adapters(weights, cfg.MODEL.BACKBONE.NAME)
         if self.views_key:
             check_whole(cfg, f"TRAINER.{self.node_name}.VIEWS", 0)
 
@@ -185,10 +202,17 @@ class FeatureTrainer(LearnerTrainer):
         cfg = self.cfg
         clip, classnames = self.load_frozen_clip(self.node.PREC)
         learner = self.build_learner(clip, classnames, self.zeroshot(clip, classnames).float())
-        self.network = FeatureNetwork(ImageEncoder(clip, self.node.PREC, self._autocast), learner)
+        self.network = FeatureNetwork(self.build_encoder(clip), learner)
         self.selected = {}
         self._set_up_loaders()
         self._register(learner, cfg.OPTIM)
+
+    def build_encoder(self, clip: CLIP) -> ImageEncoder:
+        """What encodes images: CLIP, and where MODEL.IMO_WEIGHTS is set CLIP with those adapters beside it."""
+        weights = self.cfg.MODEL.get("IMO_WEIGHTS", "")
+        if not weights:
+            return ImageEncoder(clip, self.node.PREC, self._autocast)
+        return CorrectedEncoder(clip, self.node.PREC, self._autocast, load_adapters(weights, clip))
 
     def _set_up_loaders(self) -> None:
         cfg = self.cfg

@@ -27,6 +27,7 @@ from .clip import CLIP
 from .clip.features import FeatureSet
 from .common import check_choice, check_number, check_whole
 from .frozen import FeatureLearner, FeatureTrainer
+from .imo.adapters import add_imo_weights
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +113,10 @@ class ProbeLearner(FeatureLearner):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, E] -> logits [B, C]."""
+        images = self.compared(features)
         if self.trained:
-            return self.scale * features @ self.weight.t()
-        return features @ self.weight.t() + self.get_buffer("bias")
+            return self.scale * images @ self.weight.t()
+        return images @ self.weight.t() + self.get_buffer("bias")
 
 
 @TRAINER_REGISTRY.register()
@@ -124,6 +126,7 @@ class LinearProbe(FeatureTrainer):
     node_name = "LINEARPROBE"
     model_name = "probe"
     main_head = "probe"
+    adapters = "optional"
     eps = 1e-4
 
     @property
@@ -134,7 +137,8 @@ class LinearProbe(FeatureTrainer):
 
     @staticmethod
     def add_config(cfg: Any) -> None:
-        """Adds TRAINER.LINEARPROBE to `cfg` unless it is there."""
+        """Adds TRAINER.LINEARPROBE and MODEL.IMO_WEIGHTS to `cfg` unless they are there."""
+        add_imo_weights(cfg)
         if "LINEARPROBE" in cfg.TRAINER:
             return
         node = FeatureTrainer.new_node(cfg, views=0)
@@ -159,8 +163,9 @@ class LinearProbe(FeatureTrainer):
 
     def fit(self, features: FeatureSet) -> dict[str, float]:
         """Searches C on validation images and fits -> accuracy (percent) on training images."""
-        x, y = features.flat()
         learner, known = self.network.learner, self.validation_features()
+        x, y = features.flat()
+        x = learner.compared(x)
         fits: dict[float, Linear] = {}
 
         def fitted(c: float) -> Linear:
@@ -171,7 +176,7 @@ class LinearProbe(FeatureTrainer):
         if isinstance(known, str):
             c, on, n = float(self.node.C), f"TRAINER.LINEARPROBE.C ({known})", 0
         else:
-            images, labels = known
+            images, labels = learner.compared(known[0]), known[1]
 
             def accuracy(c: float) -> float:
                 weight, bias = fitted(c)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
@@ -98,7 +99,7 @@ class TipLearner(FeatureLearner):
         trained: whether the keys are trained.
     """
 
-    SAMPLES = ("key_labels", "keys")
+    SAMPLES: tuple[str, ...] = ("key_labels", "keys")
 
     keys: Tensor
     key_labels: Tensor
@@ -128,11 +129,11 @@ class TipLearner(FeatureLearner):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, E] -> logits [B, C]."""
-        clip_logits = self.clip_logits(features)
-        return tip_logits(features, clip_logits, self.keys, self.key_labels, float(self.alpha), float(self.beta))
+        clip_logits, images = self.clip_logits(features), self.compared(features)
+        return tip_logits(images, clip_logits, self.keys, self.key_labels, float(self.alpha), float(self.beta))
 
 
-def _add_tip_config(cfg: Any, name: str) -> None:
+def add_tip_config(cfg: Any, name: str) -> None:
     if name in cfg.TRAINER:
         return
     node = FeatureTrainer.new_node(cfg, views=10)
@@ -157,7 +158,7 @@ class TipAdapter(FeatureTrainer):
     @staticmethod
     def add_config(cfg: Any) -> None:
         """Adds TRAINER.TIPADAPTER to `cfg` unless it is there."""
-        _add_tip_config(cfg, "TIPADAPTER")
+        add_tip_config(cfg, "TIPADAPTER")
 
     def check_node(self, cfg: Any) -> None:
         """See LearnerTrainer."""
@@ -179,7 +180,7 @@ class TipAdapter(FeatureTrainer):
     def prepare(self, features: FeatureSet) -> None:
         """Fills the cache."""
         learner: Any = self.network.learner
-        learner.keys.copy_(features.mean())
+        learner.keys.copy_(F.normalize(learner.compared(features.values).mean(dim=0), dim=-1))
         learner.key_labels.copy_(features.labels)
 
     def fit(self, features: FeatureSet) -> dict[str, float]:
@@ -198,7 +199,7 @@ class TipAdapter(FeatureTrainer):
         (beta_end, alpha_end), (betas, alphas) = self.node.SEARCH_SCALE, self.node.SEARCH_STEP
         choice = search_tip(
             learner.clip_logits(features),
-            features @ learner.keys.t(),
+            learner.compared(features) @ learner.keys.t(),
             learner.key_labels,
             labels,
             search_grid(alpha_end, alphas),
@@ -222,7 +223,7 @@ class TipAdapterF(TipAdapter):
     @staticmethod
     def add_config(cfg: Any) -> None:
         """Adds TRAINER.TIPADAPTERF to `cfg` unless it is there."""
-        _add_tip_config(cfg, "TIPADAPTERF")
+        add_tip_config(cfg, "TIPADAPTERF")
 
     def forward_backward(self, batch: Any) -> dict[str, float]:
         """See FeatureTrainer; with the configured alpha and beta, also after others have been chosen."""

@@ -40,6 +40,16 @@ class ImageEncoder:
         self.precision = precision
         self.autocast = autocast
 
+    @property
+    def width(self) -> int:
+        """Width of what is returned."""
+        return self.clip.embed_dim
+
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256 (hex) of all weights that features depend on."""
+        return self.clip.weights_digest
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> features [B, E], L2-normalised, fp32, on CLIP's device."""

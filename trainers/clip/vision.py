@@ -88,7 +88,7 @@ class VisionTower(nn.Module):
             start: 1..depth + 1 (depth + 1: the head alone).
             adapter: see ``blocks.Adapter``. A ViT's last block calls it for the class token alone, [B, 1, D].
             projection: see ``blocks.Projection``; for a ViT only.
-            after: as ``adapter``, handed each block's output h, [B, N, D] (ResNet: [B, C, H, W]): ``h + after(h)``.
+            after: as ``adapter``, handed each block's output h, [B, N, D] (ResNet: [B, C, H, W]): h + after(h).
             checkpointing: keep only what enters each block, and compute it again in the backward pass.
 
         Returns:

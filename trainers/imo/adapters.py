@@ -1,0 +1,213 @@
+"""The adapters that correct CLIP's image features for being compared with each other, and their file.
+
+    out = h + up( gelu( down(h) ) )        h the output of a visual block; D -> r -> D; up starts at zero
+
+CLIP is trained across modalities: cosine similarities of images of one class and of two classes overlap. The adapters
+are trained once on a generic image set, with CLIP frozen, and serve every method that compares images.
+
+Legend: B images, N tokens, D width of a block, r bottleneck width, E joint embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..clip import CLIP
+from ..clip.features import ImageEncoder
+
+FILE_NAME = "imo_adapters.safetensors"  # in the output folder of a run
+FORMAT = "imo-adapters-1"
+
+
+class Bottleneck(nn.Module):
+    """h -> up(gelu(down(h))), which is zero until `up` has been trained."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, dim)
+        self.up = nn.Linear(dim, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h [..., D] -> [..., D] in fp32, whatever the backbone's precision."""
+        with torch.autocast(device_type=h.device.type, enabled=False):
+            return self.up(F.gelu(self.down(h.float())))
+
+
+class IMOAdapters(nn.Module):
+    """One bottleneck after each visual block; callable as the tower's `after`.
+
+    Args:
+        widths: width D of each block, by its number (from 1).
+        dim: r.
+
+    Raises:
+        ValueError: no block, or r below 1.
+    """
+
+    def __init__(self, widths: Mapping[int, int], dim: int = 64) -> None:
+        super().__init__()
+        if not widths or dim < 1:
+            raise ValueError(f"Expected blocks to adapt and a bottleneck width of at least 1 but got {widths}, {dim}")
+        self.widths, self.dim = dict(widths), dim
+        self.blocks = nn.ModuleDict({str(i): Bottleneck(width, dim) for i, width in sorted(widths.items())})
+
+    def forward(self, block: int, h: Tensor) -> Tensor:
+        """What is added to the output h of `block`: [B, N, D], or [B, D, H, W] (1x1 over channels) of a ResNet."""
+        bottleneck = self.blocks[str(block)]
+        return bottleneck(h.movedim(1, -1)).movedim(-1, 1) if h.ndim == 4 else bottleneck(h)
+
+    def encode(self, clip: CLIP, images: Tensor) -> Tensor:
+        """Corrected features [B, E] of images [B, 3, S, S], normalised, fp32."""
+        features = clip.visual.suffix(clip.visual.prefix(images, 0), 1, after=self)
+        return F.normalize(features.float(), dim=-1)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the weights."""
+        return _digest({name: value.cpu() for name, value in self.state_dict().items()})
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.detach().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_adapters(path: str | os.PathLike[str], adapters: IMOAdapters, clip: CLIP, recipe: Mapping[str, Any]) -> None:
+    """Write the adapters and how they were made as safetensors, at once or not at all.
+
+    Args:
+        recipe: plain values (trainer, config, data digest, ...); what the adapters fit is added.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in adapters.state_dict().items()}
+    facts = {
+        "format": FORMAT,
+        "backbone": clip.name,
+        "weights_digest": clip.weights_digest,
+        "dim": adapters.dim,
+        "widths": {str(i): width for i, width in adapters.widths.items()},
+        "digest": _digest(state),
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(safetensors_bytes(state, metadata={"recipe": json.dumps({**recipe, **facts}, sort_keys=True)}))
+    os.replace(part, path)
+
+
+def find_adapters(path: str | os.PathLike[str]) -> Path:
+    """The adapters' file: `path` itself, or in the run folder `path`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    given = Path(path).expanduser()
+    file = given / FILE_NAME if given.is_dir() else given
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"Expected MODEL.IMO_WEIGHTS to be a file of adapters, or the output folder of IMO or IMODINO with its "
+            f"{FILE_NAME}, but there is no {file}"
+        )
+    return file
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """How the adapters of a file were made and what they fit.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is no such file.
+    """
+    file = find_adapters(path)
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            recipe = json.loads((opened.metadata() or {}).get("recipe", "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"Expected {file} to be a safetensors file of adapters but got: {error}") from error
+    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
+        raise ValueError(f"Expected {file} to hold adapters that IMO or IMODINO saved but got tensors without a recipe")
+    return recipe
+
+
+def check_adapters(path: str | os.PathLike[str], backbone: str) -> None:
+    """`read_recipe`, and that the adapters are for a backbone of that name; before CLIP is loaded."""
+    made_for = read_recipe(path)["backbone"]
+    if made_for != backbone:
+        raise ValueError(f"Expected adapters (MODEL.IMO_WEIGHTS) for backbone {backbone} but got some for {made_for}")
+
+
+def load_adapters(path: str | os.PathLike[str], clip: CLIP) -> IMOAdapters:
+    """Adapters from a file (or run folder), frozen, on CLIP's device.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no such file, is damaged, or was made for another CLIP.
+    """
+    recipe, file = read_recipe(path), find_adapters(path)
+    widths = {int(i): width for i, width in recipe["widths"].items()}
+    for what, got, ours in (
+        ("blocks of widths", widths, dict(clip.visual.widths)),
+        (f"{clip.name} with weights of sha256", recipe["weights_digest"], clip.weights_digest),
+    ):
+        if got != ours:
+            raise ValueError(f"Expected adapters (MODEL.IMO_WEIGHTS) for {what} {ours} but {file} is for {got}")
+    adapters = IMOAdapters(widths, recipe["dim"])
+    with safe_open(str(file), framework="pt") as opened:
+        state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
+    own = {name: value.shape for name, value in adapters.state_dict().items()}
+    if {name: value.shape for name, value in state.items()} != own or _digest(state) != recipe["digest"]:
+        raise ValueError(f"Expected {file} to hold the tensors that its recipe describes but they differ")
+    adapters.load_state_dict(state)
+    return adapters.requires_grad_(False).to(clip.device).eval()
+
+
+class CorrectedEncoder(ImageEncoder):
+    """Images -> features of the frozen CLIP and, beside them, those of CLIP with adapters.
+
+    Args:
+        clip, precision, autocast: see ImageEncoder.
+        adapters: on CLIP's device.
+    """
+
+    def __init__(self, clip: CLIP, precision: str, autocast: Callable[[], Any], adapters: IMOAdapters) -> None:
+        super().__init__(clip, precision, autocast)
+        self.adapters = adapters
+
+    @property
+    def width(self) -> int:
+        """2E."""
+        return 2 * self.clip.embed_dim
+
+    @property
+    def weights_digest(self) -> str:
+        """That of CLIP and of the adapters."""
+        return f"{self.clip.weights_digest}+{self.adapters.digest()}"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> original and corrected features [B, 2E], each half L2-normalised, fp32."""
+        original = super().__call__(images)
+        with self.autocast():
+            corrected = self.adapters.encode(self.clip, images.to(self.clip.device))
+        return torch.cat([original, corrected], dim=-1)
+
+
+def add_imo_weights(cfg: Any) -> None:
+    """Adds MODEL.IMO_WEIGHTS to `cfg` unless it is there."""
+    if "IMO_WEIGHTS" not in cfg.MODEL:
+        # File of adapters that IMO or IMODINO saved, or the output folder of such a run; "" = features as CLIP gives
+        # them. What uses it: TipAdapterPP, TipXPP (which need it), LinearProbe, CrossModalProbe.
+        cfg.MODEL.IMO_WEIGHTS = ""

@@ -1,0 +1,102 @@
+"""The pieces of DINO: projection head, centred and sharpened teacher, loss over pairs of crops, schedules.
+
+Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021.
+
+Legend: B images, G global crops (2), V crops in all (the global ones first), E width of what is projected, K outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DINOHead(nn.Module):
+    """MLP of three layers, L2 normalisation, and a linear layer whose rows have unit length: E -> K.
+
+    Args:
+        width: E. hidden: of the MLP. bottleneck: what the MLP ends in. out: K.
+
+    Attributes:
+        freeze_last: whether the last layer gets no gradient.
+    """
+
+    def __init__(self, width: int, *, hidden: int = 2048, bottleneck: int = 256, out: int = 65536) -> None:
+        super().__init__()
+        sizes = (width, hidden, hidden, bottleneck)
+        layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+        self.layers = nn.ModuleList(layers)
+        self.last = nn.Parameter(torch.empty(out, bottleneck))
+        for layer in layers:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        nn.init.kaiming_uniform_(self.last, a=math.sqrt(5))
+        self.freeze_last = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., E] -> [..., K], in fp32."""
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            x = x.float()
+            for number, layer in enumerate(self.layers):
+                x = layer(F.gelu(x) if number else x)
+            last = self.last.detach() if self.freeze_last else self.last
+            return F.linear(F.normalize(x, dim=-1), F.normalize(last, dim=-1))
+
+
+def teacher_targets(outputs: Tensor, centre: Tensor, temperature: float) -> Tensor:
+    """The teacher's distributions: centred, which keeps one output from winning, and sharpened, which keeps them apart.
+
+    Args:
+        outputs: [..., K]. centre: [K]. temperature: above 0, lower is sharper.
+    """
+    return F.softmax((outputs - centre) / temperature, dim=-1).detach()
+
+
+def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of the student's distributions to the teacher's, mean over images and pairs of different crops.
+
+    Args:
+        student: [V, B, K], outputs for all crops, the global ones first.
+        targets: [G, B, K], the teacher's distributions for the global crops.
+    """
+    log_p = F.log_softmax(student / temperature, dim=-1)
+    pairs = [
+        -(targets[i] * log_p[j]).sum(dim=-1).mean() for i in range(len(targets)) for j in range(len(log_p)) if i != j
+    ]
+    return torch.stack(pairs).mean()
+
+
+@torch.no_grad()
+def update_centre(centre: Tensor, outputs: Tensor, momentum: float = 0.9) -> None:
+    """Moves the centre, in place, towards the mean of the teacher's outputs for the batch of all processes.
+
+    Args:
+        centre: [K]. outputs: [..., K], the same number in every process.
+    """
+    mean = outputs.flatten(0, -2).mean(dim=0)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    centre.mul_(momentum).add_(mean.to(centre.dtype), alpha=1 - momentum)
+
+
+@torch.no_grad()
+def update_teacher(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
+    """teacher = momentum * teacher + (1 - momentum) * student, in place."""
+    for ours, theirs in zip(teacher, student, strict=True):
+        ours.mul_(momentum).add_(theirs.detach(), alpha=1 - momentum)
+
+
+def cosine_momentum(step: int, steps: int, start: float = 0.9998) -> float:
+    """The teacher's momentum: from `start` at step 0 to 1 at step `steps`, along a cosine."""
+    return 1.0 - (1.0 - start) * (math.cos(math.pi * step / max(1, steps)) + 1) / 2
+
+
+def teacher_temperature(epoch: int, start: float, end: float, warmup: int) -> float:
+    """From `start` in epoch 0 in even steps to `end` in epoch `warmup`, and `end` from then on."""
+    return end if epoch >= warmup else start + (end - start) * epoch / warmup

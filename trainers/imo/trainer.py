@@ -1,0 +1,300 @@
+"""Trainers of the adapters that correct the overlap of CLIP's image features: `IMO`, by labels, and `IMODINO`, by DINO.
+
+Both train on a generic image set, with CLIP frozen, and leave `imo_adapters.safetensors`, `overlap.json` and
+`overlap.png` in the output folder. Under torchrun each process takes its share of every batch; batches, augmentations
+and so the result are those of one process.
+
+Legend: B images of this process, G global and L local crops, V = G + L, C classes, E width of the joint embedding.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from dassl.data import DatasetWrapper
+from dassl.data.transforms import build_transform
+from dassl.engine import TRAINER_REGISTRY
+from dassl.optim import build_optimizer
+
+from ..clip import CLIP
+from ..common import EncoderTrainer
+from .adapters import FILE_NAME, save_adapters
+from .config import add_imo_config, add_imodino_config, check_imo_config, check_imodino_config
+from .data import EpochBatches, MultiCrop, mean_of_processes, process_rank, training_loader
+from .dino import cosine_momentum, dino_loss, teacher_targets, teacher_temperature, update_centre
+from .measures import Measures, draw_histograms, measure
+from .network import AdapterLearner, DINOLearner, IMONetwork, SupervisedLearner
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterTrainer(EncoderTrainer):
+    """What both trainers share: seeded batches, measures on held-out generic images, the adapters' file."""
+
+    network: IMONetwork
+    train_loader_x: Any
+    model_name = "imo"
+    main_head = "adapted"
+    per_step = True
+
+    # Building
+
+    def build_learner(self, clip: CLIP, classnames: Sequence[str]) -> AdapterLearner:
+        """What is trained."""
+        raise NotImplementedError
+
+    def training_transform(self) -> Any:
+        """PIL image -> what a step sees of it."""
+        return build_transform(self.cfg, is_train=True)
+
+    def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> IMONetwork:
+        """CLIP with adapters; the loader of training images is replaced by a seeded one."""
+        cfg = self.cfg
+        self._seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
+        self._before: Measures | None = None
+        self._images_per_step = cfg.DATALOADER.TRAIN_X.BATCH_SIZE
+        items = self.dm.dataset.train_x
+        if items:  # predictions need none
+            workers = getattr(self.dm.test_loader, "num_workers", 0)
+            epochs = max(1, cfg.OPTIM.MAX_EPOCH)
+            self.train_loader_x = training_loader(cfg, items, self.training_transform(), self._seed, epochs, workers)
+            self._images_per_step = self.train_loader_x.batch_sampler.size
+        return IMONetwork(clip, classnames, templates, self.build_learner(clip, classnames))
+
+    @property
+    def node(self) -> Any:
+        """The trainer's own keys."""
+        return self.cfg.TRAINER[self.node_name]
+
+    # Training
+
+    def before_train(self) -> None:
+        """Measures CLIP's own features, and the adapters' as they are (in a resumed run they are trained already)."""
+        super().before_train()
+        if self._held_out():
+            self._before = self._measure(adapted=False)
+            self._log_measures(self._before, "before", 0)
+
+    def before_epoch(self) -> None:
+        """Has the batches follow the epoch."""
+        super().before_epoch()
+        batches = self.train_loader_x.batch_sampler
+        assert isinstance(batches, EpochBatches)
+        batches.epoch = self.epoch
+
+    def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """One step, and the measures where they are due."""
+        summary = mean_of_processes(self.step(batch))
+        done, freq = self.epoch * self.num_batches + self.batch_idx + 1, self.node.MEASURE_FREQ
+        if freq and done % freq == 0 and self.batch_idx + 1 < self.num_batches and self._held_out():
+            self._log_measures(self._measure(), f"after {done} steps", done)
+            self.set_model_mode("train")
+        return summary
+
+    def step(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """One step -> what to show of it."""
+        return super().forward_backward(batch)
+
+    def after_epoch(self) -> None:
+        """Measures, and writes the adapters and their measures, before a checkpoint may be written."""
+        after = self._measure() if self._held_out() else None
+        done = (self.epoch + 1) * self.num_batches
+        if after is not None:
+            self._log_measures(after, f"after epoch {self.epoch + 1}", done)
+        if process_rank()[0] == 0:
+            recipe = {
+                "trainer": type(self).__name__,
+                "epochs": self.epoch + 1,
+                "steps": done,
+                "processes": process_rank()[1],
+                "data": self.cfg.DATASET.NAME,
+                "data_digest": getattr(self.dm.dataset, "split_digest", ""),
+                "config": self.cfg.dump(),
+            }
+            save_adapters(
+                os.path.join(self.output_dir, FILE_NAME), self.network.learner.result, self.network.clip, recipe
+            )
+            if after is not None:
+                self._write_measures(after, done)
+        super().after_epoch()
+
+    # Measures on held-out generic images
+
+    def _held_out(self) -> list[Any]:
+        """Some of the validation images, which one seed chooses for all runs.
+
+        Empty where overlap has no meaning, and in all processes but the first.
+        """
+        items = list(self.dm.dataset.val or ()) if process_rank()[0] == 0 else []
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(items), generator=generator)[: self.node.MEASURE_IMAGES].tolist()
+        items = [items[i] for i in sorted(order)]
+        return items if 1 < len({item.label for item in items}) < len(items) else []
+
+    @torch.no_grad()
+    def _measure(self, adapted: bool = True) -> Measures:
+        """Measures of the held-out images, with the adapters or without."""
+        self.set_model_mode("eval")
+        encode = self.network.corrected if adapted else self.network.clip.encode_image
+        return measure(*self._encode(self._held_out(), encode))
+
+    def _encode(self, items: Sequence[Any], encode: Any) -> tuple[Tensor, Tensor]:
+        """Features [n, E], fp32, and labels [n] of images as at test time."""
+        data = DatasetWrapper(self.cfg, items, transform=build_transform(self.cfg, is_train=False))
+        loader: DataLoader[Any] = DataLoader(data, batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE)
+        features, labels = [], []
+        for batch in loader:
+            images, label = self.parse_batch_test(batch)
+            with self._autocast():
+                features.append(encode(images).float())
+            labels.append(label)
+        return torch.cat(features), torch.cat(labels)
+
+    def _log_measures(self, measures: Measures, when: str, step: int) -> None:
+        logger.info("Held-out images %s: overlap %.4f, variance %.3e", when, measures.overlap, measures.variance)
+        self.write_scalar("held_out/overlap", measures.overlap, step)
+        self.write_scalar("held_out/variance", measures.variance, step)
+
+    def _write_measures(self, after: Measures, step: int) -> None:
+        if self._before is None:
+            self._before = self._measure(adapted=False)
+        found = {
+            name: {"overlap": m.overlap, "variance": m.variance}
+            for name, m in (("before", self._before), ("after", after))
+        }
+        record = {"data": self.cfg.DATASET.NAME, "part": "val", "images": len(self._held_out()), **found}
+        with open(os.path.join(self.output_dir, "overlap.json"), "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=2)
+            file.write("\n")
+        figure = draw_histograms(self._before, after, f"{self.cfg.DATASET.NAME}, held-out images")
+        figure.savefig(os.path.join(self.output_dir, "overlap.png"), dpi=120)
+        writer = getattr(self, "writer", None)
+        if writer is not None:
+            writer.add_figure("held_out/histograms", figure, step)
+
+
+@TRAINER_REGISTRY.register()
+class IMO(AdapterTrainer):
+    """Adapters trained by cross-entropy through a linear classifier, which is thrown away."""
+
+    node_name = "IMO"
+
+    @staticmethod
+    def add_config(cfg: Any) -> None:
+        """Adds TRAINER.IMO to `cfg` unless it is there."""
+        add_imo_config(cfg)
+
+    def check_node(self, cfg: Any) -> None:
+        """See LearnerTrainer."""
+        check_imo_config(cfg)
+
+    def build_learner(self, clip: CLIP, classnames: Sequence[str]) -> AdapterLearner:
+        """Adapters and classifier."""
+        learner = SupervisedLearner(clip, classnames, self.node.DIM)
+        if self.node.INIT_IMAGES and self.dm.dataset.train_x:
+            learner.start_from(self._class_means(clip, len(classnames)))
+        return learner
+
+    @torch.no_grad()
+    def _class_means(self, clip: CLIP, num_classes: int) -> Tensor:
+        """Mean feature [C, E] of the first images of each class, as CLIP gives them, normalised before and after."""
+        items: list[Any] = []
+        count = [0] * num_classes
+        for item in self.dm.dataset.train_x:
+            count[item.label] += 1
+            if count[item.label] <= self.node.INIT_IMAGES:
+                items.append(item)
+        features, labels = self._encode(items, clip.encode_image)
+        sums = torch.zeros(num_classes, clip.embed_dim, device=features.device)
+        return F.normalize(sums.index_add(0, labels, F.normalize(features, dim=-1)), dim=-1)
+
+
+@TRAINER_REGISTRY.register()
+class IMODINO(AdapterTrainer):
+    """Adapters trained by self-distillation, without labels: the student matches the teacher's view of another crop."""
+
+    node_name = "IMODINO"
+    model_name = "imodino"
+
+    @staticmethod
+    def add_config(cfg: Any) -> None:
+        """Adds TRAINER.IMODINO to `cfg` unless it is there."""
+        add_imodino_config(cfg)
+
+    def check_node(self, cfg: Any) -> None:
+        """See LearnerTrainer."""
+        check_imodino_config(cfg)
+
+    def training_transform(self) -> Any:
+        """Two global crops and some local ones."""
+        node, size = self.node, self.cfg.INPUT.SIZE
+        return MultiCrop(
+            (size[0], size[1]),
+            node.LOCAL_CROPS,
+            tuple(node.GLOBAL_SCALE),
+            tuple(node.LOCAL_SCALE),
+            node.AUGMENT,
+            self.cfg.INPUT.PIXEL_MEAN,
+            self.cfg.INPUT.PIXEL_STD,
+        )
+
+    def build_learner(self, clip: CLIP, classnames: Sequence[str]) -> AdapterLearner:
+        """Student and teacher."""
+        node = self.node
+        return DINOLearner(
+            clip,
+            classnames,
+            node.DIM,
+            hidden=node.HIDDEN_DIM,
+            bottleneck=node.BOTTLENECK_DIM,
+            out=node.OUT_DIM,
+            save=node.SAVE,
+        )
+
+    def build_optimiser(self, learner: AdapterLearner) -> Any:
+        """The optimiser at OPTIM.LR times the images of a step / 256; biases are not decayed."""
+        optim_cfg = self.cfg.OPTIM.clone()
+        optim_cfg.defrost()
+        optim_cfg.LR = self.cfg.OPTIM.LR * self._images_per_step / 256
+        named = [(name, p) for name, p in learner.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for _, p in named if p.ndim > 1]},
+            {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return build_optimizer(learner, optim_cfg, param_groups=groups)
+
+    def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """-> global crops [G, B, 3, S, S] and local ones [L, B, 3, S, S], on the device."""
+        big, small = batch["img"]
+        return big.transpose(0, 1).to(self.device), small.transpose(0, 1).to(self.device)
+
+    def step(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """One step of the student, of the centre and of the teacher -> the loss and what moves it."""
+        node, learner = self.node, self.network.learner
+        assert isinstance(learner, DINOLearner)
+        big, small = self.parse_batch_train(batch)
+        crops = torch.cat([big, small])  # [V, B, 3, S, S]
+        learner.head.freeze_last = self.epoch < node.FREEZE_LAST_LAYER
+        temperature = teacher_temperature(
+            self.epoch, node.TEACHER_TEMP_START, node.TEACHER_TEMP, node.TEACHER_TEMP_WARMUP
+        )
+        with self._autocast():
+            seen = self.network.teacher(big.flatten(0, 1)).unflatten(0, big.shape[:2])  # [G, B, K]
+            outputs = self.network.student(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # [V, B, K]
+        loss = dino_loss(outputs, teacher_targets(seen, learner.centre, temperature), node.STUDENT_TEMP)
+        self.model_backward_and_update(loss)
+        update_centre(learner.centre, seen, node.CENTRE_MOMENTUM)
+        step, steps = self.epoch * self.num_batches + self.batch_idx, self.max_epoch * self.num_batches
+        momentum = cosine_momentum(step, steps, node.MOMENTUM)
+        learner.follow(momentum)
+        self.update_lr()
+        return {"loss": float(loss.detach()), "momentum": momentum, "teacher_temp": temperature}

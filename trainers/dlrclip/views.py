@@ -176,7 +176,7 @@ class ViewLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         offset = self.epoch % self.views * len(self.dataset)
-        # In a job of several processes the sampler's entries are tuples that begin with the index.
+        # The engine's own sampler gives tuples that begin with the index, upstream's the index alone.
         batches = [[k if isinstance(k, int) else k[0] for k in batch] for batch in self.batch_sampler]
         unknown = [[offset + i for i in dict.fromkeys(batch) if not self.store.known[offset + i]] for batch in batches]
         images = self._read([rows for rows in unknown if rows])

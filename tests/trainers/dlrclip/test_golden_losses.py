@@ -77,6 +77,6 @@ def test_views_uncached(trainer):
     order = []
     for epoch in range(EPOCHS):  # the order alone
         cached.dm.set_epoch(epoch)
-        order += [list(batch) for batch in cached.train_loader_x.batch_sampler]
+        order += [[index for index, *_ in batch] for batch in cached.train_loader_x.batch_sampler]
     plain = trainer(out="plain")
     check("views", epochs(plain, Uncached(plain, 2, SEED, order), EPOCHS)[0])

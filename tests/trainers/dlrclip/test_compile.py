@@ -1,0 +1,28 @@
+"""torch.compile of the encoders, on the smallest CLIP there is: one block each."""
+
+import shutil
+
+import torch
+from random_clip import NAMES
+
+from trainers.dlrclip import network
+from trainers.dlrclip.network import DLRCLIPNetwork
+
+
+def test_compiled_training_step_is_the_plain_one(make_clip, images, labels, monkeypatch):
+    if not any(map(shutil.which, ("g++", "clang++", "cl"))):  # then all but the code generator
+        compile = torch.compile
+        monkeypatch.setattr(network.torch, "compile", lambda function: compile(function, backend="aot_eager"))
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        clip = make_clip(vision_layers=1, text_layers=1)
+        settings = {"start": 1, "end": 1, "dim": 8, "scale": 0.5, "glr_dim": 8}
+        net = DLRCLIPNetwork(clip, NAMES, ["a photo of a {}."], **settings, compile=compiled).train()
+        loss = sum(net.losses(net(images), labels).values())
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in net.learner.named_parameters()}))
+    (loss, grads), (got_loss, got) = results
+    torch.testing.assert_close(got_loss, loss, rtol=1e-5, atol=0)
+    for name, grad in grads.items():
+        assert (got[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name

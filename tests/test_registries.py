@@ -73,8 +73,8 @@ def learns(trainer) -> bool:
 @torch.no_grad()
 def logits(trainer) -> torch.Tensor:
     trainer.set_model_mode("eval")
-    images, _ = trainer.parse_batch_test(next(iter(trainer.test_loader)))
-    return trainer.model_inference(images[:8])
+    input, _ = trainer.parse_batch_test(next(iter(trainer.test_loader)))  # images, features, or both
+    return trainer.model_inference(input)[:8]
 
 
 @pytest.mark.parametrize("name", TRAINERS)

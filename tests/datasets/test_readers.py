@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dataset_trees import CARS, CLASSNAMES, FLOWER_LABELS, TREES, VARIANTS, WNIDS, make_tree, write_folder, write_image
+from dataset_trees import (
+    CARS,
+    CLASSNAMES,
+    FLOWER_LABELS,
+    OTHERS,
+    TREES,
+    VARIANTS,
+    WNIDS,
+    make_tree,
+    write_folder,
+    write_image,
+)
 
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY, base_dataset
@@ -26,7 +37,7 @@ from datasets.sun397 import scene_name
 from datasets.ucf101 import action_name
 
 SHIFTED = ("ImageNetV2", "ImageNetSketch", "ImageNetA", "ImageNetR")
-BENCHMARKS = tuple(name for name in TREES if name != "ImageFolder")
+BENCHMARKS = tuple(name for name in TREES if name not in OTHERS)
 WITH_SPLIT_FILE = tuple(
     name
     for name in BENCHMARKS

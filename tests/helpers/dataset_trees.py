@@ -222,6 +222,8 @@ def open_images(root: Path) -> None:
     write_text(root / "open_images" / "labels.csv", "ImageID,LabelName", *reversed(rows))
 
 
+OTHERS = ("ImageFolder", "OpenImages")  # readers that are no benchmark with published splits
+
 TREES: dict[str, Callable[[Path], None]] = {
     "ImageNet": imagenet,
     "Caltech101": caltech101,

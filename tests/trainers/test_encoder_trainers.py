@@ -205,7 +205,7 @@ def test_nothing_to_load_and_nothing_there(name, make, tmp_path):
 
 def test_steps_of_lora(make):
     """N_ITERS x shots steps, however many batches an epoch has, on a cosine from LR to LR_MIN."""
-    trainer = make("CLIPLoRA", "TRAINER.CLIPLORA.N_ITERS", 7, "DATASET.NUM_SHOTS", 1)
+    trainer = make("CLIPLoRA", "TRAINER.CLIPLORA.N_ITERS", 7, "DATASET.NUM_SHOTS", 1, "OPTIM.LR", 2e-4)
     assert len(trainer.train_loader_x) == 2
     rates, step = [], trainer.model_update
     trainer.model_update = lambda *args: (rates.append(trainer.get_current_lr()), step(*args))

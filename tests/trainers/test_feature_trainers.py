@@ -94,9 +94,8 @@ def test_a_run_and_its_files(name, make, tmp_path):
     assert metrics["test"]["main"] == trainer.main_head
     assert "clip" in metrics["test"]["heads"]
     assert set(metrics["test"]["heads"]["clip"]) == {"accuracy", "top5", "macro_f1", "ece"}
-    assert metrics["params"]["trainable"] == sum(
-        p.numel() for p in trainer.network.learner.parameters() if p.requires_grad
-    )
+    by_gradients = sum(p.numel() for p in trainer.network.learner.parameters() if p.requires_grad)
+    assert metrics["params"]["trainable"] == by_gradients + getattr(trainer, "fitted_parameters", 0)
     assert metrics["params"]["total"] > 0
     for model in trainer.get_model_names():
         assert (tmp_path / "run" / model / f"model.pth.tar-{trainer.max_epoch}").is_file()

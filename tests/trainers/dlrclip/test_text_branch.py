@@ -69,7 +69,7 @@ def test_chunks_and_checkpointing_are_exact_and_hold_less(make_clip, images, lab
     assert got_loss == pytest.approx(loss, rel=1e-6)
     everything = torch.cat([grad.flatten() for grad in grads.values()])
     difference = torch.cat([(got[name] - grad).flatten() for name, grad in grads.items()])
-    assert difference.norm() <= 1e-6 * everything.norm()  # sums in another order round otherwise
+    assert difference.norm() <= 5e-6 * everything.norm()  # sums in another order, or by other threads, round otherwise
     assert got_held < 0.7 * held
 
 

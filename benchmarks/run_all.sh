@@ -25,7 +25,7 @@ else
     "$python" benchmarks/bench_step.py "${common[@]}" --classes 100 --batch 16 --steps 3 --json "$out/step_100.json"
     "$python" benchmarks/bench_step.py "${common[@]}" --classes 1000 --batch 16 --steps 2 --json "$out/step_1000.json"
     "$python" benchmarks/bench_memory.py "${common[@]}" --classes 10 100 1000 --json "$out/memory.json"
-    "$python" benchmarks/bench_end_to_end.py --threads 2 --epochs 10 --views 2 --json "$out/end_to_end.json"
+    "$python" benchmarks/bench_end_to_end.py --threads 2 --epochs 5 --views 2 --json "$out/end_to_end.json"
     "$python" benchmarks/bench_eval.py "${common[@]}" --classes 100 --batch 16 --images 256 --json "$out/eval_100.json"
     "$python" benchmarks/bench_eval.py "${common[@]}" --classes 1000 --batch 16 --images 64 --json "$out/eval_1000.json"
 fi

@@ -36,7 +36,7 @@ from scripts.figure_style import save
 from scripts.grid import Run, few_shot_run, run_missing
 from scripts.methods import check_datasets, choose_methods, whole_numbers
 from scripts.plot_shots import shots_figure
-from scripts.summary import AVERAGE, Record, collect, comma_separated, latex, markdown
+from scripts.summary import Record, collect, comma_separated, latex, markdown
 
 METRICS = ("accuracy", "top5", "macro_f1", "ece")
 
@@ -103,7 +103,7 @@ def write_results(
     for suffix, content in ((".md", text), (".csv", comma_separated(cells, higher)), (".tex", latex(cells, higher))):
         with atomic_write(stem.with_name(stem.name + suffix)) as stream:
             stream.write(content)
-    shown = [{**r._asdict(), "accuracy": r.value} for r in records if r.dataset != AVERAGE]
+    shown = [{**r._asdict(), "accuracy": r.value} for r in records]
     save(shots_figure(shown), stem)
     return text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dassl.utils import InputError, did_you_mean
 from scripts.grid import ROOT
 
 
+@functools.cache  # it reads all configs, and is asked once per method
 def methods_with(config: str) -> dict[str, Path]:
     """Trainer -> its config of that name, of all trainers that have one which leaves the dataset open.
 

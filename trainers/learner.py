@@ -16,7 +16,12 @@ from torch.nn import functional as F
 
 from .clip import CLIP, zeroshot_weights
 
-FACTS = {"backbone": "backbone", "weights_digest": "CLIP weights with sha256", "context": "the prompt context"}
+FACTS = {
+    "backbone": "backbone",
+    "weights_digest": "CLIP weights with sha256",
+    "context": "the prompt context",
+    "glr_mode": "TRAINER.DLRCLIP.GLR_MODE",
+}
 
 
 def pack_record(record: Mapping[str, Any]) -> Tensor:

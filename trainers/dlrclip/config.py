@@ -7,6 +7,7 @@ from typing import Any
 
 HEADS = ("clip", "cma", "glr", "final", "fused")
 PRECISIONS = ("fp32", "fp16", "amp", "bf16")
+GLR_MODES = ("dense", "shared")
 
 
 def add_dlrclip_config(cfg: Any) -> None:
@@ -43,7 +44,12 @@ def add_dlrclip_config(cfg: Any) -> None:
     node.SCALE = 0.01  # initial value of the learnable scale of each block's adapter, finite (source: 0.01)
 
     # GLR
-    node.GLR_DIM = 512  # feature size d, at least 1 (source: 512)
+    # dense: layers of the size of the class list, as in the source; on other classes GLR passes zero-shot logits on.
+    # shared: GLR and the fusion gate see statistics of each class's logits through one network for all classes, and
+    # apply to any class list (ours).
+    node.GLR_MODE = "dense"
+    node.GLR_DIM = 512  # dense: feature size d, at least 1 (source: 512)
+    node.SHARED_DIM = 64  # shared: feature size d of each class, at least 1; memory grows with images * classes * d
     node.RES_SCALE = 0.01  # initial value of the learnable scale of the residual on the logits, finite (source: 0.01)
     node.FIXED_ALPHA = None  # in [0, 1]: replaces the gate alpha; None: learnt
 
@@ -123,12 +129,13 @@ def check_dlrclip_config(cfg: Any) -> None:
         raise ValueError("Expected TRAINER.DLRCLIP.CMA or .GLR to be on but got both off: nothing would be learnt")
     _check_choice(node, "PREC", PRECISIONS)
     _check_choice(node, "HEAD", HEADS)
+    _check_choice(node, "GLR_MODE", GLR_MODES)
     if not isinstance(node.TEXT_CTX_INIT, str) or not node.TEXT_CTX_INIT.strip() or "{" in node.TEXT_CTX_INIT:
         raise ValueError(
             "Expected TRAINER.DLRCLIP.TEXT_CTX_INIT to be the words before the class name, such as 'a photo of a', "
             f"but got {node.TEXT_CTX_INIT!r}"
         )
-    for key in ("START", "END", "DIM", "GLR_DIM", "FUSION_DIM"):
+    for key in ("START", "END", "DIM", "GLR_DIM", "SHARED_DIM", "FUSION_DIM"):
         _check_whole(node, key)
     _check_whole(node, "TEXT_CHUNK", 0)
     if node.START > node.END:

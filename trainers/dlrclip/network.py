@@ -29,6 +29,7 @@ from ..learner import pack_record, unpack_record
 from .cma import CrossModalAdapter, build_adapter
 from .config import HEADS
 from .glr import FusionGate, GateLogitRefiner, fuse
+from .shared import SharedFusion, SharedRefiner, neighbour_weights
 from .skd import mean_abs_difference, skd_loss
 from .text_branch import AdaptedText
 
@@ -54,12 +55,13 @@ class DLRCLIPLearner(nn.Module):
     """What is trained and saved: CMA, GLR, the fusion gate, and what they were trained on.
 
     A checkpoint describes itself: its state holds the training class list and `facts` about the frozen CLIP beside
-    the weights, and loading it gives the layers of size C that class list's size.
+    the weights, and loading it gives the layers of size C (dense mode) that class list's size.
 
     Args:
         classnames: the training class list.
         cma: the adapter, or None where CMA is off.
-        glr: arguments of GateLogitRefiner other than the number of classes, or None where GLR is off.
+        glr: arguments of the refiner other than the number of classes, or None where GLR is off.
+        shared: refiner and fusion gate are SharedRefiner and SharedFusion, which serve any class list.
         fusion_dim: hidden width of the fusion gate.
         fixed_weight: a number that replaces the fusion gate; None: learn it.
         facts: plain values that a checkpoint must agree on to be used with this learner.
@@ -76,14 +78,16 @@ class DLRCLIPLearner(nn.Module):
         *,
         cma: CrossModalAdapter | None,
         glr: Mapping[str, Any] | None,
+        shared: bool = False,
         fusion_dim: int = 128,
         fixed_weight: float | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.cma = cma
-        self.glr: GateLogitRefiner | None = None
-        self.fusion: FusionGate | None = None
+        self.glr: GateLogitRefiner | SharedRefiner | None = None
+        self.fusion: FusionGate | SharedFusion | None = None
+        self.shared = shared
         self.fixed_weight = fixed_weight
         self.facts = dict(facts or {})
         self._glr_arguments = None if glr is None else dict(glr)
@@ -98,16 +102,18 @@ class DLRCLIPLearner(nn.Module):
     def _size_for(self, classnames: Sequence[str]) -> None:
         """Makes the class list the training class list; builds the layers of size C anew where C changes."""
         old, self.classnames = len(self.classnames), list(classnames)
-        if len(self.classnames) == old:
+        if len(self.classnames) == old or (self.shared and old):
             return
-        device = self.beta.device
+        device, dense = self.beta.device, () if self.shared else (len(classnames),)
         if self._glr_arguments is not None:
-            self.glr = GateLogitRefiner(len(classnames), **self._glr_arguments).to(device)
+            refiner: Any = SharedRefiner if self.shared else GateLogitRefiner
+            self.glr = refiner(*dense, **self._glr_arguments).to(device)
         if self.fixed_weight is None:
-            self.fusion = FusionGate(len(classnames), hidden=self._fusion_dim).to(device)
+            gate: Any = SharedFusion if self.shared else FusionGate
+            self.fusion = gate(*dense, hidden=self._fusion_dim).to(device)
 
     def fusion_weight(self, cma_logits: Tensor) -> Tensor:
-        """w [B, 1] for images of the training classes, from cma_logits [B, C]."""
+        """w [B, 1] from cma_logits [B, C]; of the training classes, unless the gate is a shared one."""
         if self.fusion is None:
             return cma_logits.new_full((len(cma_logits), 1), self.fixed_weight or 0.0)
         return self.fusion(cma_logits)
@@ -148,7 +154,8 @@ class DLRCLIPNetwork(nn.Module):
         cma, glr, skd: switches.
         context: words before the class name in the prompt of the adapted branch.
         start, end, dim, scale: see `build_adapter` and CrossModalAdapter.
-        glr_dim, res_scale, fixed_alpha: see GateLogitRefiner.
+        shared: see DLRCLIPLearner.
+        glr_dim, res_scale, fixed_alpha: see GateLogitRefiner and SharedRefiner.
         fusion_dim, fixed_weight: see DLRCLIPLearner.
         loss_weights: weights of ce_cma, ce_glr, ce_final, l1_cma, l1_glr; 1 where absent.
         kd_weight, temperature, smoothing: weight of the distillation loss, and see `skd_loss`.
@@ -176,6 +183,7 @@ class DLRCLIPNetwork(nn.Module):
         end: int = 12,
         dim: int = 32,
         scale: float = 0.01,
+        shared: bool = False,
         glr_dim: int = 512,
         res_scale: float = 0.01,
         fixed_alpha: float | None = None,
@@ -199,10 +207,12 @@ class DLRCLIPNetwork(nn.Module):
         facts: dict[str, Any] = {"backbone": clip.name, "weights_digest": clip.weights_digest}
         if cma:
             facts["context"] = self.context
+        facts["glr_mode"] = "shared" if shared else "dense"
         self.learner = DLRCLIPLearner(
             classnames,
             cma=adapter,
             glr={"dim": glr_dim, "res_scale": res_scale, "fixed_alpha": fixed_alpha} if glr else None,
+            shared=shared,
             fusion_dim=fusion_dim,
             fixed_weight=fixed_weight,
             facts=facts,
@@ -227,8 +237,9 @@ class DLRCLIPNetwork(nn.Module):
         * the training class list: everything applies;
         * a part of it, said by `class_indices` (position in the training class list of each class): everything is
           computed over the training class list, then its columns are taken;
-        * another class list: GLR and the fusion gate, whose layers have the size of the training class list, cannot
-          be applied. Then glr_logits = clip_logits and w = its mean in training (or the fixed one); logged once.
+        * another class list: shared GLR and fusion apply as they are. Dense ones, whose layers have the size of the
+          training class list, cannot: glr_logits = clip_logits, and w = its mean in training (or the fixed one).
+          Which it is, is logged once.
 
         Raises:
             ValueError: no class.
@@ -243,15 +254,23 @@ class DLRCLIPNetwork(nn.Module):
         self.classnames = names
         self.seen = names == trained or subset
         self.columns = torch.tensor(indices, device=self.clip.device) if subset and names != trained else None
+        shared = self.learner.shared
+        self.refines = self.seen or shared
         if not self.seen:
+            instead = (
+                "the logit refiner and the fusion gate, which are shared by all classes, apply to it"
+                if shared
+                else "the logit refiner passes the zero-shot logits on, and the fusion weight is its mean in training, "
+                f"{float(self.learner.mean_weight()):.4f}"
+            )
             logger.info(
-                "The class list (%d classes) is not the one trained on (%d classes): the logit refiner passes the "
-                "zero-shot logits on, and the fusion weight is its mean in training, %.4f",
-                len(names), len(trained), float(self.learner.mean_weight()),
+                "The class list (%d classes) is not the one trained on (%d classes): %s",
+                len(names), len(trained), instead,
             )  # fmt: skip
         computed = trained if subset else names
         with torch.no_grad():
             self.zeroshot = zeroshot_weights(self.clip, computed, self.templates).float()
+            self._neighbours = (neighbour_weights(self.zeroshot),) if shared else ()
             if self.learner.cma is not None:
                 tokens = self.clip.text.tokenise([f"{self.context} {clean_classname(name)}." for name in computed])
                 self._text = AdaptedText(
@@ -351,9 +370,9 @@ class DLRCLIPNetwork(nn.Module):
         learner = self.learner
         clip_logits, cma_logits = self.branches(frozen, adapted)
         glr_logits, alpha = clip_logits, None
-        if self.seen:
+        if self.refines:
             if learner.glr is not None:
-                glr_logits, alpha = learner.glr(clip_logits, cma_logits)
+                glr_logits, alpha = learner.glr(clip_logits, cma_logits, *self._neighbours)
             weight = learner.fusion_weight(cma_logits)
         else:
             weight = learner.mean_weight().expand(len(clip_logits), 1)

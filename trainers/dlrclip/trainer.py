@@ -94,7 +94,8 @@ class DLRCLIP(CLIPTrainer):
             end=node.END,
             dim=node.DIM,
             scale=node.SCALE,
-            glr_dim=node.GLR_DIM,
+            shared=node.GLR_MODE == "shared",
+            glr_dim=node.GLR_DIM if node.GLR_MODE == "dense" else node.SHARED_DIM,
             res_scale=node.RES_SCALE,
             fixed_alpha=node.FIXED_ALPHA,
             fusion_dim=node.FUSION_DIM,
@@ -281,7 +282,7 @@ class DLRCLIP(CLIPTrainer):
         if not isinstance(state, Mapping) or "_extra_state" not in state:
             raise ValueError(f"Expected a checkpoint of DLRCLIP but got something else: {path}")
         learner = self.network.learner
-        facts = unpack_record(state["_extra_state"])["facts"]
+        facts = {"glr_mode": "dense", **unpack_record(state["_extra_state"])["facts"]}  # once there was no other
         for name, ours in learner.facts.items():
             if name in facts and facts[name] != ours:
                 raise ValueError(f"Expected a checkpoint for {FACTS[name]} {ours!r} but got {facts[name]!r}: {path}")

@@ -26,6 +26,7 @@ def test_defaults_are_the_published_ones(cfg):
     assert (node.GLR_DIM, node.RES_SCALE, node.LAMBDA, node.T, node.SMOOTHING) == (512, 0.01, 0.01, 2.0, 0.2)
     assert (node.FIXED_ALPHA, node.FIXED_WEIGHT, node.EPS, node.HEAD) == (None, None, 1e-4, "final")
     assert set(node.LOSS.values()) == {1.0}
+    assert node.GLR_MODE == "dense"
 
 
 def test_extending_twice_changes_nothing(cfg):
@@ -57,6 +58,8 @@ def test_plain_yacs_nodes_are_extended_in_kind():
         (("START", 13), "START to be at most .END but got START 13 and END 12"),
         (("DIM", -1), "DIM to be a whole number"),
         (("GLR_DIM", 0), "GLR_DIM to be a whole number"),
+        (("SHARED_DIM", 0), "SHARED_DIM to be a whole number"),
+        (("GLR_MODE", "sparse"), "GLR_MODE to be one of dense, shared but got 'sparse'"),
         (("FUSION_DIM", 0), "FUSION_DIM to be a whole number"),
         (("SCALE", float("nan")), "SCALE to be a number, finite, but got nan"),
         (("RES_SCALE", float("inf")), "RES_SCALE to be a number"),
@@ -116,10 +119,12 @@ def test_fixed_values_from_the_command_line(cfg):
 FILES = {
     "vit_b16": "ViT-B/16",
     "vit_b16_cross": "ViT-B/16",
+    "vit_b16_shared": "ViT-B/16",
     "vit_b32": "ViT-B/32",
     "rn50": "RN50",
     "rn101": "RN101",
     "tiny": "tiny",
+    "tiny_shared": "tiny",
 }
 
 

@@ -29,7 +29,7 @@ REQUIRES = [
     "tqdm>=4.65",
     "matplotlib>=3.7",
 ]
-TEST = ["pytest>=8.0"]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.5"]  # the latter: a test process per core
 DEV = [*TEST, "pytest-cov", "ruff>=0.6", "mypy>=1.10", "pre-commit>=3.5"]
 
 setup(

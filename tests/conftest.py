@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores: one thread each, or they spin
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Six blocks like the bundled CLIP, so that its configs fit; everything else as small as it goes.
 RANDOM_TINY = {

@@ -9,7 +9,6 @@ number of shots; a cell is the mean and, in brackets, the standard deviation (n 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections import defaultdict
@@ -18,6 +17,11 @@ from typing import Any
 
 from tabulate import tabulate
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dassl.utils.cli import fail
+from scripts.run_folders import find_runs, run_records
+
 
 def finished_runs(folders: list[Path]) -> list[dict[str, Any]]:
     """`metrics.json` of every finished run below `folders`, in path order.
@@ -25,20 +29,11 @@ def finished_runs(folders: list[Path]) -> list[dict[str, Any]]:
     Raises:
         ValueError: no finished run was found, or two runs share dataset, trainer, shots and seed.
     """
-    paths = sorted(
-        path for folder in folders for path in folder.rglob("metrics.json") if (path.parent / "DONE").exists()
-    )
-    if not paths:
+    runs, _ = find_runs(folders)
+    if not runs:
         raise ValueError(f"Expected finished runs below {', '.join(map(str, folders))} but found none")
-    runs, seen = [], {}
-    for path in paths:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        key = run["dataset"], run["trainer"], run["shots"], run["seed"]
-        if key in seen:
-            raise ValueError(f"Expected one run of {key} but got {seen[key]} and {path}")
-        seen[key] = path
-        runs.append(run)
-    return runs
+    run_records(runs)  # each dataset, trainer, number of shots and seed once
+    return [run.metrics for run in runs]
 
 
 def cell(values: list[float]) -> str:
@@ -70,9 +65,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         print(table(finished_runs(args.folders), args.metric))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        return fail(error)
     return 0
 
 

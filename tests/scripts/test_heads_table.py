@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "heads_table.py"
 
 def _run(folder: Path, seed: int, shots: int, done: bool = True, **heads: float) -> None:
     folder.mkdir(parents=True)
-    run = {"dataset": "Digits", "trainer": "DLRCLIP", "shots": shots, "seed": seed}
+    run = {"dataset": "Digits", "trainer": "DLRCLIP", "shots": shots, "seed": seed, "accuracy": heads["clip"]}
     run["test"] = {"heads": {head: {"accuracy": value, "ece": value / 10} for head, value in heads.items()}, "n": 10}
     (folder / "metrics.json").write_text(json.dumps(run))
     if done:

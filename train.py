@@ -9,8 +9,9 @@ Several processes, on one machine (on several: torchrun's --nnodes and --rdzv-en
 
     torchrun --nproc_per_node N train.py ...
 
-Exit codes: 0 done; 2 something given was wrong (one line on stderr; --debug adds the traceback); 1 anything else,
-such as another process of the job that ended; 143 SIGTERM; 130 Ctrl-C.
+Exit codes: 0 done; 2 something given was wrong (one line on stderr; --debug adds the traceback); 1 anything else: a
+few lines for numbers that were lost, a full disk or memory, or another process that ended, a traceback for a bug; 143
+SIGTERM; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import logging
 import os
 import random
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,17 @@ import trainers
 from dassl.config import CfgNode, get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
+from dassl.engine.environment import why_no_gpu
+from dassl.engine.finite import NotFiniteError, last_checkpoint
 from dassl.utils import (
     InputError,
+    RunStoppedError,
     close_logger,
     collect_env_info,
     did_you_mean,
     distributed,
+    explain_trouble,
+    note_in_log,
     set_random_seed,
     setup_logger,
 )
@@ -118,6 +125,8 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     _check_name("the dataset (DATASET.NAME)", cfg.DATASET.NAME, DATASET_REGISTRY.registered_names())
     if cfg.SEED < -1:
         raise InputError(f"Expected the seed to be -1 (none) or at least 0 but got {cfg.SEED}")
+    if "USE_CUDA" in args.opts[::2] and cfg.USE_CUDA and not torch.cuda.is_available():
+        raise InputError(f"Expected a GPU for USE_CUDA True but got none: {why_no_gpu()}")
 
     distributed.start(cfg.USE_CUDA, cfg.DIST.TIMEOUT)
     named = args.output_dir is not None or "OUTPUT_DIR" in args.opts[::2]
@@ -224,7 +233,8 @@ def build(args: argparse.Namespace) -> Any:
             print_head(args, cfg)
         if not args.dry_run:
             logger.info(f"Output folder: {cfg.OUTPUT_DIR}")
-        trainer = build_trainer(cfg)
+        with _explained(cfg):
+            trainer = build_trainer(cfg)
         _check_trainable(trainer, args)
         if args.eval_only:
             trainer.load_model(args.model_dir or "", epoch=args.load_epoch)
@@ -272,11 +282,12 @@ def run(trainer: Any, args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    code = 1
+    code, debug = 1, False
     try:
         distributed.connect()
         with _silent_unless_main():  # --help, and errors that all processes make
             args = parse_args(argv)
+        debug = args.debug
         code = _run(args)
         if code == 0:
             distributed.stop()
@@ -290,8 +301,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         lost = terminated or distributed.is_peer_lost(error)
         message = distributed.why_it_ends(error) if lost else ""
         if distributed.first_to_fail():
-            if not lost:
+            if isinstance(error, RunStoppedError):
+                message = str(error)
+                if debug and error.__cause__ is not None:
+                    traceback.print_exception(error.__cause__)
+            elif not lost:
                 raise
+            note_in_log(f"error: {message}")
             print(f"error: {message}", file=sys.stderr)
     finally:
         close_logger()
@@ -304,10 +320,36 @@ def _run(args: argparse.Namespace) -> int:
     except SETUP_ERRORS as error:
         return _fail(error, args.debug)
     try:
-        run(trainer, args)
+        with _explained(trainer.cfg, trainer):
+            run(trainer, args)
     except InputError as error:  # a bad image, say, that only its turn in a batch could show
         return _fail(error, args.debug)
     return 0
+
+
+@contextlib.contextmanager
+def _explained(cfg: CfgNode, trainer: Any = None) -> Iterator[None]:
+    """Turn trouble with the machine, and lost numbers, into an error that says what it is, what helps and what is kept.
+
+    Raises:
+        RunStoppedError: instead of those. While the trainer is built (`trainer` None) files count as given wrongly.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except NotFiniteError as error:
+        raise RunStoppedError(str(error)) from error
+    except Exception as error:
+        if trainer is None and isinstance(error, SETUP_ERRORS):
+            raise
+        advice = getattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "memory_advice", None)
+        message = explain_trouble(error, advice(cfg) if advice else ())
+        if not message:
+            raise
+        kept = None if trainer is None else last_checkpoint(trainer)
+        then = f"kept: {kept}; {distributed.GO_ON}" if kept else "kept: no checkpoint yet"
+        raise RunStoppedError(f"{message}\n  {then}") from error
 
 
 def _fail(error: BaseException, debug: bool) -> int:

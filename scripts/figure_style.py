@@ -17,6 +17,10 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dassl.utils import one_line
+
+readable = one_line  # names in figures: fonts and SVG files cannot hold every character
+
 COLUMN, PAGE = 3.5, 7.16  # inches
 FORMATS = ("pdf", "svg", "png")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -73,18 +77,6 @@ class Look(NamedTuple):
 def look(number: int) -> Look:
     """The look of series 0, 1, 2, ...; different for any 72 in a row."""
     return Look(COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)], LINES[number % len(LINES)])
-
-
-def readable(name: str, width: int = 0) -> str:
-    """A name as one printable line; longer than `width` characters (0: any length) it is cut in the middle.
-
-    Characters that a font or an SVG file cannot hold become spaces or "?".
-    """
-    line = " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in name).split())
-    if width and len(line) > width:
-        head = (width - 1) // 2
-        line = f"{line[:head]}…{line[len(line) - (width - 1 - head) :]}"
-    return line
 
 
 def new_figure(width: float, height: float) -> Figure:

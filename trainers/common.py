@@ -73,6 +73,20 @@ class CLIPTrainer(TrainerX):
         check_number(cfg, "FEATURE_CACHE.LIMIT", 0, 1e6)
         check_backbone(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None)
 
+    @classmethod
+    def memory_advice(cls, cfg: Any) -> list[str]:
+        """Settings that make a run need less memory than `cfg` does, for an engine that asks."""
+        node, name = cfg.TRAINER.get(cls.node_name, {}), f"TRAINER.{cls.node_name}"
+        advice = []
+        if "TEXT_CHUNK" in node:
+            smaller = max(1, node.TEXT_CHUNK // 2) if node.TEXT_CHUNK else 32
+            advice.append(f"{name}.TEXT_CHUNK {smaller}")
+        if node.get("CHECKPOINTING") is False:
+            advice.append(f"{name}.CHECKPOINTING True")
+        if node.get("PREC") == "fp32":
+            advice.append(f"{name}.PREC amp")
+        return advice
+
     # Building
 
     def load_frozen_clip(self, prec: str) -> tuple[CLIP, list[str]]:
@@ -280,6 +294,11 @@ class EncoderTrainer(LearnerTrainer):
         with self._autocast():
             clip_logits, logits = self.network.both(input)
         return {self.reference_head: clip_logits, self.main_head: logits}
+
+
+def step_left_out(trainer: Any) -> bool:
+    """Whether the engine has left the step that runs out, for a loss that is not finite; what follows it must wait."""
+    return bool(getattr(getattr(trainer, "guard", None), "fault", ""))
 
 
 def build_optimizer_with_eps(model: nn.Module, optim_cfg: Any, eps: float) -> Any:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from dassl.engine import TRAINER_REGISTRY
 
 from .clip import CLIP, fill_template, zeroshot_weights
-from .common import check_number, check_whole
+from .common import check_number, check_whole, step_left_out
 from .frozen import FeatureLearner, FeatureTrainer
 
 logger = logging.getLogger(__name__)
@@ -199,16 +199,20 @@ class JCLIPAdapter(FeatureTrainer):
     def forward_backward(self, batch: Any) -> dict[str, float]:
         """See FeatureTrainer; the numbers are kept for the curves."""
         summary = super().forward_backward(batch)
-        n = len(batch["label"])
+        n = 0 if step_left_out(self) else len(batch["label"])
         earlier = self._sums if self.batch_idx else (0.0, 0.0, 0)
-        self._sums = (earlier[0] + n * summary["loss"], earlier[1] + n * summary["acc"], earlier[2] + n)
+        if n:
+            earlier = (earlier[0] + n * summary["loss"], earlier[1] + n * summary["acc"], earlier[2] + n)
+        self._sums = earlier
         return summary
 
     @torch.no_grad()
     def after_epoch(self) -> None:
         """Adds a point to the curves."""
         loss, accuracy, n = self._sums
-        point: dict[str, Any] = {"epoch": self.epoch + 1, "train": {"loss": loss / n, "accuracy": accuracy / n}}
+        point: dict[str, Any] = {"epoch": self.epoch + 1}
+        if n:
+            point["train"] = {"loss": loss / n, "accuracy": accuracy / n}
         if self.val_loader is not None:
             self.set_model_mode("eval")
             known = self.val_loader.all()

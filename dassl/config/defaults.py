@@ -141,6 +141,10 @@ def _train() -> CN:
     node = CN()
     node.CHECKPOINT_FREQ = 0  # save every so many epochs; 0: only the last
     node.PRINT_FREQ = 10  # batches between two progress lines
+    # Of a step whose loss or gradients are NaN or infinite: stop the run before it changes anything, or leave the step
+    # out (skip). Ours
+    node.ON_NAN = "stop"
+    node.ON_NAN_LIMIT = 10  # at least 1, with skip: at the next such step of the run it stops
     node.COUNT_ITER = "train_x"  # what an epoch's length is: train_x, train_u or smaller_one
     return node
 

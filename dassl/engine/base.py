@@ -17,6 +17,7 @@ from dassl.utils import InputError, distributed, load_checkpoint, save_checkpoin
 from dassl.utils.torchtools import BEST_NAME, POINTER_NAME, checkpoint_entry, load_into, pointed_file, restore
 
 from .evaluate import Evaluation
+from .finite import StepGuard
 from .parallel import average_gradients, copy_from_main
 from .precision import Precision
 from .state import EpochStats
@@ -44,6 +45,7 @@ class TrainerBase:
         self._writer: Any = None
         self._hooks: list[HookBase] = []
         self.precision = Precision()
+        self.guard = StepGuard()
         self.stats = EpochStats()
         self.selected: dict[str, dict[str, Any]] = {}  # name -> {value, on, n}: what was chosen, on what
         self.evaluation: Evaluation | None = None  # the latest
@@ -79,6 +81,7 @@ class TrainerBase:
             self.call_hooks("finish")
         finally:
             self.phase = "idle"
+            self.guard.end()
             self.call_hooks("close")
             self.close_writer()
 
@@ -217,12 +220,17 @@ class TrainerBase:
             optimizer.zero_grad()
 
     def model_backward(self, loss: Tensor) -> None:
-        """Check the loss and back-propagate it.
+        """Check the loss and back-propagate it; while a run's step runs, one that is not finite is left alone.
+
+        ``model_update`` then changes nothing, and the step's end deals with it (TRAIN.ON_NAN).
 
         Of several processes, each gives the mean over its part of the batch; it is weighted by the size of that part,
         so that the mean of the gradients is exactly that of the loss over the whole batch.
         """
-        self.detect_anomaly(loss)
+        if not self.guard.active:
+            self.detect_anomaly(loss)
+        elif not self.guard.admits_loss(loss):
+            return
         if self.share is not None:
             self._weighted = True
             if self.share.weight != 1:
@@ -249,9 +257,17 @@ class TrainerBase:
         average_gradients(parameters)
 
     def model_update(self, names: _Names = None) -> None:
-        """Step the optimisers of the named models (all by default) on the mean of the processes' gradients."""
-        self.average_gradients(names)
-        self.precision.update(self._optimizers(names))
+        """Step the optimisers of the named models (all by default) on the mean of the processes' gradients.
+
+        Not where this step's loss or a gradient is not finite (with a loss scale, which may overflow, that leaves the
+        step out itself).
+        """
+        optimizers = self._optimizers(names)
+        if not self.guard.fault:
+            self.average_gradients(names)
+            scaled = self.precision.scaler is not None
+            if scaled or not self.guard.active or self.guard.admits_gradients(optimizers):
+                self.precision.update(optimizers)
         self._averaged.clear()
 
     def model_backward_and_update(self, loss: Tensor, names: _Names = None) -> None:
@@ -267,16 +283,16 @@ class TrainerBase:
 
     @property
     def writer(self) -> Any:
-        """The open SummaryWriter, or None."""
+        """The open Board (a SummaryWriter), or None."""
         return self.__dict__.get("_writer")
 
     def init_writer(self, log_dir: str | os.PathLike[str], purge_step: int | None = None) -> None:
         """Open TensorBoard's event file unless one is open; earlier values from ``purge_step`` on are hidden."""
         if self.writer is None and self.writes_files:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only when training
+            from .board import Board  # slow to import, and needed only when training
 
             logger.info("Initialize tensorboard (log_dir=%s)", log_dir)
-            self._writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step)
+            self._writer = Board(log_dir, purge_step)
 
     def close_writer(self) -> None:
         """Close the event file if one is open."""

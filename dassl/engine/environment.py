@@ -44,6 +44,16 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def why_no_gpu() -> str:
+    """Why torch has no GPU to compute on, where it has none."""
+    if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
+        return "this PyTorch is built without CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}"
+    return "PyTorch finds no GPU, or no driver for it"
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

@@ -6,6 +6,7 @@ What a subclass may offer beyond upstream's methods, all of it optional:
 * ``main_head``: the name of the head that counts as the method's accuracy (default: the first).
 * ``model_report(input) -> dict``: what figures show beside the logits, of test images: ``heads`` as model_heads gives
   them, ``values`` (name -> [B] or [B, 1]) and ``features`` (branch -> [B, E]); see predictions.py.
+* ``loss_terms``: names of losses in what forward_backward returns, beside those with "loss" in them.
 * ``reference_head``: the name of the head that pictures show as "before".
 * ``fitted_parameters``: how many numbers it fits without gradients, which count as trained ones.
 * ``selected``: what was chosen, on what: ``{"beta": {"value": 0.4, "on": "val", "n": 40}}``.
@@ -36,9 +37,11 @@ from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import InputError, check_availability, count_num_param, distributed, load_pretrained_weights
 
 from .base import TrainerBase
+from .environment import why_no_gpu
 from .evaluate import Evaluation, as_heads, run_pass
+from .finite import report
 from .hooks import HookBase, build_hooks
-from .hooks.losses import as_numbers, check_finite
+from .hooks.losses import WHAT_HELPS, as_numbers, fault_of
 from .net import SimpleNet
 from .parallel import copy_from_main, own_draws
 from .predictions import MEGABYTE, Recorder
@@ -59,6 +62,8 @@ class SimpleTrainer(TrainerBase):
         self.check_cfg(cfg)
         self._check_run_cfg(cfg)
         self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.USE_CUDA else "cpu")
+        if cfg.USE_CUDA and cfg.VERBOSE and self.device.type == "cpu" and distributed.is_main():
+            logger.warning("Computing on the CPU: %s (USE_CUDA False says that this is meant)", why_no_gpu())
         if distributed.active() and self.device.type == "cuda":
             self.device = torch.device("cuda", distributed.local_rank())
         self.start_epoch = self.epoch = 0
@@ -86,6 +91,7 @@ class SimpleTrainer(TrainerBase):
         for key, value, allowed in (
             ("TEST.FINAL_MODEL", cfg.TEST.FINAL_MODEL, ("last_step", "best_val")),
             ("TEST.SPLIT", cfg.TEST.SPLIT, ("test", "val")),
+            ("TRAIN.ON_NAN", cfg.TRAIN.ON_NAN, ("stop", "skip")),
             ("TRAIN.COUNT_ITER", cfg.TRAIN.COUNT_ITER, ("train_x", "train_u", "smaller_one")),
         ):
             if value not in allowed:
@@ -94,6 +100,7 @@ class SimpleTrainer(TrainerBase):
             ("OPTIM.MAX_EPOCH", cfg.OPTIM.MAX_EPOCH, 0),
             ("TRAIN.PRINT_FREQ", cfg.TRAIN.PRINT_FREQ, 1),
             ("TRAIN.CHECKPOINT_FREQ", cfg.TRAIN.CHECKPOINT_FREQ, 0),
+            ("TRAIN.ON_NAN_LIMIT", cfg.TRAIN.ON_NAN_LIMIT, 1),
             ("TEST.PREDICTIONS_MB", cfg.TEST.PREDICTIONS_MB, 0),
         ):
             if value < least:
@@ -202,10 +209,12 @@ class SimpleTrainer(TrainerBase):
                 self.stats.batches = batches
                 self.share = share_of(self.train_loader_x, self.batch_idx)
                 self.call_hooks("before_step")
+                self.guard.begin()
                 summary = as_numbers(self.forward_backward(*batches))
                 self.stats.summary, self.stats.images = self._of_all(summary, count_images(batches))
                 self.call_hooks("after_step")
         self.share = None
+        self.guard.end()
 
     def _of_all(self, summary: dict[str, float], images: int) -> tuple[dict[str, float], int]:
         """The means over the whole batch of what this process has of its part, and the batch's number of images."""
@@ -232,8 +241,13 @@ class SimpleTrainer(TrainerBase):
             self.set_model_mode("train")
             self.batch_idx, self.num_batches = 0, self.count_batches()
             batches = next(iter(self.train_batches()))
+            self.stats.batches = batches
+            self.guard.begin()
             summary = as_numbers(self.forward_backward(*batches))
-            check_finite(self, summary)
+            fault = fault_of(self, summary)
+            if fault:
+                raise report(self, fault, "nothing is saved", summary, WHAT_HELPS)
+            self.guard.end()
             logger.info("One training batch: %s", " ".join(f"{k} {v:.4f}" for k, v in summary.items()))
         split = self.cfg.TEST.SPLIT
         self.set_model_mode("eval")

@@ -2,9 +2,10 @@
 
 from .errors import InputError, UnknownNameError
 from .files import atomic_write
-from .logger import Logger, close_logger, setup_logger
+from .logger import Logger, close_logger, note_in_log, setup_logger
 from .meters import AverageMeter, MetricMeter
 from .registry import Registry
+from .text import one_line
 from .tools import (
     check_availability,
     check_isfile,
@@ -30,6 +31,7 @@ from .torchtools import (
     resume_from_checkpoint,
     save_checkpoint,
 )
+from .trouble import RunStoppedError, explain_trouble
 
 __all__ = [
     "AverageMeter",
@@ -37,6 +39,7 @@ __all__ = [
     "Logger",
     "MetricMeter",
     "Registry",
+    "RunStoppedError",
     "UnknownNameError",
     "atomic_write",
     "check_availability",
@@ -46,12 +49,15 @@ __all__ = [
     "count_num_param",
     "did_you_mean",
     "download_url",
+    "explain_trouble",
     "get_most_similar_str_to_a_from_b",
     "init_network_weights",
     "listdir_nohidden",
     "load_checkpoint",
     "load_pretrained_weights",
     "mkdir_if_missing",
+    "note_in_log",
+    "one_line",
     "open_all_layers",
     "open_specified_layers",
     "read_image",

@@ -32,6 +32,7 @@ __all__ = [
     "active",
     "all_reduce_mean",
     "all_reduce_sum",
+    "any_rank",
     "barrier",
     "broadcast_object",
     "broadcast_tensor",
@@ -322,6 +323,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
         with _watched():
             dist.all_reduce(total, group=_group(total))
     return total
+
+
+def any_rank(here: bool) -> bool:
+    """Whether it is so on any rank; all ranks get the same answer."""
+    if not active() or world_size() == 1:
+        return here
+    return bool(all_reduce_sum(torch.tensor(float(here))) > 0)  # on the CPU: no GPU waits for it
 
 
 def all_reduce_mean(tensor: Tensor, weight: float = 1.0) -> Tensor:

@@ -7,6 +7,7 @@ the tee: a later replacement of ``sys.stdout`` cannot lose or double them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-__all__ = ["Logger", "close_logger", "setup_logger"]
+__all__ = ["Logger", "close_logger", "note_in_log", "setup_logger"]
 
 
 class Logger:
@@ -35,19 +36,30 @@ class Logger:
     def write(self, msg: str) -> int:
         self.console.write(msg)
         if self.file is not None:
-            self.file.write(msg)
+            try:
+                self.file.write(msg)
+            except OSError as error:
+                self.give_up(error)
         return len(msg)
 
     def flush(self) -> None:
         self.console.flush()
-        if self.file is not None:
+        if self.file is not None and not self.file.closed:
             self.file.flush()
+
+    def give_up(self, error: OSError) -> None:
+        """Stop writing the file, with one warning: a run is worth more than its log."""
+        if self.file is not None:
+            name = self.file.name
+            self.close()
+            print(f"warning: {name} cannot be written, it ends here: {error.strerror or error}", file=sys.stderr)
 
     def close(self) -> None:
         """Close the file; the console stays open, since it is not ours."""
         if self.file is not None:
-            self.file.close()
-            self.file = None
+            file, self.file = self.file, None
+            with contextlib.suppress(OSError):  # what a full disk has not taken
+                file.close()
 
     def __enter__(self) -> Logger:
         return self
@@ -73,6 +85,14 @@ class _Handler(logging.StreamHandler):
     def flush(self) -> None:
         if not getattr(self.stream, "closed", False):
             super().flush()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        error = sys.exc_info()[1]
+        tee = None if _active is None else _active.tee
+        if isinstance(error, OSError) and tee is not None and self.stream is tee.file:
+            tee.give_up(error)
+        else:
+            super().handleError(record)
 
 
 class _Active:
@@ -148,6 +168,14 @@ def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0) ->
         active.handlers.append(handler)
     _active = active
     return path
+
+
+def note_in_log(message: str) -> None:
+    """Write a line to log.txt alone, for what is said on stderr."""
+    file = None if _active is None or _active.tee is None else _active.tee.file
+    if file is not None:
+        with contextlib.suppress(OSError, ValueError):  # a full disk may be what it is about
+            file.write(f"{message}\n")
 
 
 def close_logger() -> None:

@@ -116,12 +116,29 @@ def check_draws() -> None:
     assert distributed.gather_objects(torch.rand(1).item()) == [expected[1].item()] * 2
 
 
+def check_lost_numbers() -> None:
+    """A loss that is NaN on one rank leaves the step out on both; the next one is made, alike."""
+    me = distributed.rank()
+    model = nn.Linear(2, 1)
+    copy_from_main([model], frozen=True)
+    trainer = TrainerBase()
+    trainer.register_model("model", model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    for lost in (True, False):
+        before = model.weight.detach().clone()
+        trainer.guard.begin()
+        loss = model(torch.ones(1, 2) * (me + 1)).sum()
+        trainer.model_backward_and_update(loss * torch.nan if lost and me == 1 else loss)
+        assert (trainer.guard.fault == "the loss") == lost == torch.equal(model.weight, before)
+    weights = distributed.gather_objects(model.weight.tolist())
+    assert weights[0] == weights[1]
+
+
 def main(path: str) -> None:
     spec = json.loads(Path(path).read_text())
     if spec["checks"]:
         distributed.connect()
         distributed.start(use_cuda=False, minutes=1)
-        for check in (check_talking, check_gradients, check_draws):
+        for check in (check_talking, check_gradients, check_draws, check_lost_numbers):
             check()
         distributed.stop()
     hooks = SimpleTrainer.build_hooks

@@ -108,6 +108,7 @@ class DLRCLIP(CLIPTrainer):
             checkpointing=node.CHECKPOINTING,
             compile=node.COMPILE,
         )
+        self.loss_terms = tuple(self.network.loss_weights)
         learner = self.network.learner
         logger.info("Parameters to learn: %s", f"{sum(p.numel() for p in learner.parameters()):,}")
         optim = build_optimizer_with_eps(learner, cfg.OPTIM, node.EPS)

@@ -26,7 +26,7 @@ from dassl.engine import TRAINER_REGISTRY
 from dassl.optim import build_optimizer
 
 from ..clip import CLIP
-from ..common import EncoderTrainer
+from ..common import EncoderTrainer, step_left_out
 from .adapters import FILE_NAME, save_adapters
 from .config import add_imo_config, add_imodino_config, check_imo_config, check_imodino_config
 from .data import EpochBatches, MultiCrop, mean_of_processes, process_rank, training_loader
@@ -292,7 +292,8 @@ class IMODINO(AdapterTrainer):
             outputs = self.network.student(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # [V, B, K]
         loss = dino_loss(outputs, teacher_targets(seen, learner.centre, temperature), node.STUDENT_TEMP)
         self.model_backward_and_update(loss)
-        update_centre(learner.centre, seen, node.CENTRE_MOMENTUM)
+        if not step_left_out(self):
+            update_centre(learner.centre, seen, node.CENTRE_MOMENTUM)
         step, steps = self.epoch * self.num_batches + self.batch_idx, self.max_epoch * self.num_batches
         momentum = cosine_momentum(step, steps, node.MOMENTUM)
         learner.follow(momentum)

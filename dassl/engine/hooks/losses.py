@@ -1,14 +1,21 @@
-"""Running means of what forward_backward returns, and the check that the losses are finite."""
+"""Running means of what forward_backward returns, and what is done where numbers are lost."""
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from ..finite import lost_terms, report
 from .base import HookBase
+
+logger = logging.getLogger(__name__)
+
+WHAT_HELPS = (
+    "what may help: a lower OPTIM.LR, PREC fp32 (or bf16) instead of fp16, or TRAIN.ON_NAN skip to leave such steps out"
+)
 
 
 def as_numbers(summary: Mapping[str, Any] | None) -> dict[str, float]:
@@ -18,29 +25,57 @@ def as_numbers(summary: Mapping[str, Any] | None) -> dict[str, float]:
     }
 
 
-def check_finite(trainer: Any, summary: Mapping[str, float]) -> None:
-    """Raise a FloatingPointError naming the loss and the place when a value called "...loss..." is not finite.
-
-    The trainer's own backward checks the loss too; this also covers methods that bring their own backward.
-    """
-    for name, value in summary.items():
-        if "loss" in name.lower() and not math.isfinite(value):
-            raise FloatingPointError(f"Expected {name} to be finite but got {value} at {trainer.where()}")
+def fault_of(trainer: Any, summary: Mapping[str, float]) -> str:
+    """What was not finite in the step that a trainer has just made; "": nothing."""
+    lost = lost_terms(trainer, summary)
+    if trainer.guard.fault == "the loss" or not lost:
+        return trainer.guard.fault
+    return ", ".join(lost)
 
 
 class Losses(HookBase):
-    """Keeps ``trainer.stats.losses`` and the means of the last epoch."""
+    """Keeps ``trainer.stats.losses`` and the means of the last epoch; deals with steps that are not finite.
+
+    Attributes:
+        skipped: how many steps of the run were not finite and not the end of it (TRAIN.ON_NAN skip).
+    """
 
     def __init__(self) -> None:
         self.means: dict[str, float] = {}
+        self.skipped = 0
 
     def after_step(self, trainer: Any) -> None:
-        check_finite(trainer, trainer.stats.summary)
+        fault = fault_of(trainer, trainer.stats.summary)
+        if fault:
+            self._lost(trainer, fault)
+            return
         trainer.stats.losses.update(trainer.stats.summary)
         self.means = {name: meter.avg for name, meter in trainer.stats.losses.meters.items()}
 
+    def _lost(self, trainer: Any, fault: str) -> None:
+        """Stop, or count the step; its numbers enter no mean.
+
+        Raises:
+            NotFiniteError: the run is to stop; or the method steps its optimiser itself, and it is too late to skip.
+        """
+        node, summary = trainer.cfg.TRAIN, trainer.stats.summary
+        if not trainer.guard.checked:
+            remark = "the trainer steps by itself, its model may be spoilt"
+            raise report(trainer, fault, remark, summary, "what may help: a lower OPTIM.LR")
+        remark = "the step changed nothing" if trainer.guard.fault else "the loss itself is, the step was made"
+        if node.ON_NAN == "stop":
+            raise report(trainer, fault, remark, summary, WHAT_HELPS)
+        if self.skipped >= node.ON_NAN_LIMIT:
+            remark += f"; {self.skipped} such steps were skipped before (TRAIN.ON_NAN_LIMIT)"
+            raise report(trainer, fault, remark, summary, WHAT_HELPS.partition(", or TRAIN")[0])
+        self.skipped += 1
+        did = "left out" if trainer.guard.fault else "made, because the loss itself is finite"
+        count = f"{self.skipped} of at most {node.ON_NAN_LIMIT}"
+        logger.warning("%s: %s is not finite; step %s (%s)", trainer.where(), fault, did, count)
+
     def state_dict(self, trainer: Any) -> dict[str, Any]:
-        return {"means": self.means}
+        return {"means": self.means, "skipped": self.skipped}
 
     def load_state_dict(self, trainer: Any, state: dict[str, Any]) -> None:
         self.means = dict(state["means"])
+        self.skipped = state.get("skipped", 0)  # older checkpoints lack it

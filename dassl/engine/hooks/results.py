@@ -109,6 +109,7 @@ class Results(HookBase):
             "bad_images": len(getattr(trainer.dm, "bad_images", {})),
             "selected": self.selected(trainer),
             "train": self._losses.means,
+            **({"skipped_steps": self._losses.skipped} if self._losses.skipped else {}),
             "params": count_parameters(trainer),
             "timing": self._timing.summary(),
         }

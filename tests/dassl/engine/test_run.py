@@ -202,7 +202,7 @@ def test_a_run_that_dies_has_no_marker(build, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "DONE").exists()
     trainer = build("Linear", "OPTIM.MAX_EPOCH", 4)
     monkeypatch.setattr(trainer, "forward_backward", lambda batch: {"loss": math.nan})
-    with pytest.raises(FloatingPointError, match=r"loss to be finite but got nan at epoch \[4/4\] batch \[1/4\]"):
+    with pytest.raises(FloatingPointError, match=r"but it is not, at step 13, epoch \[4/4\] batch \[1/4\]"):
         trainer.train()
     assert not (tmp_path / "run" / "DONE").exists() and trainer.writer is None and trainer.phase == "idle"
 

@@ -1,0 +1,71 @@
+"""TensorBoard's writer, made fit for long runs: a disk that takes no more curves does not end a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 30  # what is seen in a browser, and kept when a run is killed, is at most so old
+
+
+class Board:
+    """A SummaryWriter that goes silent, after one warning, when its file cannot be written any more.
+
+    Its methods are the SummaryWriter's. Curves are a by-product; what a run cannot do without (checkpoints, results)
+    still raises.
+
+    Args:
+        log_dir: folder of the event file, made when missing.
+        purge_step: earlier values from this step on are hidden; None: none are.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike[str], purge_step: int | None = None) -> None:
+        self._broken = False
+        self._writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step, flush_secs=FLUSH_SECONDS)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._writer, name)
+        if not callable(method):
+            return method
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if self._broken:
+                return None
+            try:
+                return method(*args, **kwargs)
+            except OSError as error:  # of this call, or of the thread that writes what earlier ones queued
+                self._broken = True
+                logger.warning("TensorBoard's file cannot be written, its curves end here: %s", error.strerror or error)
+                return None
+
+        return guarded
+
+    def close(self) -> None:
+        """Write what is queued and close the file."""
+        try:
+            self._writer.close()
+        except OSError as error:
+            if not self._broken:
+                logger.warning("TensorBoard's file cannot be written: %s", error.strerror or error)
+        self._broken = True
+
+
+def _silence_event_thread() -> None:
+    """The thread that writes event files hands its error to the writer, and need not print a traceback beside."""
+    before = threading.excepthook
+
+    def hook(arguments: Any) -> None:
+        writing = type(arguments.thread).__module__ == "tensorboard.summary.writer.event_file_writer"
+        if not (writing and isinstance(arguments.exc_value, OSError)):
+            before(arguments)
+
+    threading.excepthook = hook
+
+
+_silence_event_thread()

@@ -1,0 +1,134 @@
+"""What happens when numbers are lost: a loss or its gradients that are NaN or infinite.
+
+A step is asked twice whether it may change the model: before its loss is back-propagated, and before the optimiser
+follows the gradients. Where it may not, the model, its optimiser and the loss scale stay as they are, the step goes on
+to its end (so that it can tell all its loss terms), and the hook ``Losses`` stops the run or leaves the step out.
+
+Of several processes all answer alike, so that none waits for another that has left a step out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dassl.utils import InputError, atomic_write, distributed, one_line
+from dassl.utils.torchtools import pointed_file
+
+__all__ = ["RECORD", "NotFiniteError", "StepGuard", "last_checkpoint", "lost_terms", "report"]
+
+RECORD = "not_finite.json"  # in the run's folder: the step that stopped it, with all paths
+SHOWN = 8  # image paths in the message
+
+
+class NotFiniteError(FloatingPointError):
+    """A run stopped because numbers were lost; ``str`` of it is several lines for the screen."""
+
+
+class StepGuard:
+    """Whether the step that runs may change the model.
+
+    Attributes:
+        active: a step of the engine's loop runs, which deals with faults at its end; else they are raised at once.
+        fault: what was not finite in this step; "": nothing.
+        checked: whether a loss of this step was checked. A method with a backward of its own is known by its absence.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self.fault = ""
+        self.checked = False
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.active, self.fault, self.checked = True, "", False
+
+    def end(self) -> None:
+        """No step runs any more: one that died may have left this open."""
+        self.active, self.fault = False, ""
+
+    def admits_loss(self, loss: Tensor) -> bool:
+        """Whether a loss may be back-propagated."""
+        finite = bool(torch.isfinite(loss.detach()).all())
+        self.checked = True
+        if distributed.any_rank(not finite):
+            self.fault = self.fault or "the loss"
+        return not self.fault
+
+    def admits_gradients(self, optimizers: Iterable[Optimizer]) -> bool:
+        """Whether optimisers may follow their gradients, which are the same in all processes."""
+        if self.fault:
+            return False
+        grads = [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
+        if grads and not bool(torch.stack([torch.isfinite(grad).all().to(grads[0].device) for grad in grads]).all()):
+            self.fault = "a gradient"
+        return not self.fault
+
+
+def lost_terms(trainer: Any, summary: Mapping[str, float]) -> list[str]:
+    """The losses in what forward_backward returned that are not finite: called "...loss...", or in ``loss_terms``."""
+    named = getattr(trainer, "loss_terms", ())
+    return [
+        name
+        for name, value in summary.items()
+        if not math.isfinite(value) and ("loss" in name.lower() or name in named)
+    ]
+
+
+def last_checkpoint(trainer: Any) -> Path | None:
+    """The checkpoint that the same command would go on from; None: there is none."""
+    names = trainer.get_model_names()
+    for folder in (trainer.output_dir, trainer.cfg.RESUME) if names else ():
+        with contextlib.suppress(InputError):
+            return pointed_file(Path(folder) / names[0])
+    return None
+
+
+def report(trainer: Any, what: str, remark: str, summary: Mapping[str, float], advice: str) -> NotFiniteError:
+    """The error that ends a run at this step; ``not_finite.json`` gets all of it. To be called by all processes alike.
+
+    Args:
+        trainer: it stands at the step.
+        what: what is not finite.
+        remark: what became of the step.
+        summary: the loss terms.
+        advice: what may help.
+    """
+    own = [path for batch in trainer.stats.batches for path in _paths(batch)]
+    images = list(dict.fromkeys(path for paths in distributed.gather_objects(own) for path in paths))
+    checkpoint = last_checkpoint(trainer)
+    if trainer.writes_files and trainer.phase == "train":
+        # Where it cannot be written, the message below still can.
+        with contextlib.suppress(OSError), atomic_write(Path(trainer.output_dir) / RECORD) as stream:
+            content = {
+                "step": trainer.global_step + 1,
+                "where": trainer.where(),
+                "what": what,
+                "terms": {name: repr(value) for name, value in summary.items()},  # JSON has no NaN
+                "lr": trainer.get_current_lr(),
+                "images": images,
+                "checkpoint": None if checkpoint is None else str(checkpoint),
+            }
+            json.dump(content, stream, indent=2)
+    more = f", and {len(images) - SHOWN} more: {RECORD}" if len(images) > SHOWN else ""
+    lines = [
+        f"Expected {what} to be finite but it is not, at step {trainer.global_step + 1}, {trainer.where()}: {remark}",
+        f"loss terms: {', '.join(f'{name} {value:g}' for name, value in summary.items())}",
+        f"images: {', '.join(one_line(path) for path in images[:SHOWN]) or 'not known'}{more}",
+        f"last good checkpoint: {'none yet' if checkpoint is None else one_line(str(checkpoint))}",
+        advice,
+    ]
+    return NotFiniteError("\n  ".join(lines))
+
+
+def _paths(batch: Any) -> list[str]:
+    paths = batch.get("impath", ()) if isinstance(batch, Mapping) else ()
+    return [str(path) for path in ([paths] if isinstance(paths, str) else paths)]

@@ -1,0 +1,18 @@
+"""Names from outside, as text that breaks nothing it is put into."""
+
+from __future__ import annotations
+
+__all__ = ["one_line"]
+
+
+def one_line(text: str, width: int = 0) -> str:
+    """Any text as one printable line; longer than ``width`` characters (0: any length) it is cut in the middle.
+
+    White space becomes single spaces, and what cannot be printed (control characters, half of a surrogate pair, marks
+    that turn the direction of writing) "?".
+    """
+    line = " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in text).split())
+    if width and len(line) > width:
+        head = (width - 1) // 2
+        line = f"{line[:head]}…{line[len(line) - (width - 1 - head) :]}"
+    return line

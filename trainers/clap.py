@@ -75,6 +75,7 @@ class CLAP(FeatureTrainer):
     node_name = "CLAP"
     model_name = "clap"
     main_head = "clap"
+    of_each_class = "weights"
     per_step = False  # as published
     every_view = True
 

@@ -39,6 +39,7 @@ class CLIPTrainer(TrainerX):
     node_name = ""
     main_head = ""
     reference_head = "clip"
+    of_each_class = ""  # what each class trained on has of its own, so that no other can be classified; "": nothing
     adapters = "none"  # whether features are corrected by MODEL.IMO_WEIGHTS: none (refused) | optional | needed
 
     @property

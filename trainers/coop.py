@@ -116,6 +116,12 @@ class CoOp(EncoderTrainer):
     model_name = "prompt_learner"  # as published
     main_head = "coop"
 
+    @property
+    def of_each_class(self) -> str:  # type: ignore[override]  # read from the configuration, never set
+        """See CLIPTrainer: a context with CSC, which CTX_INIT overrules."""
+        node = self.cfg.TRAINER.COOP
+        return "a context (CSC)" if node.CSC and not node.CTX_INIT else ""
+
     @staticmethod
     def add_config(cfg: Any) -> None:
         """Adds TRAINER.COOP to `cfg` unless it is there; keys and defaults as published."""

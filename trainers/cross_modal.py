@@ -51,6 +51,7 @@ class CrossModalProbe(FeatureTrainer):
     node_name = "CROSSMODAL"
     model_name = "cross_modal"
     main_head = "probe"
+    of_each_class = "weights"
     adapters = "optional"
 
     @staticmethod

@@ -252,6 +252,11 @@ class EMDirichlet(FeatureTrainer):
     main_head = "em"
     views_key = False
 
+    @property
+    def of_each_class(self) -> str:  # type: ignore[override]  # read from the configuration, never set
+        """See CLIPTrainer: images, where they support the clusters."""
+        return "images" if self.node.SUPPORTS else ""
+
     @staticmethod
     def add_config(cfg: Any) -> None:
         """Adds TRAINER.EMDIRICHLET to `cfg` unless it is there."""

@@ -126,6 +126,7 @@ class LinearProbe(FeatureTrainer):
     node_name = "LINEARPROBE"
     model_name = "probe"
     main_head = "probe"
+    of_each_class = "weights"
     adapters = "optional"
     eps = 1e-4
 

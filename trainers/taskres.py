@@ -56,6 +56,7 @@ class TaskRes(FeatureTrainer):
     node_name = "TASKRES"
     model_name = "taskres"
     main_head = "taskres"
+    of_each_class = "weights"
     per_step = False  # as published
 
     @staticmethod

@@ -152,6 +152,7 @@ class TipAdapter(FeatureTrainer):
     node_name = "TIPADAPTER"
     model_name = "tip"
     main_head = "tip"
+    of_each_class = "images in the cache"
     eps = 1e-4
     trained = False
 

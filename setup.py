@@ -29,7 +29,8 @@ REQUIRES = [
     "tqdm>=4.65",
     "matplotlib>=3.7",
 ]
-TEST = ["pytest>=8.0", "pytest-xdist>=3.5"]  # the latter: a test process per core
+TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "submitit>=1.5"]  # xdist: a test process per core
+CLUSTER = ["submitit>=1.5"]  # scripts/protocol.py --launcher submitit
 DEV = [*TEST, "pytest-cov", "ruff>=0.6", "mypy>=1.10", "pre-commit>=3.5"]
 
 setup(
@@ -44,5 +45,5 @@ setup(
     packages=["dlr_clip", *(f"dlr_clip.{name}" for name in find_packages(str(HERE / "trainers")))],
     package_data={"dlr_clip.clip": ["assets/*"]},
     install_requires=REQUIRES,
-    extras_require={"test": TEST, "dev": DEV},
+    extras_require={"cluster": CLUSTER, "test": TEST, "dev": DEV},
 )

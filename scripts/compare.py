@@ -4,8 +4,8 @@
 
 Each run is `train.py` with the method's config of the given name (`--config tiny`: configs/trainers/*/tiny.yaml) and
 lies where train.py puts it; one that was cut short is resumed. A method may have a config of its own,
-`LinearProbe:tiny_text`. KEY VALUE pairs at the end go to every run. Without --trainers: every method that has such a
-config and leaves the dataset open.
+`LinearProbe:tiny_text`, or be a variant of scripts/ablations.py, `DLRCLIP@cma+glr`. KEY VALUE pairs at the end go to
+every run. Without --trainers: every method that has such a config and leaves the dataset open.
 
 Written are STEM.md, STEM.csv (unrounded), STEM.tex (booktabs) and the figure STEM.pdf and .png (accuracy by shots, a
 panel per dataset and one for the average). A cell is the mean over seeds (standard deviation) ± half of Student's 95 %
@@ -52,9 +52,9 @@ def plan(args: argparse.Namespace) -> list[Run]:
         raise InputError(f"Expected KEY VALUE pairs but {args.opts[-1]} has no value")
     flags = ("--root", args.root) if args.root else ()
     return [
-        few_shot_run(method, trainer, path, dataset, shots, seed, output=args.output, flags=flags, options=args.opts)
+        few_shot_run(method, dataset, shots, seed, output=args.output, flags=flags, options=args.opts)
         for dataset in args.dataset
-        for method, trainer, path in choose_methods(args.trainers, args.config)
+        for method in choose_methods(args.trainers, args.config)
         for shots in args.shots
         for seed in args.seeds
     ]

@@ -2,6 +2,7 @@
 
 A run is finished when its folder has the completion marker; one without is started again with the same command, which
 resumes it. A finished run whose settings are not those asked for is an error, never taken for the one that was meant.
+An evaluation waits for the run that it evaluates, is not started where that failed, and is made again after it was.
 """
 
 from __future__ import annotations
@@ -12,23 +13,25 @@ import logging
 import multiprocessing
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from tqdm import tqdm
 
 import train
 from dassl.utils import InputError
+from scripts.jobs import CONSOLE, NOT_STARTED, Step, claimed, finished, open_console
+
+if TYPE_CHECKING:
+    from scripts.methods import Method
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-CONSOLE = "console.txt"  # what a run printed, in its folder
 # Settings that say where and how fast, not what: runs that differ in these only are the same run.
 INDIFFERENT = ("OUTPUT_DIR", "RESUME", "VERBOSE", "DATASET.ROOT", "DATALOADER.NUM_WORKERS", "TRAIN.PRINT_FREQ")
 
@@ -44,6 +47,7 @@ class Run:
         seed: 0 or more.
         folder: its output folder.
         given: the rest of the command line, KEY VALUE pairs last.
+        after: the run whose model this one evaluates; None: it trains (or has nothing to train).
     """
 
     method: str
@@ -52,10 +56,16 @@ class Run:
     seed: int
     folder: Path
     given: tuple[str, ...] = ()
+    after: Run | None = None
 
     def arguments(self) -> list[str]:
         """The command line, without "python train.py"."""
-        return ["--seed", str(self.seed), "--output-dir", str(self.folder), *self.given]
+        model = [] if self.after is None else ["--eval-only", "--model-dir", str(self.after.folder)]
+        return ["--seed", str(self.seed), "--output-dir", str(self.folder), *model, *self.given]
+
+    def step(self) -> Step:
+        """The run as a step of a job."""
+        return Step(str(self.folder), tuple(self.arguments()), None if self.after is None else str(self.after.folder))
 
     def metrics(self) -> dict[str, Any] | None:
         """metrics.json of the finished run; None: it is not finished.
@@ -63,13 +73,17 @@ class Run:
         Raises:
             InputError: a finished run with other settings is there.
         """
-        if not (self.folder / "DONE").exists():
+        if not finished(self.folder, None if self.after is None else self.after.folder):
             return None
         self._check_settings()
         return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
 
+    def cfg(self) -> Any:
+        """Its configuration; raises where that is wrong."""
+        return train.setup_cfg(train.parse_args(self.arguments()))
+
     def _check_settings(self) -> None:
-        wanted = yaml.safe_load(train.setup_cfg(train.parse_args(self.arguments())).dump())
+        wanted = yaml.safe_load(self.cfg().dump())
         there = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
         differing = [key for key in _differing(there, wanted) if key not in INDIFFERENT]
         if differing:
@@ -80,18 +94,16 @@ class Run:
 
 
 def command_line(
-    trainer: str, config: Path, dataset: str, shots: int, flags: Sequence[str] = (), options: Sequence[str] = ()
+    method: Method, dataset: str, shots: int, flags: Sequence[str] = (), options: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """What `Run.given` is for a trainer with its YAML on configs/datasets/<dataset>.yaml."""
+    """What `Run.given` is for a method on configs/datasets/<dataset>.yaml."""
     yaml_file = ROOT / "configs" / "datasets" / f"{dataset}.yaml"
-    files = ("--trainer", trainer, "--config-file", str(config), "--dataset-config-file", str(yaml_file))
-    return (*files, *flags, "DATASET.NUM_SHOTS", str(shots), *options)
+    files = ("--trainer", method.trainer, "--config-file", str(method.config), "--dataset-config-file", str(yaml_file))
+    return (*files, *flags, "DATASET.NUM_SHOTS", str(shots), *method.options, *options)
 
 
 def few_shot_run(
-    method: str,
-    trainer: str,
-    config: Path,
+    method: Method,
     dataset: str,
     shots: int,
     seed: int,
@@ -101,8 +113,8 @@ def few_shot_run(
     options: Sequence[str] = (),
 ) -> Run:
     """Training and test on one dataset, where train.py itself would put it below `output`."""
-    folder = train.parent_folder(output, dataset, trainer, config.stem, shots) / f"seed{seed}"
-    return Run(method, dataset, shots, seed, folder, command_line(trainer, config, dataset, shots, flags, options))
+    folder = train.parent_folder(output, dataset, method.trainer, method.stem, shots) / f"seed{seed}"
+    return Run(method.name, dataset, shots, seed, folder, command_line(method, dataset, shots, flags, options))
 
 
 def _differing(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -115,54 +127,99 @@ def _differing(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "") 
                 yield f"{prefix}{key}"
 
 
+def missing_runs(runs: Iterable[Run]) -> list[Run]:
+    """Those that are not finished, each once.
+
+    Raises:
+        InputError: a finished run with other settings is there.
+    """
+    return [run for run in dict.fromkeys(runs) if run.metrics() is None]
+
+
+class Progress:
+    """One bar over all runs, with the time left; failures are said above it.
+
+    Attributes:
+        failed: the runs that failed, and those that were not started because of that.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.failed: list[Run] = []
+        self._bar = tqdm(total=total, desc="runs", unit="run", disable=not total)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def on_end(self, run: Run, code: int | None) -> None:
+        """Counts a run that ended with that exit code, or (None) was not started."""
+        self._bar.update()
+        if code != 0:
+            self.failed.append(run)
+            why = "what it evaluates has failed" if code is NOT_STARTED else last_line(run)
+            what = "not started" if code is NOT_STARTED else f"failed ({code})"
+            self._bar.write(f"{what}: {run.folder}: {why}", file=sys.stderr)
+
+
 def run_missing(runs: Sequence[Run], jobs: int, threads: int) -> list[Run]:
-    """Runs those that are not finished, under one progress bar; returns the ones that failed.
+    """Runs those that are not finished, under one progress bar; returns the ones that failed or were not started.
 
     Raises:
         InputError: a finished run with other settings is there; said before anything is run.
     """
-    missing = [run for run in runs if run.metrics() is None]
-    failed = []
-    with tqdm(total=len(missing), desc="runs", unit="run", disable=not missing) as bar:
-
-        def on_end(run: Run, code: int) -> None:
-            bar.update()
-            if code:
-                failed.append(run)
-                bar.write(f"failed ({code}): {run.folder}: {last_line(run)}", file=sys.stderr)
-
-        run_all(missing, jobs, threads, on_end)
-    return failed
+    missing = missing_runs(runs)
+    with Progress(len(missing)) as progress:
+        run_all(missing, jobs, threads, progress.on_end)
+    return progress.failed
 
 
-def run_all(runs: Sequence[Run], jobs: int, threads: int = 0, on_end: Callable[[Run, int], None] | None = None) -> None:
+def next_ready(waiting: Sequence[Run], going: Iterable[Run]) -> Run | None:
+    """The first of those waiting that evaluates none of the unfinished runs."""
+    unfinished = {*waiting, *going}
+    return next((run for run in waiting if run.after not in unfinished), None)
+
+
+def run_all(
+    runs: Sequence[Run], jobs: int, threads: int = 0, on_end: Callable[[Run, int | None], None] | None = None
+) -> None:
     """Runs them, `jobs` at a time, each in a process of its own; what a run prints goes to a file in its folder.
 
-    The processes are forked off one that has imported everything, which saves each of them some seconds. With several
-    GPUs, slot i sees GPU i modulo their number. Stopping this process stops the runs; the next call resumes them.
+    A run begins when the one that it evaluates, if that is among them, is finished. The processes are forked off one
+    that has imported everything, which saves each of them some seconds. With several GPUs, slot i sees GPU i modulo
+    their number. Stopping this process stops the runs; the next call resumes them.
 
     Args:
         threads: CPU threads of each; 0: the cores shared out evenly.
-        on_end: called with each run and its exit code.
+        on_end: called with each run and its exit code; None: not started, because what it evaluates failed.
     """
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
-    waiting, going = list(runs), {}
-    with _environment(PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])):
+    waiting: list[Run] = list(runs)
+    going: dict[Any, tuple[int, Any, Run]] = {}  # sentinel -> slot, process, run
+
+    def end(run: Run, code: int | None) -> None:
+        if on_end is not None:
+            on_end(run, code)
+        for other in [other for other in waiting if code != 0 and other.after == run]:
+            waiting.remove(other)
+            end(other, NOT_STARTED)
+
+    with environment(PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])):
         try:
             while waiting or going:
-                while waiting and len(going) < jobs:
-                    run = waiting.pop(0)
+                while len(going) < jobs and (run := next_ready(waiting, [run for _, _, run in going.values()])):
+                    waiting.remove(run)
                     slot = min(set(range(jobs)) - {slot for slot, _, _ in going.values()})
-                    process = context.Process(target=_work, args=(run.arguments(), str(run.folder), threads, slot))
+                    process = context.Process(target=_work, args=(run.step(), threads, slot))
                     process.start()
                     going[process.sentinel] = slot, process, run
                 for sentinel in wait(list(going)):
-                    _, process, run = going.pop(sentinel)  # type: ignore[call-overload]
+                    _, process, run = going.pop(sentinel)
                     process.join()
-                    if on_end is not None:
-                        on_end(run, process.exitcode)
+                    end(run, process.exitcode)
         finally:
             for _, process, _ in going.values():
                 process.terminate()
@@ -171,7 +228,8 @@ def run_all(runs: Sequence[Run], jobs: int, threads: int = 0, on_end: Callable[[
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str) -> Iterator[None]:
+    """Has these environment variables for a while."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -184,19 +242,20 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _work(arguments: list[str], folder: str, threads: int, slot: int) -> None:
+def _work(step: Step, threads: int, slot: int) -> None:
     import torch  # here in the new process, where it is loaded already
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / CONSOLE, "a", encoding="utf-8") as stream:
-        stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} python train.py {' '.join(arguments)}\n")
-        stream.flush()
-        for number in (1, 2):
-            os.dup2(stream.fileno(), number)
-    torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(slot % torch.cuda.device_count())
-    sys.exit(train.main(arguments))
+    folder = Path(step.folder)
+    with claimed(folder):
+        if step.finished():  # by a process that an earlier, killed call has left
+            return
+        with open_console(folder, step.arguments) as stream:
+            for number in (1, 2):
+                os.dup2(stream.fileno(), number)
+        torch.set_num_threads(threads)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(slot % torch.cuda.device_count())
+        sys.exit(train.main(step.arguments))
 
 
 def last_line(run: Run) -> str:

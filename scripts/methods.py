@@ -5,13 +5,54 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import trainers
 from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError, did_you_mean
+from scripts.ablations import VARIANTS, Variant
 from scripts.grid import ROOT
+
+
+class Method(NamedTuple):
+    """A method as a command line names it: `TRAINER[:CONFIG][@VARIANT]`.
+
+    Attributes:
+        name: what tables call it.
+        trainer: registered name.
+        config: its YAML.
+        variant: "" or one of the trainer's in ablations.py.
+    """
+
+    name: str
+    trainer: str
+    config: Path
+    variant: str = ""
+
+    @property
+    def stem(self) -> str:
+        """The level of output folders that names the configuration."""
+        return f"{self.config.stem}@{self.variant}" if self.variant else self.config.stem
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """KEY VALUE pairs of the variant."""
+        return find_variant(self.trainer, self.variant).options if self.variant else ()
+
+
+def find_variant(trainer: str, name: str) -> Variant:
+    """A trainer's variant.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    known = {variant.name: variant for variant in VARIANTS.get(trainer, ())}
+    if name not in known:
+        listed = ", ".join(known) or "none at all"
+        raise InputError(f"Expected a variant of {trainer}, of which there is {listed}, but got {name!r}")
+    return known[name]
 
 
 @functools.cache  # it reads all configs, and is asked once per method
@@ -34,25 +75,36 @@ def methods_with(config: str) -> dict[str, Path]:
     return found
 
 
-def choose_methods(asked: str, config: str) -> list[tuple[str, str, Path]]:
-    """(name in tables, trainer, config) of each method.
+def choose_methods(asked: str, config: str) -> list[Method]:
+    """The methods asked for, "A,B:config,C@variant"; "": all that have such a config.
 
     Raises:
-        InputError: a trainer that does not exist, or has no such config.
+        InputError: a trainer or a variant that does not exist, or has no such config.
     """
     if not asked:
-        return [(name, name, path) for name, path in methods_with(config).items()]
+        return [Method(name, name, path) for name, path in methods_with(config).items()]
     chosen = []
     for item in asked.split(","):
-        name, _, own = item.strip().partition(":")
+        rest, _, variant = item.strip().partition("@")
+        name, _, own = rest.partition(":")
         known = TRAINER_REGISTRY.registered_names()
         if name not in known:
             raise InputError(f"Expected a trainer but got {name!r}{did_you_mean(name, known)}")
         paths = methods_with(own or config)
         if name not in paths:
             raise InputError(f"Expected a config {own or config}.yaml of {name} in configs/trainers but there is none")
-        chosen.append((item.strip(), name, paths[name]))
+        if variant:
+            find_variant(name, variant)
+        chosen.append(Method(item.strip(), name, paths[name], variant))
     return chosen
+
+
+def unbuilt(cfg: Any) -> Any:
+    """The configuration's trainer without data and model, to be asked what follows from the configuration alone."""
+    cls = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
+    trainer = object.__new__(cls)
+    trainer.cfg = cfg
+    return trainer
 
 
 def check_datasets(names: Iterable[str]) -> None:

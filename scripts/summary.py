@@ -1,7 +1,8 @@
 """Statistics over seeds, and the tables made of them: Markdown, CSV, LaTeX.
 
 A record is one finished run: dataset, method, shots, seed and a value in percent. Runs of one seed have the same
-few-shot images whatever the method, so methods are compared by their differences seed by seed.
+few-shot images whatever the method, so methods are compared by their differences seed by seed. In tables whose columns
+are no numbers of shots, a column's name stands in their place.
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ AVERAGE = "average"
 LEVEL = 0.05  # of the tests
 
 
+Column = int | str  # a number of shots, or another column's name
+
+
 class Record(NamedTuple):
     """One finished run."""
 
     dataset: str
     method: str
-    shots: int
+    shots: Column
     seed: int
     value: float
 
 
 Values = Mapping[int, float]  # seed -> value
-Cells = dict[tuple[str, str, int], dict[int, float]]  # (dataset, method, shots) -> values
+Cells = dict[tuple[str, str, Column], dict[int, float]]  # (dataset, method, shots) -> values
 
 
 class Summary(NamedTuple):
@@ -108,7 +112,7 @@ def collect(records: Iterable[Record]) -> Cells:
     return cells
 
 
-def bold_cells(cells: Cells, higher: bool = True) -> set[tuple[str, str, int]]:
+def bold_cells(cells: Cells, higher: bool = True) -> set[tuple[str, str, Column]]:
     """The cells that are significantly the best of their dataset and number of shots."""
     found = set()
     for dataset, shots in dict.fromkeys((dataset, shots) for dataset, _, shots in cells):
@@ -123,7 +127,7 @@ def markdown(cells: Cells, higher: bool = True, digits: int = 1) -> str:
     """A table per dataset, methods by shots: mean (standard deviation) ± half the 95 % interval."""
     bold = bold_cells(cells, higher)
 
-    def cell(key: tuple[str, str, int]) -> str:
+    def cell(key: tuple[str, str, Column]) -> str:
         if key not in cells:
             return ""
         mean, sd, half, n = summarise(cells[key].values())
@@ -134,7 +138,7 @@ def markdown(cells: Cells, higher: bool = True, digits: int = 1) -> str:
     for dataset, methods, shots in _layout(cells):
         rows = [[_plain(m), *(cell((dataset, m, k)) for k in shots)] for m in methods]
         align = ["left", *["right"] * len(shots)]
-        heads = ["method", *(f"{k} shot{'s' * (k != 1)}" if k > 0 else "all images" for k in shots)]
+        heads = ["method", *map(_heading, shots)]
         table = tabulate(rows, heads, tablefmt="pipe", disable_numparse=True, colalign=align)
         parts.append(f"### {_plain(dataset)}\n\n{table}\n")
     return "\n".join(parts)
@@ -144,7 +148,7 @@ def latex(cells: Cells, higher: bool = True, digits: int = 1) -> str:
     """A table per dataset for LaTeX with the package booktabs: mean and, as index, the standard deviation."""
     bold = bold_cells(cells, higher)
 
-    def cell(key: tuple[str, str, int]) -> str:
+    def cell(key: tuple[str, str, Column]) -> str:
         if key not in cells:
             return ""
         mean, sd, _, n = summarise(cells[key].values())
@@ -154,7 +158,7 @@ def latex(cells: Cells, higher: bool = True, digits: int = 1) -> str:
     lines = []
     for dataset, methods, shots in _layout(cells):
         lines += [f"% {_plain(dataset)}", f"\\begin{{tabular}}{{l{'r' * len(shots)}}}", "\\toprule"]
-        lines += [" & ".join([_escape(dataset), *(str(k) if k > 0 else "all" for k in shots)]) + " \\\\", "\\midrule"]
+        lines += [" & ".join([_escape(dataset), *map(_short, shots)]) + " \\\\", "\\midrule"]
         lines += [" & ".join([_escape(m), *(cell((dataset, m, k)) for k in shots)]) + " \\\\" for m in methods]
         lines += ["\\bottomrule", "\\end{tabular}", ""]
     return "\n".join(lines)
@@ -165,7 +169,21 @@ def comma_separated(cells: Cells, higher: bool = True) -> str:
     bold = bold_cells(cells, higher)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["dataset", "method", "shots", "mean", "sd", "ci95_low", "ci95_high", "n", "best", "seeds"])
+    third = "shots" if all(isinstance(column, int) for _, _, column in cells) else "column"
+    writer.writerow(
+        [
+            "dataset",
+            "method",
+            third,
+            "mean",
+            "sd",
+            "ci95_low",
+            "ci95_high",
+            "n",
+            "best",
+            "seeds",
+        ]
+    )
     for (dataset, method, shots), values in cells.items():
         mean, sd, half, n = summarise(values.values())
         spread = ["", "", ""] if n == 1 else [sd, mean - half, mean + half]
@@ -174,10 +192,22 @@ def comma_separated(cells: Cells, higher: bool = True) -> str:
     return stream.getvalue()
 
 
-def _layout(cells: Cells) -> Iterable[tuple[str, Sequence[str], Sequence[int]]]:
+def _layout(cells: Cells) -> Iterable[tuple[str, Sequence[str], Sequence[Column]]]:
     for dataset in dict.fromkeys(dataset for dataset, _, _ in cells):
         methods = list(dict.fromkeys(m for d, m, _ in cells if d == dataset))
-        yield dataset, methods, sorted({k for d, _, k in cells if d == dataset})
+        columns = dict.fromkeys(k for d, _, k in cells if d == dataset)
+        numbers = sorted(k for k in columns if isinstance(k, int))
+        yield dataset, methods, [*numbers, *(k for k in columns if not isinstance(k, int))]
+
+
+def _heading(column: Column) -> str:
+    if isinstance(column, int):
+        return f"{column} shot{'s' * (column != 1)}" if column > 0 else "all images"
+    return _plain(column)
+
+
+def _short(column: Column) -> str:
+    return _escape(column) if isinstance(column, str) else str(column) if column > 0 else "all"
 
 
 def _plain(name: str) -> str:

@@ -104,6 +104,6 @@ def test_bad_input_is_said_before_any_run(tmp_path, capsys, arguments, message):
 
 
 def test_all_methods_are_those_that_leave_the_dataset_open():
-    names = [name for name, _, _ in choose_methods("", "tiny")]
+    names = [method.name for method in choose_methods("", "tiny")]
     assert names == list(methods_with("tiny")) and len(names) >= 16
     assert {"DLRCLIP", "ZeroshotCLIP", "CoOp", "TipAdapterF", "CLAP"} <= set(names)

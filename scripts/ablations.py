@@ -1,0 +1,65 @@
+"""Named variants of methods: what an ablation compares, and what `TRAINER@VARIANT` means on command lines.
+
+A variant is a name (it stands in output folders), the group of the ablation that it belongs to, its row's label, and
+the KEY VALUE pairs that make it of the configuration. A value that the configuration has anyway costs no further run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+FULL = "as configured"  # label of the method without a variant
+
+
+class Variant(NamedTuple):
+    """One row of an ablation.
+
+    Attributes:
+        tiny: True: for the tiny CLIP with its six blocks only; False: for the others only.
+    """
+
+    group: str
+    name: str
+    label: str
+    options: tuple[str, ...]
+    tiny: bool | None = None
+
+    def suits(self, backbone: str) -> bool:
+        """Whether it makes sense for that backbone."""
+        return self.tiny is None or self.tiny == (backbone == "tiny")
+
+
+def _switches(name: str, label: str, **on: bool) -> Variant:
+    pairs = [part for key, value in on.items() for part in (f"TRAINER.DLRCLIP.{key}", str(value))]
+    return Variant("parts", name, label, tuple(pairs))
+
+
+def _values(group: str, key: str, *values: float, tiny: bool | None = None) -> list[Variant]:
+    return [
+        Variant(group, f"{key.lower()}{value:g}", f"{key} {value:g}", (f"TRAINER.DLRCLIP.{key}", f"{value:g}"), tiny)
+        for value in values
+    ]
+
+
+VARIANTS: dict[str, list[Variant]] = {
+    "DLRCLIP": [
+        _switches("cma", "CMA", GLR=False, SKD=False),
+        _switches("glr", "GLR", CMA=False, SKD=False),
+        _switches("cma+glr", "CMA + GLR", SKD=False),
+        _switches("cma+skd", "CMA + SKD", GLR=False),
+        Variant("refiner", "shared", "GLR_MODE shared", ("TRAINER.DLRCLIP.GLR_MODE", "shared")),
+        *_values("alpha", "FIXED_ALPHA", 0.2, 0.5, 1),
+        *_values("weight", "FIXED_WEIGHT", 0, 0.5, 1),
+        *_values("layers", "START", 1),
+        *_values("layers", "START", 3, tiny=True),
+        *_values("layers", "START", 5),
+        *_values("layers", "START", 9, tiny=False),
+        *_values("layers", "END", 3, tiny=True),
+        *_values("layers", "END", 8, tiny=False),
+        *_values("dim", "DIM", 8, 32, 128),
+        *_values("scale", "SCALE", 0.01, 0.1, 1),
+        *_values("temperature", "T", 1, 2, 4),
+        *_values("smoothing", "SMOOTHING", 0, 0.2, 0.5),
+        *_values("lambda", "LAMBDA", 0.01, 0.1, 1),
+    ],
+}

@@ -1,0 +1,148 @@
+"""Missing runs as jobs of a cluster, through submitit: SLURM arrays, or processes on this machine.
+
+A job is a run and, in sequence, what evaluates it: evaluations take seconds, so that queueing them by themselves would
+cost more than they do, and nothing has to be said about dependencies to the queue. A job that is preempted or out of
+time is queued again and resumes its run. This program only submits and watches: jobs outlive it, and when it is started
+again it waits for those that are still queued or running and submits the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dassl.utils import InputError, atomic_write
+from scripts.grid import ROOT, Progress, Run, environment
+from scripts.jobs import TRAIN, Chain
+
+JOB = "job.json"  # in the folder of a chain's first run: the job that has it
+# Parameters that submitit knows whatever the cluster is; others are SLURM's own, `slurm_<name>` there.
+COMMON = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "name")
+
+
+def chains(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that belong in one job, in order: one that trains and those that evaluate it."""
+    found: dict[Path, list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.after or run).folder, []).append(run)
+    return [sorted(chain, key=lambda run: run.after is not None) for chain in found.values()]
+
+
+def parameters_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs as submitit's parameters; whole numbers as such.
+
+    Raises:
+        InputError: one is no pair.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"Expected --slurm KEY=VALUE but got {pair!r}")
+        name = key if key in COMMON or key.startswith("slurm_") else f"slurm_{key}"
+        found[name] = int(value) if value.isdecimal() else value
+    return found
+
+
+def launch(
+    missing: Sequence[Run],
+    *,
+    logs: Path,
+    cluster: str = "slurm",
+    jobs: int = 0,
+    threads: int = 0,
+    processes: int = 1,
+    parameters: Mapping[str, Any] | None = None,
+    poll: float = 10.0,
+    program: str = str(TRAIN),
+) -> list[Run]:
+    """Has them run; returns those that failed or were not started.
+
+    Args:
+        logs: folder of submitit's files.
+        cluster: "slurm", or "local" for processes on this machine.
+        jobs: most jobs at a time; 0: on a cluster no bound, on this machine one.
+        threads: CPU threads of each run; 0: the cluster's default.
+        processes: of each run (torchrun).
+        parameters: submitit's.
+        poll: seconds between two looks.
+        program: in place of train.py, for tests.
+
+    Raises:
+        InputError: submitit is not installed, or does not know a parameter.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise InputError("Expected submitit to be installed: pip install submitit") from error
+    waiting = chains(missing)
+    going: list[tuple[Any, list[Run]]] = []  # a job with its runs
+    if cluster == "slurm":
+        for chain in list(waiting):
+            job = _earlier_job(chain)
+            if job is not None:
+                waiting.remove(chain)
+                going.append((job, chain))
+    given = {"name": "protocol", **({"cpus_per_task": threads} if threads else {}), **(parameters or {})}
+    if jobs:
+        given["slurm_array_parallelism"] = jobs
+    bound = len(waiting) if cluster == "slurm" else jobs or 1
+    with environment(PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])):
+        executor = submitit.AutoExecutor(folder=logs.absolute(), cluster=cluster)
+        try:
+            executor.update_parameters(**given)
+        except (NameError, TypeError) as error:
+            raise InputError(f"Expected parameters that submitit knows but got {given}: {error}") from error
+        with Progress(len(missing)) as progress:
+            while waiting or going:
+                fresh = waiting[: max(0, bound - len(going))] if cluster != "slurm" else waiting
+                if fresh:
+                    work = [Chain([run.step() for run in chain], processes, threads, program) for chain in fresh]
+                    going += zip(_submit(executor, work, fresh), fresh, strict=True)
+                    waiting = waiting[len(fresh) :]
+                for job, chain in [pair for pair in going if pair[0].done()]:
+                    going.remove((job, chain))
+                    for run, code in zip(chain, _codes(job, chain), strict=True):
+                        progress.on_end(run, code)
+                if going:
+                    time.sleep(poll)
+    return progress.failed
+
+
+def _submit(executor: Any, work: Sequence[Chain], chains: Sequence[Sequence[Run]]) -> list[Any]:
+    with executor.batch():  # on SLURM one array
+        submitted = [executor.submit(chain) for chain in work]
+    for job, chain in zip(submitted, chains, strict=True):
+        record = (chain[0].after or chain[0]).folder / JOB
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(record) as stream:
+            json.dump({"id": job.job_id, "folder": str(executor.folder)}, stream)
+    return submitted
+
+
+def _earlier_job(chain: Sequence[Run]) -> Any:
+    """The SLURM job that an earlier call has submitted for these runs, if it is queued or running."""
+    import submitit
+
+    try:
+        record = json.loads(((chain[0].after or chain[0]).folder / JOB).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    job: Any = submitit.SlurmJob(folder=record["folder"], job_id=record["id"])
+    return None if job.done(force_check=True) else job
+
+
+def _codes(job: Any, chain: Sequence[Run]) -> list[int | None]:
+    """Exit codes of the runs of a job that has ended; of one that was lost, 1 for those without the marker."""
+    codes: Sequence[int | None] = ()
+    if job.paths.result_pickle.exists():  # else submitit would wait for it
+        with contextlib.suppress(Exception):  # whatever the job raised
+            codes = job.result()
+    if len(codes) != len(chain):  # lost, or submitted by an earlier call for more runs or fewer
+        return [0 if run.step().finished() else 1 for run in chain]
+    return list(codes)

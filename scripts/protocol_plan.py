@@ -1,0 +1,253 @@
+"""The runs of each protocol: where they lie, what evaluates what, and which cell of the table each of them fills.
+
+Folders, below --output, are those of CoOp's scripts (<CFG>: the config's name, with @VARIANT where there is one):
+
+    few-shot                <dataset>/<TRAINER>/<CFG>_<k>shots/seed<s>
+    base2new                base2new/{train_base,test_new}/<dataset>/shots_<k>/<TRAINER>/<CFG>/seed<s>
+    cross-dataset, ood      training as few-shot; evaluation/<TRAINER>/<CFG>_<k>shots/<dataset>/seed<s>,
+                            with <dataset>_from_<source> for <dataset> where the source is not imagenet
+    ablation                ablation/<dataset>/<TRAINER>/<CFG>_<k>shots/<variant>/seed<s>
+    methods that train nothing, in all of them: <TRAINER>/<CFG>/<dataset>[_base|_new], one run for all shots and seeds
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from dassl.utils import InputError
+from scripts.ablations import FULL, VARIANTS, Variant
+from scripts.grid import Run, command_line, few_shot_run
+from scripts.methods import Method, unbuilt
+
+# Shifted test sets of a source, whose classes are the source's or some of them.
+SHIFTED = {
+    "imagenet": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
+    "shapes": ("shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"),
+}
+# The other ten of the few-shot benchmarks.
+BENCHMARKS = (
+    *("caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101"),
+    *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
+)
+TRANSFER = {"imagenet": BENCHMARKS, "shapes": ("digits",)}
+
+Column = int | str
+
+
+class Cell(NamedTuple):
+    """What a run fills in a table.
+
+    Attributes:
+        block: the table's title.
+        row: the method.
+        column: None: a column for each head.
+    """
+
+    block: str
+    row: str
+    column: Column | None
+    seed: int
+    run: Run
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for; `shots` has one number but for few-shot."""
+
+    methods: Sequence[Method]
+    datasets: Sequence[str]
+    shots: Sequence[int]
+    seeds: Sequence[int]
+    output: Path
+    flags: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    targets: Sequence[str] = ()
+    groups: Sequence[str] = ()
+
+    def given(self, method: Method, dataset: str, shots: int, *options: str) -> tuple[str, ...]:
+        """`Run.given`."""
+        return command_line(method, dataset, shots, self.flags, (*options, *self.options))
+
+
+# What can be asked of a method's configuration before anything is run
+
+
+def trains(cfg: Any) -> bool:
+    """Whether there is anything to train; if not, shots and seed do not matter."""
+    return bool(unbuilt(cfg).has_training_step())
+
+
+def refusal(cfg: Any, other_classes: bool) -> str:
+    """Why the configuration cannot be run, or not be evaluated on classes it was not trained on; "": it can."""
+    trainer = unbuilt(cfg)
+    try:
+        trainer.check_cfg(cfg)
+    except OSError:
+        pass  # files that are not here may be where the runs are; they will say
+    except (ValueError, KeyError) as error:
+        return str(error)
+    own = getattr(trainer, "of_each_class", "")
+    if other_classes and own:
+        return f"it cannot be evaluated on classes that it was not trained on: each has {own} of its own"
+    return ""
+
+
+def suitable(asked: Asked, other_classes: bool, must: bool) -> tuple[list[Method], list[str]]:
+    """The methods that can, and a sentence on each that cannot.
+
+    Args:
+        must: all of them have to.
+
+    Raises:
+        InputError: one that has to cannot.
+    """
+    found, left_out = [], []
+    for method in asked.methods:
+        reason = refusal(_cfg(asked, method), other_classes)
+        if reason and must:
+            raise InputError(f"Expected methods that can be run here but got {method.name}: {reason}")
+        if reason:
+            left_out.append(f"{method.name} is left out: {reason}")
+        else:
+            found.append(method)
+    if not found:
+        raise InputError("Expected a method that can be run here but got none: " + "; ".join(left_out))
+    return found, left_out
+
+
+@functools.cache
+def _configuration(given: tuple[str, ...]) -> Any:
+    return Run("", "", 0, 1, Path("output"), given).cfg()
+
+
+def _cfg(asked: Asked, method: Method, *options: str) -> Any:
+    return _configuration(asked.given(method, asked.datasets[0], asked.shots[0], *options))
+
+
+# The runs
+
+
+def untrained_run(asked: Asked, method: Method, dataset: str, part: str = "all") -> Run | None:
+    """The one run of a method that trains nothing; None: it does."""
+    if trains(_cfg(asked, method)):
+        return None
+    folder = asked.output / method.trainer / method.stem / (dataset if part == "all" else f"{dataset}_{part}")
+    return Run(method.name, dataset, 1, 1, folder, asked.given(method, dataset, 1, *_part(part)))
+
+
+def _part(part: str) -> tuple[str, ...]:
+    return () if part == "all" else ("DATASET.SUBSAMPLE_CLASSES", part)
+
+
+def _trained(asked: Asked, method: Method, dataset: str, shots: int, seed: int) -> Run:
+    return few_shot_run(method, dataset, shots, seed, output=asked.output, flags=asked.flags, options=asked.options)
+
+
+def few_shot(asked: Asked) -> list[Cell]:
+    """Training and test on each dataset with each number of shots."""
+    return [
+        Cell(dataset, method.name, shots, seed, once or _trained(asked, method, dataset, shots, seed))
+        for dataset in asked.datasets
+        for method in asked.methods
+        for once in [untrained_run(asked, method, dataset)]
+        for shots in asked.shots
+        for seed in asked.seeds
+    ]
+
+
+def base2new(asked: Asked) -> list[Cell]:
+    """Training on the first half of the classes, test on these and on the others (CoCoOp)."""
+    (shots,) = asked.shots
+    cells = []
+    for dataset in asked.datasets:
+        for method in asked.methods:
+            once = {part: untrained_run(asked, method, dataset, part) for part in ("base", "new")}
+            for seed in asked.seeds:
+                where = Path(dataset, f"shots_{shots}", method.trainer, method.stem, f"seed{seed}")
+                base, new = (
+                    Run(method.name, dataset, shots, seed, asked.output / "base2new" / folder / where, given)
+                    for folder, part in (("train_base", "base"), ("test_new", "new"))
+                    for given in [asked.given(method, dataset, shots, *_part(part))]
+                )
+                cells.append(Cell(dataset, method.name, "base", seed, once["base"] or base))
+                cells.append(Cell(dataset, method.name, "new", seed, once["new"] or replace(new, after=base)))
+    return cells
+
+
+def transfer(asked: Asked) -> list[Cell]:
+    """Training on the source (`asked.datasets`, one), evaluation on it and on each target."""
+    (source,), (shots,) = asked.datasets, asked.shots
+    cells = []
+    for method in asked.methods:
+        for seed in asked.seeds:
+            trained = _trained(asked, method, source, shots, seed)
+            cells.append(Cell(source, method.name, source, seed, untrained_run(asked, method, source) or trained))
+            for target in asked.targets:
+                level = target if source == "imagenet" else f"{target}_from_{source}"
+                folder = asked.output / "evaluation" / method.trainer / trained.folder.parent.name / level
+                given = asked.given(method, target, shots)
+                run = Run(method.name, target, shots, seed, folder / f"seed{seed}", given, trained)
+                cells.append(Cell(source, method.name, target, seed, untrained_run(asked, method, target) or run))
+    return cells
+
+
+def ablation(asked: Asked) -> list[Cell]:
+    """Each variant of the methods on each dataset, as rows, with the heads as columns."""
+    (shots,) = asked.shots
+    cells = []
+    for dataset in asked.datasets:
+        for method in asked.methods:
+            usual = _settings(_cfg(asked, method))
+            for variant in variants_of(asked, method):
+                level = f"{method.stem}_{shots}shots"
+                folder = asked.output / "ablation" / dataset / method.trainer / level / variant.name
+                same = _settings(_cfg(asked, method, *variant.options)) == usual
+                given = asked.given(method, dataset, shots, *variant.options)
+                for seed in asked.seeds:
+                    run = Run(method.name, dataset, shots, seed, folder / f"seed{seed}", given)
+                    run = _trained(asked, method, dataset, shots, seed) if same else run
+                    cells.append(Cell(f"{dataset}, {method.name}", variant.label, None, seed, run))
+    return cells
+
+
+def variants_of(asked: Asked, method: Method) -> list[Variant]:
+    """The method as it is configured, then the variants in the groups asked for (all where none is).
+
+    Raises:
+        InputError: it has no variants, or no group of that name.
+    """
+    backbone = _cfg(asked, method).MODEL.BACKBONE.NAME
+    known = [variant for variant in VARIANTS.get(method.trainer, ()) if variant.suits(backbone)]
+    groups = list(dict.fromkeys(variant.group for variant in known))
+    for group in asked.groups:
+        if group not in groups:
+            raise InputError(f"Expected groups of variants of {method.trainer} in {groups} but got {group!r}")
+    if not known:
+        raise InputError(f"Expected a method with variants in scripts/ablations.py but got {method.trainer}")
+    wanted = asked.groups or groups
+    return [Variant("", "full", FULL, ()), *(variant for variant in known if variant.group in wanted)]
+
+
+def _settings(cfg: Any) -> Any:
+    return yaml.safe_load(cfg.dump())
+
+
+PLANS: dict[str, Callable[[Asked], list[Cell]]] = {
+    "few-shot": few_shot,
+    "base2new": base2new,
+    "cross-dataset": transfer,
+    "ood": transfer,
+    "ablation": ablation,
+}
+
+
+def runs_of(cells: Sequence[Cell]) -> list[Run]:
+    """All runs, each once, and behind the one that it evaluates."""
+    runs = [run for cell in cells for run in (cell.run.after, cell.run) if run is not None]
+    return list(dict.fromkeys(runs))

@@ -1,0 +1,123 @@
+"""The table of each protocol, made of the finished runs of its plan."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dassl.utils import atomic_write
+from scripts.protocol_plan import Cell
+from scripts.summary import AVERAGE, Cells, Record, collect, comma_separated, latex, markdown
+
+HARMONIC = "H"
+KWAY = "classes taken as new ones"
+NOTES = {
+    "few-shot": "test accuracy (%)",
+    "base2new": (
+        "test accuracy (%) on the base classes, which were trained on, and on the new ones; H = 2bn/(b+n) of each "
+        "seed, then the mean over seeds (in the average over datasets: H of each seed's averages)"
+    ),
+    "cross-dataset": "test accuracy (%) on the source, which was trained on, and on other datasets as it is",
+    "ood": (
+        "test accuracy (%) on the source, which was trained on, and under shift, by the classifier trained there; "
+        "where a test set has some of its classes only, its columns are cut to these"
+    ),
+    "ablation": "test accuracy (%) of each head",
+}
+SPREAD = "mean over seeds (standard deviation) ±half of the 95 % interval"
+
+
+def head_values(metrics: dict[str, Any], kway: bool = False) -> dict[str, float]:
+    """Accuracy of each head, the method's own last; with classes taken as new ones if `kway` and they were, too."""
+    results = metrics[metrics["split"]]
+    heads = results["heads_kway"] if kway and results.get("heads_kway") else results["heads"]
+    values = {head: value["accuracy"] for head, value in heads.items()}
+    main = results["main"]
+    return {**{head: value for head, value in values.items() if head != main}, main: values[main]}
+
+
+def _rows(method: str, values: dict[str, float], all_heads: bool) -> Iterator[tuple[str, float]]:
+    """(row, value): the method's own head; all of them where it has more than that one and zero-shot CLIP."""
+    if not all_heads or len(values) <= 2:
+        yield method, list(values.values())[-1]
+        return
+    for head, value in values.items():
+        yield f"{method} {head}", value
+
+
+def read(plan: Sequence[Cell]) -> list[tuple[Cell, dict[str, Any]]]:
+    """The cells whose run is finished, with its metrics.json."""
+    metrics = {run: run.metrics() for run in dict.fromkeys(cell.run for cell in plan)}
+    return [(cell, found) for cell in plan if (found := metrics[cell.run]) is not None]
+
+
+def records_of(
+    done: Sequence[tuple[Cell, dict[str, Any]]], all_heads: bool = False, kway: bool = False
+) -> list[Record]:
+    """What the cells show."""
+    records = []
+    for cell, metrics in done:
+        values = head_values(metrics, kway)
+        if cell.column is None:
+            found: list[tuple[str, Any, float]] = [(cell.row, head, value) for head, value in values.items()]
+        else:
+            found = [(row, cell.column, value) for row, value in _rows(cell.row, values, all_heads)]
+        records += [Record(cell.block, row, column, cell.seed, value) for row, column, value in found]
+    return records
+
+
+def with_harmonic(cells: Cells) -> Cells:
+    """The cells and, where both are there, H = 2bn/(b+n) of base and new, seed by seed."""
+    found: Cells = {}
+    for (block, row, column), values in cells.items():
+        found[block, row, column] = values
+        base = cells.get((block, row, "base"), {})
+        if column == "new" and base.keys() & values.keys():
+            seeds = sorted(base.keys() & values.keys())
+            found[block, row, HARMONIC] = {s: harmonic(base[s], values[s]) for s in seeds}
+    return found
+
+
+def harmonic(base: float, new: float) -> float:
+    """Harmonic mean; 0 where both are."""
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+def with_average(cells: Cells, targets: Sequence[str]) -> Cells:
+    """The cells and, behind a row's targets, their mean, seed by seed, where there are several and none is missing."""
+    rows = dict.fromkeys((block, row) for block, row, _ in cells)
+    for block, row in rows if len(targets) > 1 else ():
+        parts = [cells.get((block, row, target), {}) for target in targets]
+        common = sorted(set(parts[0]).intersection(*parts[1:]))
+        if common:
+            cells[block, row, AVERAGE] = {seed: statistics.fmean(part[seed] for part in parts) for seed in common}
+    return cells
+
+
+def cells_of(protocol: str, plan: Sequence[Cell], targets: Sequence[str], all_heads: bool) -> Cells:
+    """The protocol's tables; no cells where no run is finished."""
+    done = read(plan)
+    cells = collect(records_of(done, all_heads))
+    if protocol == "base2new":
+        return with_harmonic(cells)
+    if protocol in ("cross-dataset", "ood"):
+        cells = with_average(cells, targets)
+        # Test sets with some of the classes, with these taken as new ones, which is what CoOp reports. Methods whose
+        # classes do not see each other have one number for both.
+        partial = {cell.column for cell, metrics in done if metrics[metrics["split"]].get("heads_kway")}
+        some = [(cell, metrics) for cell, metrics in done if cell.column in partial]
+        for (block, row, column), values in collect(records_of(some, all_heads, kway=True)).items():
+            cells[f"{block}, {KWAY}", row, column] = values
+    return cells
+
+
+def write_tables(cells: Cells, note: str, command: str, stem: Path) -> str:
+    """Writes STEM.md, .csv and .tex; returns the Markdown."""
+    text = f"{note}; {SPREAD}\n\n    {command}\n\n{markdown(cells)}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, content in ((".md", text), (".csv", comma_separated(cells)), (".tex", latex(cells))):
+        with atomic_write(stem.with_name(stem.name + suffix)) as stream:
+            stream.write(content)
+    return text

@@ -72,6 +72,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--time", type=int, default=240, help="submitit: minutes of each job (default: 240)")
     parser.add_argument("--gpus-per-run", type=int, default=1, help="submitit: GPUs, a process each (default: 1)")
     parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="submitit: any parameter")
+    parser.add_argument("--train-only", action="store_true", help="leave out what evaluates other runs")
     parser.add_argument("--read-only", action="store_true", help="start no run; make the table of what is there")
     parser.add_argument("--dry-run", action="store_true", help="print the runs that are missing, and start none")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked, plan, left_out = make_plan(args)
         for sentence in left_out:
             print(sentence, file=sys.stderr)
-        runs = runs_of(plan)
+        runs = [run for run in runs_of(plan) if run.after is None or not args.train_only]
         if args.dry_run:
             print_plan(runs)
             return 0

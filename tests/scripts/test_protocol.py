@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from scripts.protocol import main, make_plan, parse_args
 from scripts.protocol_plan import runs_of
 from scripts.protocol_table import harmonic
 from trainers.dlrclip.config import check_dlrclip_config
+
+ROOT = Path(__file__).parents[2]
 
 
 def plan(*arguments: str):
@@ -143,6 +147,37 @@ def test_without_trainers_those_that_cannot_are_named(capsys):
     commands = [line for line in said.out.splitlines() if line.startswith("python train.py")]
     assert sum("--trainer CoCoOp" in line for line in commands) == 2 and "LinearProbe" not in said.out
     assert all(line.startswith("python train.py --seed") for line in commands)
+
+
+@pytest.mark.parametrize(
+    "script, arguments, folder",
+    [
+        ("few_shot", ["digits", "tiny", "1"], "digits/MMA/tiny_1shots/seed3"),
+        ("base2new_train", ["digits", "2"], "base2new/train_base/digits/shots_4/MMA/tiny/seed2"),
+        ("base2new_test", ["digits", "2"], "base2new/test_new/digits/shots_4/MMA/tiny/seed2"),
+        ("cross_dataset", ["digits", "2"], "evaluation/MMA/tiny_4shots/digits_from_shapes/seed2"),
+        ("ood", ["shapes_a", "tiny"], "evaluation/MMA/tiny_4shots/shapes_a_from_shapes/seed3"),
+        ("ablation", ["digits", "tiny", "1"], "ablation/digits/DLRCLIP/tiny_1shots/cma/seed3"),
+    ],
+)
+def test_shell_scripts_ask_for_the_runs_that_their_names_say(script, arguments, folder, capsys):
+    given = {"PYTHON": "echo", "CFG": "tiny", "SHOTS": "4", "SOURCE": "shapes", "DATA": "x"}
+    given["TRAINER"] = "DLRCLIP" if script == "ablation" else "MMA"
+    command = ["bash", str(ROOT / "scripts" / "dlr" / f"{script}.sh")]
+    options = [*arguments, "--output", "out", "--dry-run", "OPTIM.LR", "0.5"]
+    called = subprocess.run(
+        [*command, *options], capture_output=True, text=True, check=True, env={**os.environ, **given}
+    )
+    program, *rest = called.stdout.split()
+    assert Path(program).resolve() == ROOT / "scripts" / "protocol.py"
+    assert main(rest) == 0
+    last = capsys.readouterr().out.splitlines()
+    assert any(f"--output-dir out/{folder} " in line for line in last)
+    assert all("--root x" in line and line.endswith("OPTIM.LR 0.5") for line in last[:-1])
+    if script == "base2new_train":
+        assert not any("--eval-only" in line for line in last)
+    short = subprocess.run([*command, *arguments[:-1]], capture_output=True, text=True)
+    assert short.returncode == 2 and short.stderr.startswith("usage: ")
 
 
 # Tables

@@ -74,8 +74,10 @@ def launch(
         program: in place of train.py, for tests.
 
     Raises:
-        InputError: submitit is not installed, or does not know a parameter.
+        InputError: submitit is not installed, finds no cluster, or does not know a parameter.
     """
+    if not missing:
+        return []
     try:
         import submitit
     except ImportError as error:
@@ -93,9 +95,11 @@ def launch(
         given["slurm_array_parallelism"] = jobs
     bound = len(waiting) if cluster == "slurm" else jobs or 1
     with environment(PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])):
-        executor = submitit.AutoExecutor(folder=logs.absolute(), cluster=cluster)
         try:
+            executor = submitit.AutoExecutor(folder=logs.absolute(), cluster=cluster)
             executor.update_parameters(**given)
+        except RuntimeError as error:
+            raise InputError(f"Expected a {cluster} cluster but submitit finds none: {error}") from error
         except (NameError, TypeError) as error:
             raise InputError(f"Expected parameters that submitit knows but got {given}: {error}") from error
         with Progress(len(missing)) as progress:

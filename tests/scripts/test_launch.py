@@ -179,4 +179,6 @@ def test_wrong_parameters_are_said_before_anything_is_submitted(tmp_path):
     with pytest.raises(InputError, match="parameters that submitit knows"):
         parameters = parameters_of(["nonsense=1"])
         launch([train_run(tmp_path / "run")], logs=tmp_path / "jobs", cluster="local", parameters=parameters)
+    with pytest.raises(InputError, match="Expected a slurm cluster"):
+        launch([train_run(tmp_path / "run")], logs=tmp_path / "jobs")
     assert not (tmp_path / "run").exists()

@@ -22,7 +22,7 @@ from dassl.engine.predictions import Predictions
 from scripts.figure_run import figure_main, open_predictions
 from scripts.figure_style import COLOURS, COLUMN, PAGE, new_figure, readable, style
 
-TITLES = {"alpha": "gate α", "weight": "fusion weight w"}
+TITLES = {"alpha": "gate α", "weight": "fusion weight w", "trust": "trust r"}
 BINS = 30
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from dassl.engine import TrainerX
 from dassl.metrics import compute_accuracy
@@ -124,6 +125,15 @@ class CLIPTrainer(TrainerX):
         elif prec == "amp":
             logger.info("This toolbox cannot scale gradients: amp means bfloat16 here, which needs no scaling")
             self._autocast = lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def in_order(self, images: Dataset[Any]) -> DataLoader[Any]:
+        """A loader of these images, one after the other, otherwise as the test loader."""
+        return DataLoader(
+            images,
+            batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE,
+            num_workers=getattr(self.dm.test_loader, "num_workers", 0),
+            pin_memory=getattr(self.dm.test_loader, "pin_memory", False),
+        )
 
     # One step
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from dassl.data import DatasetWrapper
 from dassl.data.transforms import build_transform
@@ -258,12 +257,7 @@ class FeatureTrainer(LearnerTrainer):
         transform = build_transform(self.cfg, is_train=views > 0)
         images = DatasetWrapper(self.cfg, items, transform=transform)
         data = SeededViews(images, views, self._seed) if views else images
-        loader: DataLoader[Any] = DataLoader(
-            data,
-            batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE,
-            num_workers=getattr(self.dm.test_loader, "num_workers", 0),
-            pin_memory=getattr(self.dm.test_loader, "pin_memory", False),
-        )
+        loader = self.in_order(data)
         logger.info("Features of %d training images, %s", len(items), f"{views} views each" if views else "as they are")
         seeded = self.cfg.SEED >= 0 or not views  # else no later run would ask for these views
         slot = feature_slot(self.cfg, self.network.encode, loader, "train") if seeded else None

@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 HEADS = ("clip", "cma", "glr", "final", "fused")
+ROBUST_HEAD = "robust"  # the sixth, where TRAINER.DLRCLIP.FUSION is robust
+FUSIONS = ("learned", "robust")
 PRECISIONS = ("fp32", "fp16", "amp", "bf16")
 GLR_MODES = ("dense", "shared")
 
@@ -57,6 +59,10 @@ def add_dlrclip_config(cfg: Any) -> None:
     node.FUSION_DIM = 128  # hidden width of the fusion gate, at least 1 (our choice: the source leaves it open)
     node.FIXED_WEIGHT = None  # in [0, 1]: replaces the fusion weight w; None: learnt
 
+    # learned: the five heads. robust: a sixth head beside them, which leans to zero-shot CLIP where signs that need no
+    # label speak against the adapted branch; fitted after training to validation images and corruptions of them (ours).
+    node.FUSION = "learned"
+
     # Weights of the losses, each at least 0 and 0 = absent. L1 is the mean absolute difference to clip_logits.
     node.LOSS = type(cfg)()
     node.LOSS.CE_CMA = 1.0  # cross-entropy of cma_logits; absent when SKD is on or CMA is off
@@ -71,7 +77,7 @@ def add_dlrclip_config(cfg: Any) -> None:
     node.SMOOTHING = 0.2  # share of the uniform distribution in the teacher, in [0, 1) (source: 0.2)
 
     node.EPS = 1e-4  # epsilon of Adam-type optimisers, above 0 (source: 1e-4); others have none
-    node.HEAD = "final"  # the head that is reported as the accuracy: clip | cma | glr | final | fused
+    node.HEAD = "final"  # the head that is reported as the accuracy: clip | cma | glr | final | fused | robust
 
     cfg.TRAINER.DLRCLIP = node
 
@@ -128,7 +134,8 @@ def check_dlrclip_config(cfg: Any) -> None:
     if not (node.CMA or node.GLR):
         raise ValueError("Expected TRAINER.DLRCLIP.CMA or .GLR to be on but got both off: nothing would be learnt")
     _check_choice(node, "PREC", PRECISIONS)
-    _check_choice(node, "HEAD", HEADS)
+    _check_choice(node, "FUSION", FUSIONS)
+    _check_choice(node, "HEAD", HEADS if node.FUSION == "learned" else (*HEADS, ROBUST_HEAD))
     _check_choice(node, "GLR_MODE", GLR_MODES)
     if not isinstance(node.TEXT_CTX_INIT, str) or not node.TEXT_CTX_INIT.strip() or "{" in node.TEXT_CTX_INIT:
         raise ValueError(

@@ -7,6 +7,7 @@ Legend: B images, C classes, E width of the joint embedding. Logits are fp32, [B
     glr    zero-shot logits with a learnt, gated residual
     final  w * cma + (1 - w) * glr, w [B, 1] learnt per image
     fused  beta * cma + (1 - beta) * glr, beta one number chosen on validation images after training
+    robust r * final + (1 - r) * clip, where asked for; see robust.py
 
 Blocks before the first adapted one see no adapter, and the first adapted one differs by what its adapter adds: images
 run through them once, without autograd, for both branches. What of an image does not depend on what is learnt may be
@@ -27,8 +28,9 @@ from ..clip import CLIP, clean_classname, zeroshot_weights
 from ..clip.blocks import add_adapter
 from ..learner import pack_record, unpack_record
 from .cma import CrossModalAdapter, build_adapter
-from .config import HEADS
+from .config import HEADS, ROBUST_HEAD
 from .glr import FusionGate, GateLogitRefiner, fuse
+from .robust import RobustMixture
 from .shared import SharedFusion, SharedRefiner, neighbour_weights
 from .skd import mean_abs_difference, skd_loss
 from .text_branch import AdaptedText
@@ -64,6 +66,7 @@ class DLRCLIPLearner(nn.Module):
         shared: refiner and fusion gate are SharedRefiner and SharedFusion, which serve any class list.
         fusion_dim: hidden width of the fusion gate.
         fixed_weight: a number that replaces the fusion gate; None: learn it.
+        robust: the mixture of the robust head, or None where there is no such head.
         facts: plain values that a checkpoint must agree on to be used with this learner.
     """
 
@@ -81,10 +84,12 @@ class DLRCLIPLearner(nn.Module):
         shared: bool = False,
         fusion_dim: int = 128,
         fixed_weight: float | None = None,
+        robust: RobustMixture | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.cma = cma
+        self.robust = robust
         self.glr: GateLogitRefiner | SharedRefiner | None = None
         self.fusion: FusionGate | SharedFusion | None = None
         self.shared = shared
@@ -157,6 +162,7 @@ class DLRCLIPNetwork(nn.Module):
         shared: see DLRCLIPLearner.
         glr_dim, res_scale, fixed_alpha: see GateLogitRefiner and SharedRefiner.
         fusion_dim, fixed_weight: see DLRCLIPLearner.
+        robust: whether there is a robust head.
         loss_weights: weights of ce_cma, ce_glr, ce_final, l1_cma, l1_glr; 1 where absent.
         kd_weight, temperature, smoothing: weight of the distillation loss, and see `skd_loss`.
         text_chunk: most classes whose prompts are encoded at once in training (exact, less memory); 0: no limit.
@@ -189,6 +195,7 @@ class DLRCLIPNetwork(nn.Module):
         fixed_alpha: float | None = None,
         fusion_dim: int = 128,
         fixed_weight: float | None = None,
+        robust: bool = False,
         loss_weights: Mapping[str, float] | None = None,
         kd_weight: float = 0.01,
         temperature: float = 2.0,
@@ -215,6 +222,7 @@ class DLRCLIPNetwork(nn.Module):
             shared=shared,
             fusion_dim=fusion_dim,
             fixed_weight=fixed_weight,
+            robust=RobustMixture(clip.embed_dim) if robust else None,
             facts=facts,
         ).to(clip.device)
         self.loss_weights = _present_losses(cma, glr, skd, loss_weights or {}, kd_weight)
@@ -355,7 +363,7 @@ class DLRCLIPNetwork(nn.Module):
     ) -> dict[str, Tensor]:
         """-> clip, cma, glr, final [B, C], weight [B, 1] and, where GLR is applied, alpha [B, 1].
 
-        While the learner is in evaluation mode, also fused [B, C].
+        While the learner is in evaluation mode, also fused and, where there is one, robust [B, C] with trust [B, 1].
 
         Args:
             images: [B, 3, H, W]; not needed where the other two are given.
@@ -378,27 +386,30 @@ class DLRCLIPNetwork(nn.Module):
             weight = learner.mean_weight().expand(len(clip_logits), 1)
         logits = {"clip": clip_logits, "cma": cma_logits, "glr": glr_logits}
         logits["final"] = fuse(cma_logits, glr_logits, weight)
+        values = {"weight": weight, **({} if alpha is None else {"alpha": alpha})}
         if learner.training:
             learner.observe(weight)
         else:
             logits["fused"] = fuse(cma_logits, glr_logits, learner.coefficient())
+            if learner.robust is not None:
+                logits[ROBUST_HEAD], values["trust"] = learner.robust(frozen, clip_logits, logits["final"])
         if self.columns is not None:
             logits = {name: value[:, self.columns] for name, value in logits.items()}
-        return {**logits, "weight": weight, **({} if alpha is None else {"alpha": alpha})}
+        return {**logits, **values}
 
     @torch.no_grad()
     def heads(self, images: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
-        """Logits [B, C] of the five heads; the learner must be in evaluation mode. Arguments as `forward`'s."""
+        """Logits [B, C] of all heads; the learner must be in evaluation mode. Arguments as `forward`'s."""
         return self.report(images, features)["heads"]
 
     @torch.no_grad()
     def report(self, images: Tensor, features: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
-        """`heads`, `values` (alpha, weight, [B, 1]) and `features` (clip, cma, [B, E]). Arguments as `forward`'s."""
+        """`heads`, `values` (alpha, weight, trust, [B, 1]), `features` (clip, cma, [B, E]). See `forward`."""
         frozen, adapted = self.image_features(images, features)
         outputs = self._outputs(frozen, adapted)
         return {
-            "heads": {head: outputs[head] for head in HEADS},
-            "values": {name: outputs[name] for name in ("alpha", "weight") if name in outputs},
+            "heads": {head: outputs[head] for head in (*HEADS, ROBUST_HEAD) if head in outputs},
+            "values": {name: outputs[name] for name in ("alpha", "weight", "trust") if name in outputs},
             "features": {"clip": frozen} if adapted is None else {"clip": frozen, "cma": adapted},
         }
 

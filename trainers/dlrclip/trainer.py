@@ -14,19 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dassl.data import DatasetWrapper
+from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler
 from dassl.utils import load_checkpoint
 
 from ..clip import CLIP, templates_for
-from ..clip.features import ImageEncoder, KnownFeatures
+from ..clip.features import ImageEncoder, KnownFeatures, collect_features
 from ..common import CLIPTrainer, build_optimizer_with_eps, checkpoint_path, count_steps
 from ..feature_slot import feature_slot
 from ..learner import FACTS, unpack_record
 from .config import add_dlrclip_config, check_dlrclip_config
 from .glr import best_beta
 from .network import DLRCLIPNetwork, FrozenPart
+from .pseudo_shifts import SHIFTS, shifted
+from .robust import Evidence
 from .views import GIB, ViewLoader
 
 logger = logging.getLogger(__name__)
@@ -100,6 +104,7 @@ class DLRCLIP(CLIPTrainer):
             fixed_alpha=node.FIXED_ALPHA,
             fusion_dim=node.FUSION_DIM,
             fixed_weight=node.FIXED_WEIGHT,
+            robust=node.FUSION == "robust",
             loss_weights={key.lower(): node.LOSS[key] for key in node.LOSS},
             kd_weight=node.LAMBDA,
             temperature=node.T,
@@ -132,9 +137,9 @@ class DLRCLIP(CLIPTrainer):
 
     def _share_features(self, clip: CLIP) -> None:
         """Zero-shot features of validation and test images come from the cache on disk, or go there."""
+        encoder = self._encoder = ImageEncoder(clip, self.cfg.TRAINER.DLRCLIP.PREC, self._autocast)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return  # each process then has a part of the images
-        encoder = ImageEncoder(clip, self.cfg.TRAINER.DLRCLIP.PREC, self._autocast)
         for split in ("val", "test"):
             loader = getattr(self, f"{split}_loader")
             slot = feature_slot(self.cfg, encoder, loader, split)
@@ -207,11 +212,11 @@ class DLRCLIP(CLIPTrainer):
         return GivenImages(images, batch.get("feature"), batch.get("keep")), labels
 
     def model_heads(self, input: Tensor | GivenImages) -> dict[str, Tensor]:
-        """Images [B, 3, H, W] -> logits [B, C] of all five heads."""
+        """Images [B, 3, H, W] -> logits [B, C] of all heads."""
         return self.model_report(input)["heads"]
 
     def model_report(self, input: Tensor | GivenImages) -> dict[str, dict[str, Tensor]]:
-        """The heads with what figures show beside them: alpha, w and image features of each branch."""
+        """The heads with what figures show beside them: alpha, w, trust and image features of each branch."""
         given = GivenImages(input) if isinstance(input, Tensor) else input
         with self._autocast():
             report = self.network.report(given.images, given.features)
@@ -224,7 +229,7 @@ class DLRCLIP(CLIPTrainer):
         self.network.bind(classnames, class_indices)
         return self.network.columns is not None
 
-    # The coefficient beta of the fused head
+    # What is chosen after training: beta of the fused head, and the robust head
 
     def before_train(self) -> None:
         super().before_train()
@@ -236,11 +241,12 @@ class DLRCLIP(CLIPTrainer):
             )
 
     def after_epoch(self) -> None:
-        """Chooses beta before a checkpoint may be written, so that every checkpoint carries one."""
+        """Chooses what is to be chosen before a checkpoint may be written, so that every checkpoint carries it."""
         done, freq = self.epoch + 1, self.cfg.TRAIN.CHECKPOINT_FREQ
         saves = done == self.max_epoch or (freq > 0 and done % freq == 0)
         if saves or self.cfg.TEST.FINAL_MODEL == "best_val":
             self.choose_beta()
+            self.calibrate()
         super().after_epoch()
 
     def choose_beta(self) -> None:
@@ -260,6 +266,49 @@ class DLRCLIP(CLIPTrainer):
         self.selected = {"beta": {"value": value, "on": on, "n": n}}
         self.write_scalar("val/beta", value, self.epoch)
         logger.info("beta of the fused head: %.2f, from %s%s", value, on, f" ({n} images)" if n else "")
+
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Fits the robust head, where there is one, to validation images as they are and corrupted.
+
+        Without such images its trust stays 1/2: on training images, which it knows, the adapted branch is always right.
+        """
+        robust = self.network.learner.robust
+        if robust is None:
+            return
+        transform = build_transform(self.cfg, is_train=False)
+        loader = self.in_order(DatasetWrapper(self.cfg, self.dm.dataset.train_x, transform=transform))
+        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        slot = None if parallel else feature_slot(self.cfg, self._encoder, loader, "train")
+        robust.remember(collect_features(loader, self._encoder, slot=slot).values[0])
+        if not self.no_validation():
+            robust.fit(self._evidence())
+        self.selected["robust"] = self._robust_choice()
+        logger.info("Robust head: %s", self.selected["robust"])
+
+    def _evidence(self) -> list[Evidence]:
+        """The validation images as they are, and under each corruption."""
+        self.set_model_mode("eval")
+        normalised = "normalize" in self.cfg.INPUT.TRANSFORMS
+        mean = torch.tensor(self.cfg.INPUT.PIXEL_MEAN if normalised else [0.0] * 3, device=self.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.cfg.INPUT.PIXEL_STD if normalised else [1.0] * 3, device=self.device).view(1, 3, 1, 1)
+        groups: list[list[Evidence]] = [[] for _ in range(1 + len(SHIFTS))]
+        for number, batch in enumerate(self.val_loader):
+            images, labels = batch["img"].to(self.device), batch["label"].to(self.device)
+            versions = [images, *((shifted(images * std + mean, name, number) - mean) / std for name in SHIFTS)]
+            for group, version in zip(groups, versions, strict=True):
+                report = self.model_report(version)
+                heads = report["heads"]
+                group.append(Evidence(report["features"]["clip"], heads["clip"], heads["final"], labels))
+        return [Evidence(*(torch.cat(parts) for parts in zip(*group, strict=True))) for group in groups]
+
+    def _robust_choice(self) -> dict[str, Any]:
+        """What `selected` says of the robust head."""
+        robust = self.network.learner.robust
+        assert robust is not None
+        n = int(robust.count)
+        on = f"val as it is and under {len(SHIFTS)} corruptions" if n else "nothing (no validation set): trust 1/2"
+        return {"value": robust.chosen(), "on": on, "n": n}
 
     # Checkpoints
 
@@ -302,4 +351,6 @@ class DLRCLIP(CLIPTrainer):
         unchosen = bool(torch.isnan(learner.beta))
         on = "val" if n else NOT_CHOSEN if unchosen else "mean learnt w (no validation set)"
         self.selected = {"beta": {"value": beta, "on": on, "n": n}}
+        if learner.robust is not None:
+            self.selected["robust"] = self._robust_choice()
         logger.info("Loaded %s (epoch %s)", path, checkpoint.get("epoch"))

@@ -288,6 +288,7 @@ class DLRCLIP(CLIPTrainer):
 
     def _evidence(self) -> list[Evidence]:
         """The validation images as they are, and under each corruption."""
+        assert self.val_loader is not None
         self.set_model_mode("eval")
         normalised = "normalize" in self.cfg.INPUT.TRANSFORMS
         mean = torch.tensor(self.cfg.INPUT.PIXEL_MEAN if normalised else [0.0] * 3, device=self.device).view(1, 3, 1, 1)

@@ -123,8 +123,9 @@ class RobustMixture(nn.Module):
     def fit(self, groups: Sequence[Evidence]) -> None:
         """Fits c_0 and c by cross-entropy, in which the first group counts as much as all others together.
 
-        So the known world weighs as much as the unknown ones. The logits are softened by a temperature, fitted with
-        the coefficients and then forgotten: a branch is not to be preferred because its logits are smaller.
+        So the known world weighs as much as the unknown ones. The logits are softened by exp(t_0 + t . x), fitted with
+        the coefficients and then forgotten: r has to say which branch to believe, not how far to believe either. (With
+        one temperature for all images, r would move to the branch of smaller logits wherever both are often wrong.)
 
         Args:
             groups: the validation images as they are, and then under each corruption.
@@ -133,18 +134,21 @@ class RobustMixture(nn.Module):
         together = torch.cat(signs)
         self.centre, self.spread = together.mean(dim=0), together.std(dim=0, correction=0).clamp(min=1e-3)
         xs = [self._standardise(x).double() for x in signs]
-        coefficients = torch.zeros(1 + len(SIGNS), dtype=torch.float64, device=together.device, requires_grad=True)
-        log_t = torch.zeros((), dtype=torch.float64, device=together.device, requires_grad=True)
-        optim = torch.optim.LBFGS([coefficients, log_t], max_iter=200, line_search_fn="strong_wolfe")
+        coefficients, softening = (
+            torch.zeros(1 + len(SIGNS), dtype=torch.float64, device=together.device, requires_grad=True)
+            for _ in range(2)
+        )
+        optim = torch.optim.LBFGS([coefficients, softening], max_iter=300, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optim.zero_grad()
             terms = []
             for x, g in zip(xs, groups, strict=True):
                 r = torch.sigmoid(coefficients[0] + x @ coefficients[1:]).unsqueeze(1)
-                terms.append(F.cross_entropy(fuse(g.final.double(), g.clip.double(), r) / log_t.exp(), g.labels))
+                soft = torch.exp(softening[0] + x @ softening[1:]).unsqueeze(1)
+                terms.append(F.cross_entropy(fuse(g.final.double(), g.clip.double(), r) / soft, g.labels))
             mean = terms[0] if len(terms) == 1 else (terms[0] + torch.stack(terms[1:]).mean()) / 2
-            total = mean + RIDGE * coefficients.square().sum()
+            total = mean + RIDGE * (coefficients.square().sum() + softening[1:].square().sum())
             total.backward()
             return total
 

@@ -48,6 +48,7 @@ VARIANTS: dict[str, list[Variant]] = {
         _switches("cma+glr", "CMA + GLR", SKD=False),
         _switches("cma+skd", "CMA + SKD", GLR=False),
         Variant("refiner", "shared", "GLR_MODE shared", ("TRAINER.DLRCLIP.GLR_MODE", "shared")),
+        Variant("fusion", "robust", "FUSION robust", ("TRAINER.DLRCLIP.FUSION", "robust")),
         *_values("alpha", "FIXED_ALPHA", 0.2, 0.5, 1),
         *_values("weight", "FIXED_WEIGHT", 0, 0.5, 1),
         *_values("layers", "START", 1),

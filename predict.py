@@ -37,7 +37,7 @@ from dassl.data.data_manager import usable_workers
 from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.engine.evaluate import as_heads, progress_bar
-from dassl.utils import InputError, atomic_write, check_availability, did_you_mean, read_image
+from dassl.utils import InputError, atomic_write, check_availability, did_you_mean, one_line, read_image
 from dassl.utils.cli import SETUP_ERRORS, Parser, fail
 from dassl.utils.torchtools import BEST_NAME, pointed_file
 from datasets.files import IMAGE_EXTENSIONS, check_name
@@ -297,7 +297,10 @@ def best(prediction: Prediction, names: Sequence[str], count: int) -> list[dict[
 
 def print_table(predictions: Sequence[Prediction], names: Sequence[str], count: int) -> None:
     rows = [
-        [p.name, *(f"{guess['class']} {100 * guess['probability']:.1f} %" for guess in best(p, names, count))]
+        [
+            one_line(p.name),
+            *(f"{one_line(guess['class'])} {100 * guess['probability']:.1f} %" for guess in best(p, names, count)),
+        ]
         for p in predictions
     ]
     print(tabulate(rows, headers=["image", *map(str, range(1, min(count, len(names)) + 1))], disable_numparse=True))
@@ -330,7 +333,9 @@ def write_result(args: argparse.Namespace, predictions: Sequence[Prediction], na
     try:
         with atomic_write(path) as stream:
             for p in predictions:
-                stream.write(" ".join([p.name, *(str(g["index"]) for g in best(p, names, RESULT_CLASSES))]) + "\n")
+                stream.write(
+                    " ".join([one_line(p.name), *(str(g["index"]) for g in best(p, names, RESULT_CLASSES))]) + "\n"
+                )
     except OSError as error:
         message = f"Expected to write {path} but got: {error.strerror or error}. Choose another folder with --output"
         if args.output is not None:
@@ -356,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             predictions, bad, head = predict(trainer, files, args.head)
         unreadable |= bad
         for reason in unreadable.values():
-            print(f"skipped: {reason}", file=sys.stderr)
+            print(f"skipped: {one_line(reason)}", file=sys.stderr)
         if not predictions:
             raise InputError(f"Expected images that can be read but could read none of {len(files)}")
         write_result(args, predictions, names)

@@ -29,7 +29,7 @@ REQUIRES = [
     "tqdm>=4.65",
     "matplotlib>=3.7",
 ]
-TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "submitit>=1.5"]  # xdist: a test process per core
+TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "submitit>=1.5"]  # xdist: a test process per core
 CLUSTER = ["submitit>=1.5"]  # scripts/protocol.py --launcher submitit
 DEV = [*TEST, "pytest-cov", "ruff>=0.6", "mypy>=1.10", "pre-commit>=3.5"]
 

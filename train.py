@@ -32,7 +32,7 @@ import yaml
 
 import datasets
 import trainers
-from dassl.config import CfgNode, get_cfg_default
+from dassl.config import CfgNode, get_cfg_default, read_yaml
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.engine.environment import why_no_gpu
@@ -191,8 +191,8 @@ def _is_cut_short(folder: Path, cfg: CfgNode) -> bool:
     if (folder / "DONE").exists():
         return False
     try:
-        earlier = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        earlier = read_yaml(folder / "config.yaml")
+    except ValueError:
         return False
     wanted = cfg.clone()
     wanted.OUTPUT_DIR = str(folder)
@@ -200,7 +200,7 @@ def _is_cut_short(folder: Path, cfg: CfgNode) -> bool:
 
 
 def print_head(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Arguments, configuration and system at the top of the log."""
+    """Arguments, configuration and system, in the log of a run that begins."""
     _banner("Arguments")
     for key, value in sorted(vars(args).items()):
         logger.info(f"{key}: {value}")
@@ -229,8 +229,6 @@ def build(args: argparse.Namespace) -> Any:
             logger.info(f"Setting fixed seed: {cfg.SEED}")
         if torch.cuda.is_available() and cfg.USE_CUDA:
             torch.backends.cudnn.benchmark = True
-        if distributed.is_main():
-            print_head(args, cfg)
         if not args.dry_run:
             logger.info(f"Output folder: {cfg.OUTPUT_DIR}")
         with _explained(cfg):
@@ -238,6 +236,8 @@ def build(args: argparse.Namespace) -> Any:
         _check_trainable(trainer, args)
         if args.eval_only:
             trainer.load_model(args.model_dir or "", epoch=args.load_epoch)
+        if distributed.is_main():  # not before: an error's one line would follow hundreds of others
+            print_head(args, cfg)
     except SETUP_ERRORS:
         close_logger()
         if log_file is not None and not args.debug:

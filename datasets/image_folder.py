@@ -124,7 +124,9 @@ def read_csv(path: Path) -> list[Photo]:
         for row in reader:
             photo = _photo(row, f"{path}, line {reader.line_num},", path.parent)
             if photo.path in photos:
-                raise InputError(f"Expected {path} to list each image once but line {reader.line_num} repeats {photo}")
+                raise InputError(
+                    f"Expected {path} to list each image once but line {reader.line_num} repeats {photo.path}"
+                )
             photos[photo.path] = photo
     except csv.Error as error:
         raise InputError(f"Expected {path} to be CSV but got: {error} in line {reader.line_num}") from error

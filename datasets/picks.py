@@ -77,7 +77,7 @@ def save_picks(folder: Path, wanted: Picks, content: Mapping[str, list[list[Any]
 def _from_json(path: Path, wanted: Picks, index: Mapping[str, Datum]) -> tuple[str, Found | None]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"unreadable: {error}", None
     if not isinstance(content, dict):
         return "not a JSON object", None

@@ -8,11 +8,11 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+from dassl.config import read_yaml
 
 RECORD = ("dataset", "method", "shots", "seed", "accuracy")
 
@@ -37,11 +37,12 @@ class Run(NamedTuple):
     def config(self) -> dict[str, Any]:
         """Its resolved configuration; empty where the file is not there."""
         path = self.folder / "config.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_yaml(path) if path.is_file() else {}
 
     def dataset(self) -> str:
         """The dataset; with a part of its classes: "Digits (base)"."""
-        part = self.config().get("DATASET", {}).get("SUBSAMPLE_CLASSES", "all")
+        node = self.config().get("DATASET", {})
+        part = node.get("SUBSAMPLE_CLASSES", "all") if isinstance(node, dict) else "all"
         name = str(self.metrics["dataset"])
         return name if part == "all" else f"{name} ({part})"
 
@@ -82,15 +83,51 @@ def split_label(place: str | Path) -> tuple[str, Path]:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """The content of a metrics.json."""
+    """The content of a metrics.json.
+
+    Raises:
+        ValueError: unreadable, or not what a run writes.
+    """
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"Expected {path} to be JSON but got: {error}") from error
-    missing = [key for key in ("trainer", "dataset", "shots", "seed") if key not in metrics]
+    keys = ("trainer", "dataset", "shots", "seed")
+    missing = [key for key in keys if not isinstance(metrics, dict) or key not in metrics]
     if missing:
         raise ValueError(f"Expected {path} to have {', '.join(missing)}, as a run writes it, but it has not")
+    fault = next(_faults(metrics), None)
+    if fault:
+        raise ValueError(f"Expected {path} to be as a run writes it but {fault}")
     return metrics
+
+
+def _faults(metrics: dict[str, Any]) -> Iterator[str]:
+    """What in a metrics.json is of a kind that no run writes."""
+    for key, kind in (("trainer", str), ("dataset", str), ("shots", int), ("seed", int), ("split", str)):
+        if key in metrics and (not isinstance(metrics[key], kind) or isinstance(metrics[key], bool)):
+            yield f"{key} is {metrics[key]!r:.80}"
+    for key in ("params", "selected", "timing", "train"):
+        if not isinstance(metrics.get(key, {}), dict):
+            yield f"{key} is no object"
+    if not _is_number(metrics.get("accuracy", 0.0)) and metrics["accuracy"] is not None:
+        yield f"accuracy is {metrics['accuracy']!r:.80}"
+    if any(not isinstance(choice, dict) for choice in dict(metrics.get("selected") or {}).values()):
+        yield "selected holds other things than objects"
+    if any(not _is_number(count) for count in dict(metrics.get("params") or {}).values()):
+        yield "params holds other things than numbers"
+    split = metrics.get("split", "test")
+    tested = metrics.get(split, {}) if isinstance(split, str) else {}
+    heads = tested.get("heads", {}) if isinstance(tested, dict) else None
+    if not isinstance(heads, dict) or any(
+        not isinstance(head, dict) or "accuracy" not in head or not all(map(_is_number, head.values()))
+        for head in heads.values()
+    ):
+        yield f"{split} holds no heads with their numbers"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def run_records(runs: Iterable[Run], heads: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -137,26 +174,31 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a column is missing or a value is no number; the message says where.
     """
-    with open(path, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, skipinitialspace=True)
-        columns = reader.fieldnames or ()
-        missing = [name for name in RECORD if name != "seed" and name not in columns]
-        if missing:
-            raise ValueError(f"Expected {path} to have the column {', '.join(missing)} but it has {', '.join(columns)}")
-        return [_record(row, f"{path}, line {reader.line_num}") for row in reader]
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, skipinitialspace=True)
+            columns = reader.fieldnames or ()
+            missing = [name for name in RECORD if name != "seed" and name not in columns]
+            if missing:
+                found = ", ".join(columns) or "none"
+                raise ValueError(f"Expected {path} to have the column {', '.join(missing)} but it has {found}")
+            return [_record(row, f"{path}, line {reader.line_num}") for row in reader]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected {path} to be CSV in UTF-8 but got: {error}") from error
 
 
 def _record(row: dict[str, Any], where: str) -> dict[str, Any]:
     try:
         accuracy, shots = float(row["accuracy"]), int(row["shots"])
         seed = int(row["seed"]) if (row.get("seed") or "").strip() else None
-    except (TypeError, ValueError) as error:
+        dataset, method = row["dataset"].strip(), row["method"].strip()
+    except (TypeError, ValueError, AttributeError) as error:  # a line with too few cells has None in the others
         raise ValueError(f"Expected numbers for shots, seed and accuracy but got {error} in {where}") from error
     if not math.isfinite(accuracy):
         raise ValueError(f"Expected accuracy to be a number but got {accuracy} in {where}")
     return {
-        "dataset": row["dataset"].strip(),
-        "method": row["method"].strip(),
+        "dataset": dataset,
+        "method": method,
         "shots": shots,
         "seed": seed,
         "accuracy": accuracy,

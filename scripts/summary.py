@@ -8,6 +8,7 @@ are no numbers of shots, a column's name stands in their place.
 from __future__ import annotations
 
 import csv
+import html
 import io
 import re
 import statistics
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from scipy import stats
 from tabulate import tabulate
 
+from dassl.utils import one_line
 from scripts.plot_shots import mean_and_band
 
 AVERAGE = "average"
@@ -188,7 +190,9 @@ def comma_separated(cells: Cells, higher: bool = True) -> str:
         mean, sd, half, n = summarise(values.values())
         spread = ["", "", ""] if n == 1 else [sd, mean - half, mean + half]
         by_seed = " ".join(f"{seed}:{value!r}" for seed, value in sorted(values.items()))
-        writer.writerow([dataset, method, shots, mean, *spread, n, int((dataset, method, shots) in bold), by_seed])
+        writer.writerow(
+            [_cell(dataset), _cell(method), shots, mean, *spread, n, int((dataset, method, shots) in bold), by_seed]
+        )
     return stream.getvalue()
 
 
@@ -211,8 +215,15 @@ def _short(column: Column) -> str:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[|\s]+", " ", name)
+    """A name in a Markdown table: no cell of its own, no HTML."""
+    return html.escape(one_line(re.sub(r"[|`\s]+", " ", name)), quote=False)
 
 
 def _escape(name: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", re.sub(r"[\\~^\s]+", " ", name))
+    return re.sub(r"([&%$#_{}])", r"\\\1", one_line(re.sub(r"[\\~^\s]+", " ", name)))
+
+
+def _cell(name: str) -> str:
+    """A name in a CSV file: no spreadsheet takes it for a formula."""
+    line = one_line(name)
+    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line

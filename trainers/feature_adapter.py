@@ -269,10 +269,16 @@ class JCLIPAdapter(FeatureTrainer):
         logger.info("The five best classes of each test image, by number: %s", path)
 
 
+def file_name(path: str) -> str:
+    """The name of a file as one printable line, whatever is in it."""
+    name = os.path.basename(path)
+    return " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in name).split())
+
+
 def result_lines(paths: Sequence[str], logits: Tensor) -> list[str]:
     """File name and the numbers of the (at most) five best classes, best first and equal ones in order, per image."""
     order = logits.sort(dim=1, descending=True, stable=True).indices[:, :RESULT_CLASSES].tolist()
-    return [" ".join([os.path.basename(path), *map(str, classes)]) for path, classes in zip(paths, order, strict=True)]
+    return [" ".join([file_name(path), *map(str, classes)]) for path, classes in zip(paths, order, strict=True)]
 
 
 def write_text(path: str, text: str) -> None:

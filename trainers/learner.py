@@ -30,8 +30,18 @@ def pack_record(record: Mapping[str, Any]) -> Tensor:
 
 
 def unpack_record(state: Tensor) -> dict[str, Any]:
-    """What `pack_record` packed."""
-    return json.loads(bytes(state.cpu().tolist()).decode("utf-8"))
+    """What `pack_record` packed.
+
+    Raises:
+        ValueError: it is no such thing.
+    """
+    try:
+        record = json.loads(bytes(state.cpu().tolist()).decode("utf-8"))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"Expected the record of a checkpoint to be JSON but got: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"Expected the record of a checkpoint to be an object but got {type(record).__name__}")
+    return record
 
 
 def class_rows(
@@ -95,7 +105,13 @@ class Learner(nn.Module):
         state = {name: value for name, value in state.items() if name not in self.RECOMPUTED}
         packed = state.pop("_extra_state", None)
         record = {} if packed is None else unpack_record(packed)
-        facts = record.get("facts", {})
+        facts, trained = record.get("facts", {}), record.get("classnames")
+        names = trained is None or (isinstance(trained, list) and all(isinstance(name, str) for name in trained))
+        if not isinstance(facts, Mapping) or not names:
+            raise ValueError("Expected the record of a checkpoint to have facts and class names but got something else")
+        other = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        if other:
+            raise ValueError(f"Expected every entry of a checkpoint to be a tensor but {other[0]!r} is not")
         for name, ours in self.facts.items():
             if name in facts and facts[name] != ours:
                 raise ValueError(f"Expected a checkpoint for {FACTS.get(name, name)} {ours!r} but got {facts[name]!r}")
@@ -107,7 +123,7 @@ class Learner(nn.Module):
                 f"Expected a checkpoint with {len(wanted)} entries such as {sorted(wanted)[0]} but it lacks "
                 f"{missing[:3]} and has {unexpected[:3]} beside (the first three of each)"
             )
-        state = self.for_classes(state, record.get("classnames"), indices)
+        state = self.for_classes(state, trained, indices)
         own = self.state_dict()  # its shapes may have followed
         for name in sorted(wanted):
             if state[name].shape != own[name].shape:

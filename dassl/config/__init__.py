@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .defaults import build_defaults
-from .node import CfgNode
+from .node import CfgNode, read_yaml
 
-__all__ = ["CfgNode", "clean_cfg", "get_cfg_default"]
+__all__ = ["CfgNode", "clean_cfg", "get_cfg_default", "read_yaml"]
 
 
 def get_cfg_default() -> CfgNode:

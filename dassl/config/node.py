@@ -15,6 +15,7 @@ from dassl.utils.errors import InputError, UnknownNameError
 from dassl.utils.tools import did_you_mean
 
 BASE_KEY = "_BASE_"
+MAX_VALUES = 10_000  # of a file, what aliases repeat counted as often as it is repeated; the defaults have some 300
 _SEQUENCES = (list, tuple)
 
 
@@ -48,6 +49,15 @@ class CfgNode(YacsNode):
             _merge(self, nested, ())
 
 
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The keys and values of a YAML file, read without running anything in it.
+
+    Raises:
+        InputError: unreadable, not YAML, no keys and values, or values without end (aliases that multiply).
+    """
+    return _read_yaml(Path(path), needed_by=None)
+
+
 def _read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(file, its own keys) of ``path`` and of the files it inherits from, the outermost base first."""
     chain: list[tuple[Path, dict[str, Any]]] = []
@@ -76,14 +86,31 @@ def _read_yaml(path: Path, needed_by: Path | None) -> dict[str, Any]:
         raise InputError(f'Expected a readable config file at "{path}"{where} but got: {error}') from error
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise InputError(f'Expected "{path}" to be YAML but got brackets nested too deep') from error
+    except (yaml.YAMLError, ValueError) as error:  # a date without such a day is a ValueError
         reason = " ".join(str(error).split())  # PyYAML spreads its message over lines
         raise InputError(f'Expected "{path}" to be YAML but got: {reason}') from error
     if values is None:  # an empty file, or only comments
         return {}
     if not isinstance(values, dict):
         raise InputError(f'Expected "{path}" to hold keys and values but got a {type(values).__name__}')
+    _check_size(values, path)
     return values
+
+
+def _check_size(values: Any, path: Path) -> None:
+    # A few aliases can stand for more values than there are atoms, or for themselves.
+    count, waiting = 0, [values]
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > MAX_VALUES:
+            raise InputError(f'Expected "{path}" to have at most {MAX_VALUES} values but got more (endless aliases?)')
+        if isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, (*_SEQUENCES, set)):
+            waiting.extend(value)
 
 
 def _merge(into: YacsNode, values: Mapping[str, Any], parents: tuple[str, ...]) -> None:

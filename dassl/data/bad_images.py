@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from dassl.utils import InputError, read_image
+from dassl.utils import InputError, one_line, read_image
 
 from .datasets import DatasetBase
 
@@ -50,5 +50,5 @@ def skip_bad_images(dataset: DatasetBase) -> dict[str, str]:
         dataset.drop(bad)
         logger.warning("Skipped %d images that cannot be read:", len(bad))
         for reason in bad.values():
-            logger.warning("  %s", reason)
+            logger.warning("  %s", one_line(reason))
     return bad

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dassl.utils import InputError, read_image
+from dassl.utils import InputError, one_line, read_image
 
 from .evaluate import Example
 
 MAX_NAMED_CLASSES = 40  # more names than this cannot be read beside a matrix
 MAX_COUNTED_CLASSES = 15  # more numbers than this cannot be read inside its cells
+
+
+# Class names are no formulae: a single "$" in one would otherwise end a run.
+_plain_text = matplotlib.rc_context({"text.parse_math": False})
+
+
+def _name(names: Mapping[int, str], label: int) -> str:
+    return one_line(names.get(label, str(label)), 40)
 
 
 def _render(figure: Figure) -> np.ndarray:
@@ -24,6 +33,7 @@ def _render(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+@_plain_text
 def confusion_image(counts: Tensor, names: Mapping[int, str], title: str = "") -> np.ndarray:
     """The confusion matrix, each row as shares of its true class.
 
@@ -42,7 +52,7 @@ def confusion_image(counts: Tensor, names: Mapping[int, str], title: str = "") -
     figure.colorbar(drawn, ax=axes, fraction=0.046, label="share of the true class")
     axes.set(xlabel="predicted", ylabel="true", title=title)
     if classes <= MAX_NAMED_CLASSES:
-        labels = [names.get(i, str(i)) for i in range(classes)]
+        labels = [_name(names, i) for i in range(classes)]
         axes.set_xticks(range(classes), labels, rotation=90, fontsize=8)
         axes.set_yticks(range(classes), labels, fontsize=8)
     if classes <= MAX_COUNTED_CLASSES:
@@ -53,6 +63,7 @@ def confusion_image(counts: Tensor, names: Mapping[int, str], title: str = "") -
     return _render(figure)
 
 
+@_plain_text
 def examples_image(
     examples: Sequence[Example], names: Mapping[int, str], after: str, before: str = "", top: int = 5
 ) -> np.ndarray:
@@ -70,7 +81,7 @@ def examples_image(
     grid = figure.subplots(len(examples), 1 + len(shown), squeeze=False, width_ratios=[1.0] + [1.6] * len(shown))
     for row, example in enumerate(examples):
         _draw_picture(grid[row, 0], example)
-        grid[row, 0].set_title(names.get(example.label, str(example.label)), fontsize=9)
+        grid[row, 0].set_title(_name(names, example.label), fontsize=9)
         for column, head in enumerate(shown, start=1):
             _draw_bars(grid[row, column], example, head, names, top)
             if row == 0:
@@ -100,5 +111,5 @@ def _draw_bars(axes: Any, example: Example, head: str, names: Mapping[int, str],
     axes.barh(places, values.numpy(), color=colours)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.set_yticks(places, [names.get(label, str(label)) for label in labels.tolist()], fontsize=7)
+    axes.set_yticks(places, [_name(names, label) for label in labels.tolist()], fontsize=7)
     axes.tick_params(axis="x", labelsize=6)

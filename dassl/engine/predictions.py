@@ -266,7 +266,7 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
         with safe_open(file, framework="numpy") as stream:
             names = json.loads((stream.metadata() or {})["predictions"])
             arrays = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-        if names.pop("format") != FORMAT:
+        if not isinstance(names, dict) or names.pop("format") != FORMAT:
             raise ValueError("another version of the format")
         root = names.pop("root")
         paths = None
@@ -274,7 +274,7 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
             text = arrays.pop("paths").tobytes().decode("utf-8", "surrogateescape")
             paths = [root + line for line in text.split("\0")[:-1]]
         plain = {name: arrays[name] for name in ("labels", "top", "true", "rival", "logsumexp", "rows")}
-        return Predictions(
+        found = Predictions(
             **names,
             **plain,
             values=_below("value/", arrays),
@@ -282,5 +282,41 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
             logits=arrays.get("logits"),
             paths=paths,
         )
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        _check(found)
+        return found
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"Expected {file} to be the predictions of a run but got something else: {error}") from error
+
+
+def _check(found: Predictions) -> None:
+    """Raise a ValueError unless shapes, class numbers and names go together, as figures rely on."""
+    for name in ("split", "main", "reference"):
+        if not isinstance(getattr(found, name), str):
+            raise ValueError(f"{name} is no text")
+    for name in ("heads", "classnames"):
+        texts = getattr(found, name)
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{name} is no list of texts")
+    heads, classes, count = len(found.heads), len(found.classnames), len(found.labels)
+    shapes: dict[str, tuple[int, ...]] = {name: (heads, count) for name in ("true", "rival", "logsumexp")}
+    shapes |= {"labels": (count,), "top": (heads, count, found.top.shape[-1])}
+    for name, shape in shapes.items():
+        if getattr(found, name).shape != shape:
+            raise ValueError(f"{name} has the shape {getattr(found, name).shape} instead of {shape}")
+    if found.logits is not None and found.logits.shape != (heads, count, classes):
+        raise ValueError(f"logits have the shape {found.logits.shape}")
+    if found.paths is not None and len(found.paths) != count:
+        raise ValueError(f"there are {len(found.paths)} paths of {count} images")
+    for name, below in (("labels", classes), ("top", classes), ("rows", count)):
+        array = getattr(found, name)
+        if (
+            array.dtype.kind not in "iu"
+            or array.ndim < 1
+            or (array.size and not 0 <= array.min() <= array.max() < below)
+        ):
+            raise ValueError(f"{name} has other values than whole numbers from 0 to {below - 1}")
+    for name, array in found.values.items():
+        if len(array) != count:
+            raise ValueError(f"value/{name} has {len(array)} rows")
+    if any(len(array) != len(found.rows) for array in found.features.values()):
+        raise ValueError("features have other rows than those listed")

@@ -10,18 +10,21 @@ from typing import NoReturn
 import yaml
 
 from .errors import InputError
+from .text import one_line
 
 __all__ = ["SETUP_ERRORS", "Parser", "fail"]
 
 # While things are set up, these mean that something given was wrong. Once a run is going, only InputError does.
 SETUP_ERRORS = (InputError, ValueError, KeyError, OSError, yaml.YAMLError)
 
+MESSAGE_LENGTH = 1500  # characters: what came may be a whole file in one line
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, too."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {one_line(message, MESSAGE_LENGTH)} (see --help)\n")
 
 
 def fail(error: BaseException, debug: bool = False) -> int:
@@ -34,5 +37,5 @@ def fail(error: BaseException, debug: bool = False) -> int:
         message = str(error.args[0])  # str() of a KeyError would be the message's repr
     else:
         message = str(error) or type(error).__name__
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(message, MESSAGE_LENGTH)}", file=sys.stderr)
     return 2

@@ -69,7 +69,7 @@ def read_json(fpath: str | os.PathLike[str]) -> Any:
             return json.load(stream)
     except FileNotFoundError as error:
         raise InputError(f'Expected a JSON file at "{fpath}" but found none') from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, nested without end
         raise InputError(f'Expected "{fpath}" to hold JSON but got: {error}') from error
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,12 @@ _STAND_INS = [
 ]
 
 
+def _load_plain(fpath: _PathLike) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # of a file that is about to be refused
+        return torch.load(fpath, map_location="cpu", weights_only=True)
+
+
 def _load_without_scheduler(fpath: _PathLike) -> Any:
     """Read a checkpoint of upstream whose scheduler is a live object; its entry becomes None.
 
@@ -138,7 +145,7 @@ def _load_without_scheduler(fpath: _PathLike) -> Any:
     before = torch.serialization.get_safe_globals()
     torch.serialization.add_safe_globals([*_STAND_INS, dict])  # torch knows them by name
     try:
-        content = torch.load(fpath, map_location="cpu", weights_only=True)
+        content = _load_plain(fpath)
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
@@ -165,7 +172,7 @@ def load_checkpoint(fpath: _PathLike | None) -> Any:
         raise FileNotFoundError(f'Expected a checkpoint at "{fpath}" but found no file')
     try:
         try:
-            return torch.load(fpath, map_location="cpu", weights_only=True)
+            return _load_plain(fpath)
         except pickle.UnpicklingError:
             return _load_without_scheduler(fpath)
     except pickle.UnpicklingError as error:
@@ -207,8 +214,10 @@ def pointed_file(fdir: _PathLike) -> Path:
         name = pointer.read_text(encoding="utf-8").strip()
     except FileNotFoundError as error:
         raise InputError(f'Expected a file "{pointer}" naming the checkpoint to resume but found none') from error
+    except (OSError, ValueError) as error:
+        raise InputError(f'Expected "{pointer}" to name a checkpoint but got: {error}') from error
     path = Path(fdir) / name
-    if not path.is_file():
+    if len(name) > 200 or "\0" in name or path.name != name or not path.is_file():  # a name, not a way elsewhere
         raise InputError(f'Expected "{pointer}" to name a file of its folder but got "{name}", which is not there')
     return path
 

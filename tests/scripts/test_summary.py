@@ -92,4 +92,4 @@ def test_names_cannot_break_a_table():
     cells = collect([Record("D", "a|b\nc_{x}%", 1, 1, 5.0)])
     assert len([line for line in markdown(cells).splitlines() if line.startswith("|")]) == 3
     assert "a|b c\\_\\{x\\}\\%" in latex(cells)
-    assert next(csv.DictReader(io.StringIO(comma_separated(cells))))["method"] == "a|b\nc_{x}%"
+    assert next(csv.DictReader(io.StringIO(comma_separated(cells))))["method"] == "a|b c_{x}%"

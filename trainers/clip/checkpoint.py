@@ -16,7 +16,6 @@ from typing import Any
 
 import open_clip
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,8 +32,11 @@ def checkpoint_form(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"Expected the checkpoint {path} to be a file, but there is none")
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise ValueError(f"Expected {path} to be a whole checkpoint but got: {_first_line(error)}") from error
         # Both are zips with a data.pkl; a TorchScript archive also carries its program.
         if any(name.endswith("/constants.pkl") for name in names) or any("/code/" in name for name in names):
             return "torchscript"
@@ -66,13 +68,15 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         elif form == "torchscript":
             content = _read_torchscript(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"Expected {path} to be a readable {form} file but got: {_first_line(error)}") from error
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")  # of a file that is refused
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's own text advises to load the file unsafely: not repeated
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         found = f"it asks for {wanted.group(1)}" if wanted else "its pickle is damaged or holds other things"
         raise ValueError(f"Expected {path} to hold nothing but tensors, but {found}; it was not loaded") from error
+    except Exception as error:  # a damaged file can make a parser raise nearly anything
+        raise ValueError(f"Expected {path} to be a readable {form} file but got: {_first_line(error)}") from error
     return clean_state(content, path)
 
 

@@ -52,7 +52,7 @@ def read_record(record: Path) -> dict[str, Any]:
     try:
         data = json.loads(record.read_text(encoding="utf-8"))
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(data["arch"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"Expected {record} to be a JSON object with an 'arch' but got {error!r}") from error
     if missing:
         raise ValueError(f"Expected 'arch' in {record} to have {', '.join(sorted(missing))} but it lacks them")

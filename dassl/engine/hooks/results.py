@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from dassl.evaluation import HEAD_COLUMNS, heads_table
-from dassl.utils import InputError, atomic_write
+from dassl.utils import InputError, atomic_write, one_line
 from dassl.utils.torchtools import POINTER_NAME
 
 from ..environment import describe
@@ -69,7 +69,7 @@ class Results(HookBase):
         bad = getattr(trainer.dm, "bad_images", {})
         if bad:
             with atomic_write(folder / BAD_IMAGES) as stream:
-                stream.writelines(f"{path}\t{reason}\n" for path, reason in bad.items())
+                stream.writelines(f"{one_line(path)}\t{one_line(reason)}\n" for path, reason in bad.items())
 
     def finish(self, trainer: Any) -> None:
         if not trainer.writes_files:

@@ -23,6 +23,7 @@ from .glr import fuse
 
 NEIGHBOURS = 5  # training images whose mean distance counts; fewer where there are fewer
 SIGNS = ("distance", "clip_entropy", "final_entropy", "agreement", "clip_lead", "final_lead")
+CHUNK = 1024  # images compared with all training images at once
 RIDGE = 0.01  # weight of the squared coefficients against the cross-entropy; they are drawn to r = 1/2
 
 
@@ -49,11 +50,14 @@ def neighbour_distance(features: Tensor, bank: Tensor, itself: bool = False) -> 
         bank: [N, E], normalised.
         itself: row i of `features` is row i of the bank, and does not count.
     """
-    similarity = features @ bank.t()
-    if itself:
-        similarity.fill_diagonal_(-math.inf)
-    k = min(NEIGHBOURS, len(bank) - itself)
-    return 1 - similarity.topk(k, dim=1).values.mean(dim=1)
+    k, parts = min(NEIGHBOURS, len(bank) - itself), []
+    for start in range(0, len(features), CHUNK):
+        similarity = features[start : start + CHUNK] @ bank.t()
+        if itself:
+            row = torch.arange(len(similarity), device=similarity.device)
+            similarity[row, start + row] = -math.inf
+        parts.append(similarity.topk(k, dim=1).values.mean(dim=1))
+    return 1 - torch.cat(parts)
 
 
 def _sureness(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from trainers.dlrclip import robust
 from trainers.dlrclip.pseudo_shifts import SHIFTS, shifted
 from trainers.dlrclip.robust import SIGNS, Evidence, RobustMixture, neighbour_distance
 
@@ -106,7 +107,10 @@ def test_the_known_world_weighs_as_much_as_all_others():
     torch.testing.assert_close(one.coefficients, many.coefficients, atol=1e-3, rtol=1e-3)
 
 
-def test_distance_leaves_the_image_itself_out():
+@pytest.mark.parametrize("chunk", [3, 1024])
+def test_distance_leaves_the_image_itself_out(monkeypatch, chunk):
+    monkeypatch.setattr(robust, "CHUNK", chunk)
+    torch.manual_seed(0)
     bank = unit(8, 6)
     want = [sorted(1 - float(a @ b) for j, b in enumerate(bank) if j != i)[:5] for i, a in enumerate(bank)]
     torch.testing.assert_close(neighbour_distance(bank, bank, itself=True), torch.tensor(want).mean(1))
@@ -143,8 +147,7 @@ class TestRuns:
         assert set(chosen["value"]) == {"bias", *SIGNS} and chosen["n"] == 10
         assert chosen["on"] == "val as it is and under 8 corruptions"
         assert results["selected"]["beta"] == plain.selected["beta"]
-        robust = trainer.network.learner.robust
-        assert robust.bank.shape == (20, trainer.network.clip.embed_dim)
+        assert trainer.network.learner.robust.bank.shape == (20, trainer.network.clip.embed_dim)
         loaded = make(*ROBUST, out="again")
         loaded.load_model(str(tmp_path / "run"))
         a, b = heads_on_test(trainer), heads_on_test(loaded)

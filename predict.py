@@ -8,7 +8,7 @@ stdout, everything else to stderr. `result.txt` has a line per image: its name a
 best first, counted from 0 in the order of the run's classes.json (or of --classes).
 
 Exit codes: 0 done, also when some files could not be read (each is named); 2 something given was wrong, or no file at
-all could be read (one line on stderr; --debug adds the traceback); 1 anything else.
+all could be read (one line on stderr; --debug adds the traceback); 1 anything else (one line for a full memory).
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ from dassl.data.data_manager import usable_workers
 from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.engine.evaluate import as_heads, progress_bar
-from dassl.utils import InputError, atomic_write, check_availability, did_you_mean, one_line, read_image
+from dassl.utils import (
+    InputError,
+    atomic_write,
+    check_availability,
+    did_you_mean,
+    explain_trouble,
+    one_line,
+    read_image,
+)
 from dassl.utils.cli import SETUP_ERRORS, Parser, fail
 from dassl.utils.torchtools import BEST_NAME, pointed_file
 from datasets.files import IMAGE_EXTENSIONS, check_name
@@ -381,6 +389,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+    except Exception as error:
+        message = explain_trouble(error, batches="a smaller --batch-size")
+        if args.debug or not message:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -15,6 +15,7 @@ from .text import one_line
 
 __all__ = ["RunStoppedError", "explain_trouble"]
 
+BATCHES = "a smaller DATALOADER.TRAIN_X.BATCH_SIZE (and TEST.BATCH_SIZE)"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (is killed|exited unexpectedly)")
 # torch's allocator for the CPU, and its writer of zip files, raise RuntimeErrors.
@@ -26,19 +27,21 @@ class RunStoppedError(Exception):
     """A run that could not go on, for a reason outside of it; ``str`` is fit for the screen as it is."""
 
 
-def explain_trouble(error: BaseException, memory_advice: Sequence[str] = ()) -> str:
+def explain_trouble(error: BaseException, memory_advice: Sequence[str] = (), batches: str = BATCHES) -> str:
     """What went wrong and what helps, in one line; "" for what is no trouble of the machine known here.
 
     Args:
         error: what ended the run. Of an error that another one caused, that one counts.
         memory_advice: settings that need less memory, beside the batch size.
+        batches: how to ask for smaller batches.
     """
+    less_memory = f"What helps: {', '.join([batches, *memory_advice])}"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         what = f" ({asked.group(1)} more were asked for)" if asked else ""
-        return f"The GPU's memory is full{what}. {_less_memory(memory_advice)}"
+        return f"The GPU's memory is full{what}. {less_memory}"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _HOST_MEMORY.search(str(error))):
-        return f"This machine's memory is full. {_less_memory(memory_advice)}, or fewer DATALOADER.NUM_WORKERS"
+        return f"This machine's memory is full. {less_memory}, or fewer DATALOADER.NUM_WORKERS"
     if isinstance(error, RuntimeError):
         dead = _DEAD_WORKER.search(str(error))
         if dead:
@@ -60,7 +63,3 @@ def explain_trouble(error: BaseException, memory_advice: Sequence[str] = ()) -> 
 
 def _text(error: BaseException) -> str:
     return one_line(str(error) or type(error).__name__, 300)
-
-
-def _less_memory(advice: Sequence[str]) -> str:
-    return f"What helps: {', '.join(['a smaller DATALOADER.TRAIN_X.BATCH_SIZE (and TEST.BATCH_SIZE)', *advice])}"

@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 
+import predict
 import train
 from dassl.engine import TRAINER_REGISTRY, board
 from dassl.engine.trainer import SimpleTrainer
@@ -222,3 +223,13 @@ def test_output_that_cannot_be_written(run, tmp_path, where):
     output = {"file": "file/below", "proc": "/proc/none"}[where]
     code, err, _ = run(output=output)
     assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and output.split("/")[-1] in err
+
+
+def test_memory_while_predicting(monkeypatch, capsys):
+    monkeypatch.setattr(predict, "find_images", lambda paths: ([("a.png", "a.png")], {}))
+    monkeypatch.setattr(predict, "load_trainer", lambda args: (None, ["cat"]))
+    monkeypatch.setattr(predict, "predict", lambda *arguments: torch.empty(2**50))
+    assert predict.main(["--model-dir", "x", "a.png"]) == 1
+    assert capsys.readouterr().err == (
+        "error: This machine's memory is full. What helps: a smaller --batch-size, or fewer DATALOADER.NUM_WORKERS\n"
+    )

@@ -194,6 +194,8 @@ def load_trainer(args: argparse.Namespace) -> tuple[Any, list[str]]:
 def _last_epoch(folder: Path) -> int:
     name = pointed_file(folder).name
     number = name.rpartition("-")[2]
+    if name.startswith("model-step"):
+        raise InputError(f"Expected a finished run in {folder.parent} but it was stopped: start its command again")
     if not number.isdecimal():
         raise InputError(
             f"Expected the checkpoint that {folder / 'checkpoint'} names to end in -<epoch> but got {name}"

@@ -9,6 +9,9 @@ Several processes, on one machine (on several: torchrun's --nnodes and --rdzv-en
 
     torchrun --nproc_per_node N train.py ...
 
+A run that was stopped goes on when the same command is given again, and ends as if it had not been stopped. SIGTERM and
+Ctrl-C have it finish its step and write a checkpoint first; a second one stops at once.
+
 Exit codes: 0 done; 2 something given was wrong (one line on stderr; --debug adds the traceback); 1 anything else: a
 few lines for numbers that were lost, a full disk or memory, or another process that ended, a traceback for a bug; 143
 SIGTERM; 130 Ctrl-C.
@@ -21,6 +24,7 @@ import contextlib
 import logging
 import os
 import random
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -48,8 +52,11 @@ from dassl.utils import (
     note_in_log,
     set_random_seed,
     setup_logger,
+    stopping,
 )
 from dassl.utils.cli import SETUP_ERRORS, Parser, fail
+from dassl.utils.files import remove_leftovers
+from dassl.utils.lock import FolderLock, is_locked
 
 logger = logging.getLogger("train")
 
@@ -75,6 +82,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--root", help="folder that holds the datasets")
     parser.add_argument("--output-dir", help="folder of this run (default: made of dataset, trainer, config, seed)")
     parser.add_argument("--resume", help="folder of an earlier run to resume from")
+    parser.add_argument("--force-resume", action="store_true", help="resume also with settings that change the result")
     parser.add_argument("--seed", type=int, help="0 or larger seeds everything; -1 nothing")
     parser.add_argument("--source-domains", nargs="+", help="source domains of domain-adaptation datasets")
     parser.add_argument("--target-domains", nargs="+", help="target domains of domain-adaptation datasets")
@@ -152,6 +160,8 @@ def _flag_pairs(args: argparse.Namespace) -> list[Any]:
             pairs += [key, tuple(value) if isinstance(value, list) else value]
     if args.skip_bad_images:
         pairs += ["DATALOADER.SKIP_BAD_IMAGES", True]
+    if args.force_resume:
+        pairs += ["TRAIN.FORCE_RESUME", True]
     if args.no_cache:
         pairs += ["FEATURE_CACHE.USE", False]
     return pairs
@@ -161,7 +171,7 @@ def choose_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Path:
     """A folder for a run whose command names none: `output/<dataset>/<trainer>/<config>_<k>shots/seed<s>[-n]`.
 
     The first of `seed<s>`, `seed<s>-2`, `seed<s>-3`, ... that is free, or that holds a run of this very configuration
-    which was cut short (it is resumed there). A finished run is never written over.
+    which was cut short (it is resumed there). A finished run is never written over, nor is one that is going on.
     """
     dataset = Path(args.dataset_config_file).stem if args.dataset_config_file else cfg.DATASET.NAME.lower()
     if cfg.DATASET.SUBSAMPLE_CLASSES != "all":
@@ -172,7 +182,7 @@ def choose_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Path:
     else:
         parent = parent_folder(Path("output"), dataset, cfg.TRAINER.NAME, config, cfg.DATASET.NUM_SHOTS)
     number, folder = 1, parent / f"seed{cfg.SEED}"
-    while folder.exists() and not (_is_cut_short(folder, cfg) and not args.eval_only):
+    while folder.exists() and not (_is_cut_short(folder, cfg) and not args.eval_only and not is_locked(folder)):
         number += 1
         folder = parent / f"seed{cfg.SEED}-{number}"
     return folder
@@ -215,14 +225,22 @@ def _banner(title: str) -> None:
     logger.info(f"{stars}\n** {title} **\n{stars}")
 
 
-def build(args: argparse.Namespace) -> Any:
-    """The trainer that the command line asks for, with its model loaded when only evaluation is wanted."""
+def build(args: argparse.Namespace, held: contextlib.ExitStack | None = None) -> Any:
+    """The trainer that the command line asks for, with its model loaded when only evaluation is wanted.
+
+    Args:
+        held: takes the lock of the output folder; None: it is not locked.
+    """
     cfg = setup_cfg(args)
     if cfg.SEED >= 0:
         set_random_seed(cfg.SEED)
     elif distributed.world_size() > 1:  # all must draw the same, for instance the same images
         set_random_seed(distributed.broadcast_object(random.SystemRandom().randrange(2**32)))
     found = _existing(Path(cfg.OUTPUT_DIR))
+    lock = None
+    if held is not None and distributed.is_main() and not args.dry_run:
+        lock = held.enter_context(FolderLock(cfg.OUTPUT_DIR))
+        remove_leftovers(cfg.OUTPUT_DIR)
     log_file = setup_logger(None if args.dry_run else cfg.OUTPUT_DIR, distributed.rank())
     try:
         if cfg.SEED >= 0:
@@ -240,7 +258,8 @@ def build(args: argparse.Namespace) -> Any:
             print_head(args, cfg)
     except SETUP_ERRORS:
         close_logger()
-        if log_file is not None and not args.debug:
+        if lock is not None and log_file is not None and not args.debug:
+            lock.release()
             _remove_traces(log_file, found)
         raise
     return trainer
@@ -283,48 +302,62 @@ def run(trainer: Any, args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     code, debug = 1, False
-    try:
-        distributed.connect()
-        with _silent_unless_main():  # --help, and errors that all processes make
-            args = parse_args(argv)
-        debug = args.debug
-        code = _run(args)
-        if code == 0:
-            distributed.stop()
-    except KeyboardInterrupt:
-        if distributed.first_to_fail():
-            print("interrupted", file=sys.stderr)
-        code = 130
-    except (Exception, distributed.TerminatedError) as error:
-        terminated = isinstance(error, distributed.TerminatedError)
-        code = 143 if terminated else 1
-        lost = terminated or distributed.is_peer_lost(error)
-        message = distributed.why_it_ends(error) if lost else ""
-        if distributed.first_to_fail():
-            if isinstance(error, RunStoppedError):
-                message = str(error)
-                if debug and error.__cause__ is not None:
-                    traceback.print_exception(error.__cause__)
-            elif not lost:
-                raise
-            note_in_log(f"error: {message}")
-            print(f"error: {message}", file=sys.stderr)
-    finally:
-        close_logger()
+    with stopping.watching():
+        try:
+            distributed.connect()
+            with _silent_unless_main():  # --help, and errors that all processes make
+                args = parse_args(argv)
+            debug = args.debug
+            code = _run(args)
+            if code == 0:
+                distributed.stop()
+        except (Exception, stopping.StoppedError) as error:
+            if stopping.noted() and not distributed.is_peer_lost(error):  # the signal has hit others too, say a worker
+                error = stopping.StoppedError(stopping.noted())
+            stopped = isinstance(error, stopping.StoppedError)
+            code = error.exit_code if isinstance(error, stopping.StoppedError) else 1
+            lost = stopped or distributed.is_peer_lost(error)
+            message = _why_it_ends(error, argv) if lost else ""
+            if distributed.first_to_fail():
+                if isinstance(error, RunStoppedError):
+                    message = f"error: {error}"
+                    if debug and error.__cause__ is not None:
+                        traceback.print_exception(error.__cause__)
+                elif not lost:
+                    raise
+                note_in_log(message)
+                print(message, file=sys.stderr)
+        finally:
+            close_logger()
     return code
 
 
+def _why_it_ends(error: BaseException, argv: Sequence[str] | None) -> str:
+    """One line, with the command that goes on."""
+    if isinstance(error, stopping.StoppedError) and (error.kept or distributed.world_size() == 1):
+        command = f"python train.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
+        if distributed.launched():
+            command = f"the same torchrun command ({command})"
+        stopping.ignore_further()
+        if error.kept:
+            distributed.stop()  # all processes have come to the same place
+            return f"stopped by {error}, and what was done is kept; it goes on with: {command}"
+        return f"stopped by {error}; to start again, from the last checkpoint if there is one: {command}"
+    return f"error: {distributed.why_it_ends(error)}"
+
+
 def _run(args: argparse.Namespace) -> int:
-    try:
-        trainer = build(args)
-    except SETUP_ERRORS as error:
-        return _fail(error, args.debug)
-    try:
-        with _explained(trainer.cfg, trainer):
-            run(trainer, args)
-    except InputError as error:  # a bad image, say, that only its turn in a batch could show
-        return _fail(error, args.debug)
-    return 0
+    with contextlib.ExitStack() as held:
+        try:
+            trainer = build(args, held)
+        except SETUP_ERRORS as error:
+            return _fail(error, args.debug)
+        try:
+            with _explained(trainer.cfg, trainer):
+                run(trainer, args)
+        except InputError as error:  # a bad image, say, that only its turn in a batch could show
+            return _fail(error, args.debug)
+        return 0
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ import yaml
 from tqdm import tqdm
 
 import train
+from dassl.config import differing, plain_config
 from dassl.utils import InputError
 from scripts.jobs import CONSOLE, NOT_STARTED, Step, claimed, finished, open_console
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-# Settings that say where and how fast, not what: runs that differ in these only are the same run.
-INDIFFERENT = ("OUTPUT_DIR", "RESUME", "VERBOSE", "DATASET.ROOT", "DATALOADER.NUM_WORKERS", "TRAIN.PRINT_FREQ")
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,13 @@ class Run:
         return train.setup_cfg(train.parse_args(self.arguments()))
 
     def _check_settings(self) -> None:
-        wanted = yaml.safe_load(self.cfg().dump())
+        wanted = plain_config(self.cfg())
         there = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
-        differing = [key for key in _differing(there, wanted) if key not in INDIFFERENT]
-        if differing:
+        others = [change.key for change in differing(there, wanted)]
+        if others:
             raise InputError(
                 f'Expected the finished run in "{self.folder}" to have the settings asked for but it has other values '
-                f"of {', '.join(differing)}: move it away, or choose another output folder"
+                f"of {', '.join(others)}: move it away, or choose another output folder"
             )
 
 
@@ -115,16 +114,6 @@ def few_shot_run(
     """Training and test on one dataset, where train.py itself would put it below `output`."""
     folder = train.parent_folder(output, dataset, method.trainer, method.stem, shots) / f"seed{seed}"
     return Run(method.name, dataset, shots, seed, folder, command_line(method, dataset, shots, flags, options))
-
-
-def _differing(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Names of the settings that both have, with other values; what an older version did not know is not among them."""
-    for key, value in wanted.items():
-        if key in there:
-            if isinstance(value, dict) and isinstance(there[key], dict):
-                yield from _differing(there[key], value, f"{prefix}{key}.")
-            elif there[key] != value:
-                yield f"{prefix}{key}"
 
 
 def missing_runs(runs: Iterable[Run]) -> list[Run]:

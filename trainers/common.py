@@ -133,6 +133,7 @@ class CLIPTrainer(TrainerX):
             batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE,
             num_workers=getattr(self.dm.test_loader, "num_workers", 0),
             pin_memory=getattr(self.dm.test_loader, "pin_memory", False),
+            generator=torch.Generator(),  # of the workers; the program's own draws do not depend on what is cached
         )
 
     # One step

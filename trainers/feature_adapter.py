@@ -12,6 +12,7 @@ Legend: B images, C classes, E width of the joint embedding, s CLIP's temperatur
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from dassl.engine import TRAINER_REGISTRY
 
 from .clip import CLIP, fill_template, zeroshot_weights
 from .common import check_number, check_whole, step_left_out
+from .files import write_bytes, write_text
 from .frozen import FeatureLearner, FeatureTrainer
 
 logger = logging.getLogger(__name__)
@@ -248,6 +250,16 @@ class JCLIPAdapter(FeatureTrainer):
         except (OSError, ValueError):
             return []
 
+    # What the toolbox keeps of a run that is stopped within an epoch
+
+    def run_state(self) -> dict[str, Any]:
+        """The sums of the epoch."""
+        return {"sums": self._sums}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Puts `run_state` back."""
+        self._sums = tuple(state["sums"])
+
     # result.txt
 
     def test(self, split: str | None = None) -> float:
@@ -281,14 +293,6 @@ def result_lines(paths: Sequence[str], logits: Tensor) -> list[str]:
     return [" ".join([file_name(path), *map(str, classes)]) for path, classes in zip(paths, order, strict=True)]
 
 
-def write_text(path: str, text: str) -> None:
-    """Writes a file so that it is never seen half-written."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(f"{path}.part", path)
-
-
 def draw_curves(curves: Sequence[dict[str, Any]], path: str) -> None:
     """Loss and accuracy by epoch, of training and validation images, as a PNG."""
     figure = Figure(figsize=(9, 3.5), dpi=100, layout="constrained")
@@ -300,4 +304,6 @@ def draw_curves(curves: Sequence[dict[str, Any]], path: str) -> None:
                 axes.plot(*zip(*points, strict=True), label=split)
         axes.set(xlabel="epoch", ylabel=name + unit)
         axes.legend()
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_bytes(path, picture.getvalue())

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from .compare import INDIFFERENT, REPORTS, Difference, differing, plain_config
 from .defaults import build_defaults
 from .node import CfgNode, read_yaml
 
-__all__ = ["CfgNode", "clean_cfg", "get_cfg_default", "read_yaml"]
+__all__ = [
+    "INDIFFERENT",
+    "REPORTS",
+    "CfgNode",
+    "Difference",
+    "clean_cfg",
+    "differing",
+    "get_cfg_default",
+    "plain_config",
+    "read_yaml",
+]
 
 
 def get_cfg_default() -> CfgNode:

@@ -139,7 +139,13 @@ def _optim() -> CN:
 
 def _train() -> CN:
     node = CN()
-    node.CHECKPOINT_FREQ = 0  # save every so many epochs; 0: only the last
+    node.CHECKPOINT_FREQ = 0  # epochs between two numbered checkpoints, which all stay; 0: only the last epoch's
+    # To go on from, the end of each epoch is kept too (not of every short one: saving takes a tenth of the time at
+    # most), and what these two add. Both 0 or more, 0: off. Ours, as the next two.
+    node.CHECKPOINT_STEPS = 0  # steps of the optimiser between two such checkpoints
+    node.CHECKPOINT_MINUTES = 0.0  # minutes between two
+    node.CHECKPOINTS_KEPT = 2  # how many of them stay, the newest, 1 or more: where one is damaged, the next serves
+    node.FORCE_RESUME = False  # go on from a checkpoint that was made with other settings
     node.PRINT_FREQ = 10  # batches between two progress lines
     # Of a step whose loss or gradients are NaN or infinite: stop the run before it changes anything, or leave the step
     # out (skip). Ours

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,10 +34,18 @@ Transform = Callable[[Any], Any]
 
 
 def seed_worker(worker_id: int) -> None:
-    """Seed Python's and NumPy's generators of a loader's worker process from torch's, which the loader has seeded."""
+    """Seed Python's and NumPy's generators of a loader's worker process from torch's, which the loader has seeded.
+
+    Signals to the process group do not reach it any more.
+    """
     seed = torch.initial_seed() % 2**32
     random.seed(seed)
     np.random.seed(seed)
+    # A signal to the whole group (Ctrl-C) is for the run's own process: it wants its batch, to finish the step with.
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def usable_workers(requested: int) -> int:
@@ -72,8 +82,8 @@ def build_data_loader(
         tfm: transform, or a list of them (then items hold img, img2, ...).
         is_train: drop the last, smaller batch, provided there is a full one.
         dataset_wrapper: class to use instead of DatasetWrapper.
-        seed: seed of the loader's own generator, which orders the items and seeds the workers; None: drawn from torch's
-            default generator. Other random draws of the program change neither.
+        seed: seed of the loader's own generators, one that orders the items and one that seeds the workers; None:
+            drawn from torch's default generator. Other random draws of the program change neither.
     """
     if batch_size < 1:
         raise InputError(f"Expected the batch size to be at least 1 but got {batch_size}")
@@ -89,6 +99,8 @@ def build_data_loader(
     if is_train:
         dataset = SeededItems(dataset)
         how = {"batch_sampler": SharedBatches(sampler, batch_size, drop_last, generator)}
+        # Its own for the workers: they are seeded once, whichever epoch a run begins with.
+        generator = torch.Generator().manual_seed(generator.initial_seed())
     workers = usable_workers(cfg.DATALOADER.NUM_WORKERS)
     loader: DataLoader[Any] = DataLoader(
         dataset,
@@ -192,10 +204,19 @@ class DataManager:
         for which, loader in enumerate((self.train_loader_x, self.train_loader_u)):
             if loader is None:
                 continue
-            loader.generator.manual_seed(self._loader_seed(which, epoch))
-            sampler: Any = getattr(loader.batch_sampler, "sampler", None)
+            batches: Any = loader.batch_sampler
+            batches.generator.manual_seed(self._loader_seed(which, epoch))
+            sampler = batches.sampler
             if isinstance(sampler, PlannedSampler):
                 sampler.forget()
+
+    def state_dict(self) -> dict[str, int]:
+        """What an unseeded run has drawn, for a run that goes on with it."""
+        return {"seed": self._seed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Put ``state_dict`` back."""
+        self._seed = state["seed"]
 
     def show_dataset_summary(self, cfg: CfgNode) -> None:
         """Log a table of the dataset's sizes."""

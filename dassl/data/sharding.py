@@ -84,12 +84,18 @@ class SharedBatches(Sampler[list[Any]]):
         self.drop_last = drop_last
         self.generator = generator
         self._total: int | None = None  # items of the pass that was begun last
+        self.of_loader = True  # whether a DataLoader goes through it, see __iter__
+        self._skipped = 0
 
     def __len__(self) -> int:
         return self._batches(len(self.sampler))  # type: ignore[arg-type]  # ours and torch's have a length
 
     def _batches(self, total: int) -> int:
         return total // self.batch_size if self.drop_last else -(-total // self.batch_size)
+
+    def skip(self, count: int) -> None:
+        """Leave the next ``count`` batches out, of as many passes as they take: a resumed run has seen them."""
+        self._skipped = count
 
     def share(self, batch: int) -> Share:
         """Who has how much of the batch of that number (from 0) in the pass that was begun last."""
@@ -98,13 +104,20 @@ class SharedBatches(Sampler[list[Any]]):
         return Share(split(min(left, self.batch_size), distributed.world_size()), distributed.rank())
 
     def __iter__(self) -> Iterator[list[Any]]:
+        if self.generator is not None and self.of_loader:
+            # A loader that is given this generator too draws the seed of its workers here, in some passes and not in
+            # others. It has another one now; the draw stays, in all passes, so that a seed's orders stay.
+            torch.empty((), dtype=torch.int64).random_(generator=self.generator)
         order = list(self.sampler)
         self._total = len(order)
         keys: Sequence[Any] = order
         if self.generator is not None:
             seed = int(torch.randint(2**62, (1,), generator=self.generator))
             keys = [(index, seed, position) for position, index in enumerate(order)]
-        for batch in range(self._batches(len(order))):
+        batches = self._batches(len(order))
+        skipped = min(self._skipped, batches)
+        self._skipped -= skipped
+        for batch in range(skipped, batches):
             first, share = batch * self.batch_size, self.share(batch)
             begin = first + share.start
             yield list(keys[begin : begin + share.size] if share.size else keys[first : first + 1])

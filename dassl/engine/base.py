@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from dassl.data.sharding import Share
-from dassl.utils import InputError, distributed, load_checkpoint, save_checkpoint, tolist_if_not
-from dassl.utils.torchtools import BEST_NAME, POINTER_NAME, checkpoint_entry, load_into, pointed_file, restore
+from dassl.utils import distributed, load_checkpoint, save_checkpoint, tolist_if_not
+from dassl.utils.torchtools import BEST_NAME, checkpoint_entry, load_into, restore
 
 from .evaluate import Evaluation
 from .finite import StepGuard
+from .generators import generator_states
 from .parallel import average_gradients, copy_from_main
 from .precision import Precision
+from .resume import Found, Progress, has_checkpoints, newest_good, progress_state
 from .state import EpochStats
 
 if TYPE_CHECKING:
@@ -56,6 +58,10 @@ class TrainerBase:
         self.share: Share | None = None  # of several processes: who has how much of this step's batch; None: all of it
         self._weighted = False  # whether the gradients there are come from a loss that was weighted
         self._averaged: set[int] = set()  # optimisers whose gradients are averaged already, by id
+        self.steps_done = 0  # of the running epoch; 0 between two epochs
+        self.epoch_generators: dict[str, Any] = {}  # as they were when the epoch began
+        self.found: tuple[Path, Found] | None = None  # folder to resume from and the checkpoint there, until it is used
+        self.progress = Progress({})  # of the checkpoint that was resumed from
 
     # ---- the loop
 
@@ -67,13 +73,17 @@ class TrainerBase:
             self.call_hooks("start")
             copy_from_main(self._models.values(), frozen=True)
             self.before_train()
+            self.progress.begin()
             if self.has_training_step():
                 if self.start_epoch >= self.max_epoch:
                     logger.info("Nothing left to train: %d of %d epochs are done", self.start_epoch, self.max_epoch)
                 for self.epoch in range(self.start_epoch, self.max_epoch):  # noqa: B020
+                    self.epoch_generators = generator_states()
                     self.call_hooks("before_epoch")
                     self.before_epoch()
                     self.run_epoch()
+                    self.steps_done = 0
+                    self.progress = Progress({})
                     self.after_epoch()
                 self.epoch = max(self.max_epoch - 1, 0)  # where a run without any epoch left stands, too
             self.phase = "final"
@@ -322,18 +332,39 @@ class TrainerBase:
     # ---- checkpoints
 
     def engine_state(self) -> dict[str, Any]:
-        """What a resumed run needs beside models and optimisers: plain values."""
+        """What a resumed run needs beside models and optimisers: plain values. All processes of a job call it.
+
+        A trainer that keeps more from step to step, outside of registered models, offers it as ``run_state()`` and
+        takes it back by ``load_run_state(state)``; so does a data manager, by ``state_dict`` and ``load_state_dict``.
+        """
         hooks = {type(hook).__name__: hook.state_dict(self) for hook in self._hooks}
+        own: dict[str, Any] = {}
+        if hasattr(self, "run_state"):
+            own["trainer"] = self.run_state()
+        data: Any = getattr(self, "dm", None)
+        if hasattr(data, "state_dict"):
+            own["data"] = data.state_dict()
+        config: Any = getattr(self, "cfg", None)
+        if hasattr(config, "dump"):
+            own["config"] = config.dump()
         return {
             "selected": self.selected,
             "precision": self.precision.state_dict(),
             "hooks": {name: state for name, state in hooks.items() if state},
+            **own,
+            **progress_state(self),
         }
 
     def load_engine_state(self, state: dict[str, Any]) -> None:
         """Put ``engine_state`` back; entries that a file lacks (it may be upstream's) are left as they are."""
         self.selected = dict(state.get("selected", self.selected))
         self.precision.load_state_dict(state.get("precision", {}))
+        self.progress = Progress(state)
+        if "trainer" in state and hasattr(self, "load_run_state"):
+            self.load_run_state(state["trainer"])
+        data: Any = getattr(self, "dm", None)
+        if "data" in state and hasattr(data, "load_state_dict"):
+            data.load_state_dict(state["data"])
         saved = state.get("hooks", {})
         for hook in self._hooks:
             if type(hook).__name__ in saved:
@@ -375,35 +406,29 @@ class TrainerBase:
         Returns:
             The epoch to go on with; 0 when there is nothing to resume.
         """
-        names = self.get_model_names()
-        if not names or not all((Path(directory) / name / POINTER_NAME).is_file() for name in names):
+        found = self._find_checkpoint(Path(directory))
+        self.found = None
+        if found is None:
             logger.info("No checkpoint found, train from scratch")
             return 0
         logger.info("Found checkpoint at %s (will resume training)", directory)
         epoch = 0
-        for position, (name, path) in enumerate(self._newest_common(Path(directory), names).items()):
+        for position, (name, (path, checkpoint)) in enumerate(found.items()):
             logger.info('Loading checkpoint from "%s"', path)
-            checkpoint = load_checkpoint(path)
             epoch = restore(checkpoint, path, self._models[name], self._optims[name], self._scheds[name])
             if position == 0:  # the same in all of them
                 self.load_engine_state(checkpoint.get("engine") or {})
+        if self.progress.step:
+            logger.info("and %d batches of the next", self.progress.step)
         return epoch
 
-    @staticmethod
-    def _newest_common(directory: Path, names: Sequence[str]) -> dict[str, Path]:
-        """One checkpoint per model, all of the same epoch, even when a run died between writing two of them."""
-        newest = {name: pointed_file(directory / name) for name in names}
-        epochs = {checkpoint_entry(load_checkpoint(path), "epoch", path) for path in newest.values()}
-        if len(epochs) == 1:
-            return newest
-        common = set.intersection(*({p.name for p in (directory / name).glob("model.pth.tar-*")} for name in names))
-        if not common:
-            raise InputError(
-                f'Expected the checkpoints of {", ".join(names)} in "{directory}" to be of the same epoch '
-                f"but got epochs {sorted(epochs)}"
-            )
-        latest = max(common, key=lambda file: int(file.rpartition("-")[2]))
-        return {name: directory / name / latest for name in names}
+    def _find_checkpoint(self, directory: Path) -> Found | None:
+        """The checkpoint in a folder that training goes on with; None: there is none."""
+        if self.found is None or self.found[0] != directory:
+            names = self.get_model_names()
+            found = newest_good(directory, names) if has_checkpoints(directory, names) else None
+            self.found = None if found is None else (directory, found)
+        return None if self.found is None else self.found[1]
 
     def load_model(self, directory: str | os.PathLike[str], epoch: int | None = None) -> None:
         """Load every registered model strictly from ``<directory>/<name>/``.
@@ -426,7 +451,7 @@ class TrainerBase:
         for name in self.get_model_names():
             path = Path(directory) / name / file_name
             if not path.is_file():
-                found = sorted(p.name for p in path.parent.glob("model*.pth.tar*"))
+                found = sorted(p.name for p in path.parent.glob("model*.pth.tar*") if p.suffix != ".sha256")
                 raise FileNotFoundError(f'Expected a model at "{path}" but found {", ".join(found) or "none"} there')
             checkpoint = load_checkpoint(path)
             load_into(self._models[name], checkpoint_entry(checkpoint, "state_dict", path), path, "model")

@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dassl.utils import distributed
+
+from .generators import generator_states, set_generators
 
 __all__ = ["average_gradients", "copy_from_main", "own_draws"]
 
@@ -94,17 +95,4 @@ def own_draws() -> Iterator[None]:
         np.random.seed(int(words[1]))
         torch.manual_seed(int(words[2]))
     yield
-    _set_generators(distributed.broadcast_object(_generators()))
-
-
-def _generators() -> tuple[Any, Any, Tensor, Tensor | None]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _set_generators(states: tuple[Any, Any, Tensor, Tensor | None]) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-    if states[3] is not None:
-        torch.cuda.set_rng_state(states[3])
+    set_generators(distributed.broadcast_object(generator_states()))

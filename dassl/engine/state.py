@@ -21,6 +21,17 @@ class EpochStats:
     summary: dict[str, float] = field(default_factory=dict)  # what forward_backward returned
     lr: float = 0.0  # the learning rate this step used
 
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """The losses' running means, for a run that goes on within the epoch; times begin anew there."""
+        return {name: {"sum": m.sum, "count": m.count, "val": m.val} for name, m in self.losses.meters.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Put ``state_dict`` back."""
+        for name, values in state.items():
+            meter = self.losses.meters[name]
+            meter.sum, meter.count, meter.val = values["sum"], int(values["count"]), values["val"]
+            meter.avg = meter.sum / meter.count
+
 
 def count_images(batches: Iterable[Any]) -> int:
     """Number of images in the batches of one step (several views of an image count once)."""

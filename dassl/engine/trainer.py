@@ -25,6 +25,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from dassl.data import DataManager
 from dassl.data.sharding import part_of, share_of
 from dassl.evaluation import build_evaluator, heads_table
 from dassl.optim import build_lr_scheduler, build_optimizer
-from dassl.utils import InputError, check_availability, count_num_param, distributed, load_pretrained_weights
+from dassl.utils import InputError, check_availability, count_num_param, distributed, load_pretrained_weights, stopping
 
 from .base import TrainerBase
 from .environment import why_no_gpu
@@ -45,6 +46,7 @@ from .hooks.losses import WHAT_HELPS, as_numbers, fault_of
 from .net import SimpleNet
 from .parallel import copy_from_main, own_draws
 from .predictions import MEGABYTE, Recorder
+from .resume import batches_from, check_config
 from .state import EpochStats, count_images
 
 logger = logging.getLogger(__name__)
@@ -101,6 +103,9 @@ class SimpleTrainer(TrainerBase):
             ("TRAIN.PRINT_FREQ", cfg.TRAIN.PRINT_FREQ, 1),
             ("TRAIN.CHECKPOINT_FREQ", cfg.TRAIN.CHECKPOINT_FREQ, 0),
             ("TRAIN.ON_NAN_LIMIT", cfg.TRAIN.ON_NAN_LIMIT, 1),
+            ("TRAIN.CHECKPOINT_STEPS", cfg.TRAIN.CHECKPOINT_STEPS, 0),
+            ("TRAIN.CHECKPOINT_MINUTES", cfg.TRAIN.CHECKPOINT_MINUTES, 0),
+            ("TRAIN.CHECKPOINTS_KEPT", cfg.TRAIN.CHECKPOINTS_KEPT, 1),
             ("TEST.PREDICTIONS_MB", cfg.TEST.PREDICTIONS_MB, 0),
         ):
             if value < least:
@@ -164,6 +169,9 @@ class SimpleTrainer(TrainerBase):
     def train(self) -> None:  # type: ignore[override]  # upstream's signature
         """Train from start_epoch to OPTIM.MAX_EPOCH, resuming when OUTPUT_DIR (or RESUME) holds checkpoints; test."""
         self._check_training_data()
+        found = self._find_checkpoint(Path(self.cfg.RESUME or self.cfg.OUTPUT_DIR))
+        if found is not None:
+            check_config(found, self.cfg)  # before anything of that run is written over
         super().train(self.start_epoch, self.max_epoch)
 
     def has_training_step(self) -> bool:
@@ -175,7 +183,7 @@ class SimpleTrainer(TrainerBase):
         """Resume if possible; open TensorBoard."""
         self.time_start = time.time()
         self.call_hooks("before_train")
-        distributed.check_same("the epoch that checkpoints go on with", self.start_epoch)
+        distributed.check_same("the epoch that checkpoints go on with", (self.start_epoch, self.progress.step))
 
     def after_epoch(self) -> None:
         """Evaluate on val and keep the best model if configured; save a checkpoint when one is due.
@@ -203,9 +211,12 @@ class SimpleTrainer(TrainerBase):
         self.num_batches = self.count_batches()
         if hasattr(self.dm, "set_epoch"):  # a subclass may bring another data manager
             self.dm.set_epoch(self.epoch)  # the order of the batches depends on seed and epoch, so resuming keeps it
+        self.progress.check_length(self.num_batches)
+        first = self.steps_done = self.progress.step
+        self.batch_idx = max(first - 1, 0)
         shared = share_of(self.train_loader_x, 0) is not None
-        with own_draws() if shared else contextlib.nullcontext():
-            for self.batch_idx, batches in enumerate(self.train_batches()):  # noqa: B020
+        with stopping.postponed(), own_draws() if shared else contextlib.nullcontext():
+            for self.batch_idx, batches in enumerate(self.train_batches(), first):  # noqa: B020
                 self.stats.batches = batches
                 self.share = share_of(self.train_loader_x, self.batch_idx)
                 self.call_hooks("before_step")
@@ -213,6 +224,8 @@ class SimpleTrainer(TrainerBase):
                 summary = as_numbers(self.forward_backward(*batches))
                 self.stats.summary, self.stats.images = self._of_all(summary, count_images(batches))
                 self.call_hooks("after_step")
+                self.steps_done = self.batch_idx + 1
+                self.call_hooks("between_steps")
         self.share = None
         self.guard.end()
 
@@ -226,12 +239,16 @@ class SimpleTrainer(TrainerBase):
         means = (value / total[0] for value in total[2:])
         return dict(zip(summary, means, strict=True)), round(total[1])
 
+    def _skipped(self) -> None:
+        """The batches that a resumed run has seen are skipped: it goes on."""
+        self.progress.go_on(self.stats)
+
     def count_batches(self) -> int:
         """Steps in an epoch: batches of train_loader_x."""
         return len(self.train_loader_x)
 
     def train_batches(self) -> Iterator[tuple[Any, ...]]:
-        """The arguments of forward_backward, step by step, for one epoch."""
+        """The arguments of forward_backward, step by step, for the rest of one epoch (see ``batches_from``)."""
         raise NotImplementedError
 
     def dry_run(self) -> None:
@@ -365,7 +382,7 @@ class TrainerX(SimpleTrainer):
 
     def train_batches(self) -> Iterator[tuple[Any, ...]]:
         """Each labelled batch."""
-        for batch in self.train_loader_x:
+        for batch in batches_from(self.train_loader_x, self.progress.step, self._skipped):
             yield (batch,)
 
     def parse_batch_train(self, batch: Any) -> Any:
@@ -396,15 +413,12 @@ class TrainerXU(SimpleTrainer):
 
     def train_batches(self) -> Iterator[tuple[Any, ...]]:
         """Pairs of batches; the loader that runs out first starts again."""
-        stream_x, stream_u = _endless(self.train_loader_x), _endless(self.train_loader_u)
-        for _ in range(self.count_batches()):
+        count, first = self.count_batches(), self.progress.step
+        stream_u = batches_from(self.train_loader_u, first, lambda: None, endless=True)
+        stream_x = batches_from(self.train_loader_x, first, self._skipped, endless=True)
+        for _ in range(first, count):
             yield next(stream_x), next(stream_u)
 
     def parse_batch_train(self, batch_x: Any, batch_u: Any) -> Any:  # type: ignore[override]  # upstream's signature
         """Labelled images, their labels, unlabelled images, on the device."""
         return batch_x["img"].to(self.device), batch_x["label"].to(self.device), batch_u["img"].to(self.device)
-
-
-def _endless(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader

@@ -14,8 +14,6 @@ import contextlib
 import datetime
 import os
 import re
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -24,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import stopping
 from .errors import InputError
 
 __all__ = [
     "PeerLostError",
-    "TerminatedError",
     "active",
     "all_reduce_mean",
     "all_reduce_sum",
@@ -43,6 +41,7 @@ __all__ = [
     "gather_rows",
     "is_main",
     "is_peer_lost",
+    "largest",
     "launched",
     "local_rank",
     "local_world_size",
@@ -63,10 +62,6 @@ GO_ON = "the same command goes on from the last checkpoint"
 
 class PeerLostError(RuntimeError):
     """Another process of the job ended, or did not come to where this one waited for it."""
-
-
-class TerminatedError(BaseException):
-    """SIGTERM came: from the cluster, or from torchrun because another process ended."""
 
 
 class _Job:
@@ -133,20 +128,6 @@ def connect() -> None:
         _store = next(iter(rendezvous("env://")))[0]
     _runs += 1
     _job = _Job(_store, _runs)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
-
-
-def _terminate(number: int, frame: Any) -> None:
-    _ignore_termination()
-    raise TerminatedError
-
-
-def _ignore_termination() -> None:
-    """This process is ending, and is to say why: torchrun, which ends all when one has ended, may not cut it short."""
-    main = threading.current_thread() is threading.main_thread()  # no other one may change what a signal does
-    if main and signal.getsignal(signal.SIGTERM) is _terminate:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def start(use_cuda: bool, minutes: float) -> None:
@@ -193,8 +174,6 @@ def stop() -> None:
     global _job
     if _job is not None and _job.started:
         dist.destroy_process_group()
-    if _job is not None and signal.getsignal(signal.SIGTERM) is _terminate:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _job = None
 
 
@@ -207,7 +186,7 @@ def _watched() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo has no type of its own, nccl's and the store's are subclasses
-        _ignore_termination()
+        stopping.ignore_further()  # torchrun ends all when one has ended; this one is to say why first
         reason = (str(error).splitlines() or [""])[0]
         reason = re.sub(r"^\[\S+\] ", "", reason)  # the place in the source file
         raise PeerLostError(reason) from error
@@ -236,20 +215,21 @@ def first_to_fail() -> bool:
 
 
 def why_it_ends(error: BaseException) -> str:
-    """One line for a PeerLostError or TerminatedError: which processes are gone, and how to go on.
+    """One line for a PeerLostError or StoppedError: which processes are gone, and how to go on.
 
     Takes up to CHECK_IN seconds, in which the processes that still run are heard of; all of them must call it.
     """
-    _ignore_termination()
+    stopping.ignore_further()
     missing = _missing()
     lost = ", ".join(f"rank {number}" for number in missing)
     if missing:
         what = f"{lost} of this job ended or hung (killed, out of memory, or its machine is gone)"
-    elif isinstance(error, TerminatedError):
-        what = "this job was told to end (SIGTERM)"
+    elif isinstance(error, stopping.StoppedError):
+        what = f"this job was told to end ({error})"
     else:
         what = "another process of this job ended or hung"
-    reason = " ".join(str(error).split()).partition(". ")[0][:200]  # torch's advice is left out
+    told = "" if isinstance(error, stopping.StoppedError) else str(error)
+    reason = " ".join(told.split()).partition(". ")[0][:200]  # torch's advice is left out
     reason = f" [{reason}]" if reason else ""
     return f"rank {rank()}: {what}: {GO_ON}{reason}"
 
@@ -344,6 +324,16 @@ def all_reduce_mean(tensor: Tensor, weight: float = 1.0) -> Tensor:
     wide = tensor.detach().reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
     total = all_reduce_sum(torch.cat([wide * weight, wide.new_full((1,), weight)]))
     return (total[:-1] / total[-1]).reshape(tensor.shape).to(tensor.dtype)
+
+
+def largest(*values: int) -> list[int]:
+    """Of each value the largest that a rank has, on all ranks."""
+    if _job is None or not _job.started or world_size() == 1:
+        return list(values)
+    box = torch.tensor(values)
+    with _watched():
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_job.control)
+    return box.tolist()
 
 
 def gather_rows(tensor: Tensor, counts: Sequence[int]) -> Tensor:

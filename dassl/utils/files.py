@@ -1,19 +1,30 @@
-"""Files written so that a reader never sees half of one."""
+"""Files written so that a reader never sees half of one, and checksums that tell when one has changed since."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import os
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["atomic_write"]
+from .errors import InputError
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["atomic_write", "check_sum", "checked_write", "remove_checked", "remove_leftovers", "sum_file"]
+
+_PathLike = str | os.PathLike[str]
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(
+    path: _PathLike, mode: str = "w", before_rename: Callable[[], None] = lambda: None, lasting: bool = True
+) -> Iterator[IO[Any]]:
     """Open a file for writing that appears under ``path`` only when the block ends without an error.
 
     The content goes to a temporary name in the same folder (created when missing), is flushed to the disk, and is then
@@ -22,6 +33,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     Args:
         path: the final name.
         mode: "w" (UTF-8 text) or "wb" (bytes).
+        before_rename: called when the content is on the disk, under its temporary name.
+        lasting: wait until the new name is on the disk, too; else a power cut soon after may leave the older file.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f'Expected mode to be "w" or "wb" but got "{mode}"')
@@ -35,8 +48,126 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
+        before_rename()
         os.replace(temporary, target)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+    if lasting:
+        _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a rename outlast a power cut; where a folder cannot be synced (some network disks), it is done without."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_leftovers(folder: _PathLike) -> None:
+    """Remove what ``atomic_write`` left below ``folder`` when its process was killed. For a folder of one's own."""
+    for path in Path(folder).rglob(".*.tmp"):
+        if re.search(r"\.[0-9a-f]{32}\.tmp$", path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+# ---- checksums
+
+
+class _Summing:
+    """A stream that knows the SHA-256 of what has been written to it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def sum_file(path: _PathLike) -> Path:
+    """Where the checksum of a file lies: beside it, in the form of the program sha256sum."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.sha256")
+
+
+@contextlib.contextmanager
+def checked_write(path: _PathLike) -> Iterator[Any]:
+    """As ``atomic_write`` in bytes, with a checksum beside the file; the stream has ``write`` and ``flush`` only.
+
+    The sum is that of what was written, not of what can be read back. While a file takes the place of an older one, the
+    checksum's file has both sums: whichever of the two a crash leaves is known.
+    """
+    path, sums = Path(path), sum_file(path)
+    replaces = path.exists()
+    summing: _Summing | None = None
+
+    def write_sums(digests: list[str]) -> None:
+        with atomic_write(sums, lasting=False) as stream:  # the file itself follows
+            stream.writelines(f"{digest}  {path.name}\n" for digest in digests)
+
+    def before_rename() -> None:
+        assert summing is not None
+        older = (_read_sums(path) or [_sum(path)]) if replaces else []
+        write_sums([summing.hexdigest(), *older])
+
+    with atomic_write(path, "wb", before_rename) as stream:
+        summing = _Summing(stream)
+        yield summing
+    if replaces:
+        write_sums([summing.hexdigest()])
+
+
+def remove_checked(path: Path) -> None:
+    """Remove a file and its checksum."""
+    path.unlink(missing_ok=True)
+    sum_file(path).unlink(missing_ok=True)
+
+
+def _read_sums(path: Path) -> list[str]:
+    """The checksums that a file may have, more than one after a crash; none where nothing is said."""
+    try:
+        text = sum_file(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    found = re.findall(r"^([0-9a-f]{64}) [ *]", text, re.MULTILINE)
+    if not found:
+        logger.warning('Expected a checksum in "%s" but found none: the file is read unchecked', sum_file(path))
+    return found
+
+
+def _sum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for chunk in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_sum(path: _PathLike) -> None:
+    """Check a file against the checksum beside it; one without (made by something else) passes.
+
+    Raises:
+        InputError: it is not the file that was written.
+    """
+    path = Path(path)
+    known = _read_sums(path)
+    if known and _sum(path) not in known:
+        raise InputError(
+            f'Expected "{path}" to have the checksum in "{sum_file(path).name}" but it has another one: it is damaged, '
+            "or was changed (on purpose? then remove that file)"
+        )

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .errors import InputError
-from .files import atomic_write
+from .files import atomic_write, check_sum, checked_write
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def save_checkpoint(
     remove_module_from_keys: bool = True,
     model_name: str = "",
 ) -> None:
-    """Write ``state`` to ``<save_dir>/<model_name>`` and the file's name to ``<save_dir>/checkpoint``.
+    """Write ``state`` to ``<save_dir>/<model_name>``, with a checksum, and its name to ``<save_dir>/checkpoint``.
 
     Args:
         state: at least ``state_dict`` and ``epoch`` (number of finished epochs); tensors and plain values only.
@@ -98,14 +98,14 @@ def save_checkpoint(
         content["state_dict"] = _without_module(content["state_dict"])
     folder = Path(save_dir)
     path = folder / (model_name or f"model.pth.tar-{content['epoch']}")
-    with atomic_write(path, "wb") as stream:
+    with checked_write(path) as stream:
         torch.save(content, stream)
     # Written after the file it names, so that it never names one that is not there.
-    with atomic_write(folder / POINTER_NAME) as stream:
+    with atomic_write(folder / POINTER_NAME, lasting=False) as stream:
         stream.write(f"{path.name}\n")
     logger.info("Checkpoint saved to %s", path)
     if is_best:
-        with open(path, "rb") as source, atomic_write(folder / BEST_NAME, "wb") as stream:
+        with open(path, "rb") as source, checked_write(folder / BEST_NAME) as stream:
             shutil.copyfileobj(source, stream)
         logger.info('Best checkpoint saved to "%s"', folder / BEST_NAME)
 
@@ -158,7 +158,7 @@ def _load_without_scheduler(fpath: _PathLike) -> Any:
 
 
 def load_checkpoint(fpath: _PathLike | None) -> Any:
-    """Read a checkpoint to the CPU, admitting tensors and plain values only.
+    """Read a checkpoint to the CPU, admitting tensors and plain values only; its checksum is looked at, if it has one.
 
     Of upstream's checkpoints of runs with warm-up, which hold a live scheduler, the rest is read: "scheduler" is None.
 
@@ -171,6 +171,7 @@ def load_checkpoint(fpath: _PathLike | None) -> Any:
     if not os.path.isfile(fpath):
         raise FileNotFoundError(f'Expected a checkpoint at "{fpath}" but found no file')
     try:
+        check_sum(fpath)
         try:
             return _load_plain(fpath)
         except pickle.UnpicklingError:
@@ -181,6 +182,8 @@ def load_checkpoint(fpath: _PathLike | None) -> Any:
             f'Expected "{fpath}" to hold tensors and plain values only but it holds other Python objects '
             "or is damaged; loading those could run code, so the file is refused"
         ) from error
+    except InputError:
+        raise
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f'Expected "{fpath}" to be a readable checkpoint but got: {reason}') from error

@@ -34,8 +34,11 @@ def test_file_layout(tmp_path):
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
         "checkpoint",
         "mine.pth",
+        "mine.pth.sha256",
         "model-best.pth.tar",
+        "model-best.pth.tar.sha256",
         "model.pth.tar-4",
+        "model.pth.tar-4.sha256",
     ]
     assert (tmp_path / "model" / "checkpoint").read_text() == "mine.pth\n"
     assert load_checkpoint(tmp_path / "model" / "model-best.pth.tar")["epoch"] == 4
@@ -72,7 +75,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(state(net()), tmp_path)
     assert (tmp_path / "model.pth.tar-4").read_bytes() == old
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "model.pth.tar-4"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "model.pth.tar-4", "model.pth.tar-4.sha256"]
 
 
 class Evil:
@@ -156,6 +159,7 @@ def test_resume_says_what_is_wrong(tmp_path):
     with pytest.raises(InputError, match=r"model\.pth\.tar-4\" to fit the model but got: .*size mismatch"):
         resume_from_checkpoint(tmp_path, nn.Sequential(OrderedDict(a=nn.Linear(2, 4), b=nn.BatchNorm1d(4))))
     torch.save([1, 2], tmp_path / "model.pth.tar-4")
+    (tmp_path / "model.pth.tar-4.sha256").unlink()
     with pytest.raises(InputError, match='to have an entry "state_dict" but got list'):
         resume_from_checkpoint(tmp_path, net())
 

@@ -288,6 +288,7 @@ class TrainingFeatures:
         self.epoch = 0
         self._compute = compute
         self._known: FeatureSet | None = None
+        self._skipped = 0
 
     def __len__(self) -> int:
         return self.steps or max(1, math.ceil(len(self.dataset) / self.batch_size))
@@ -302,14 +303,19 @@ class TrainingFeatures:
         """The epoch (from 0) that the next pass belongs to."""
         self.epoch = epoch
 
+    def skip(self, count: int) -> None:
+        """Leaves the first batches of the next pass out: a resumed run has seen them."""
+        self._skipped = count
+
     def __iter__(self) -> Iterator[Batch]:
         known = self.all()
+        skipped, self._skipped = self._skipped, 0
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         done = 0
         while done < len(self):
             order = torch.randperm(len(self.dataset), generator=generator).to(known.labels.device)
             for rows in order.split(self.batch_size):
-                if done < len(self):
+                if skipped <= done < len(self):
                     views = rows // len(known) if self.every_view else self.epoch % len(known.values)
                     yield _pick(known, rows % len(known), views)
                 done += 1

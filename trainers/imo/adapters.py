@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from ..clip import CLIP
 from ..clip.features import ImageEncoder
+from ..files import write_bytes
 
 FILE_NAME = "imo_adapters.safetensors"  # in the output folder of a run
 FORMAT = "imo-adapters-1"
@@ -102,11 +103,7 @@ def save_adapters(path: str | os.PathLike[str], adapters: IMOAdapters, clip: CLI
         "widths": {str(i): width for i, width in adapters.widths.items()},
         "digest": _digest(state),
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(safetensors_bytes(state, metadata={"recipe": json.dumps({**recipe, **facts}, sort_keys=True)}))
-    os.replace(part, path)
+    write_bytes(path, safetensors_bytes(state, metadata={"recipe": json.dumps({**recipe, **facts}, sort_keys=True)}))
 
 
 def find_adapters(path: str | os.PathLike[str]) -> Path:

@@ -60,14 +60,20 @@ class EpochBatches:
                 f"({self.world}) but got {batch_size}"
             )
         self.n, self.seed, self.epoch = n, seed, 0
+        self._skipped = 0
 
     def __len__(self) -> int:
         return self.n // self.size
 
+    def skip(self, count: int) -> None:
+        """Leaves the first batches of the next pass out: a resumed run has seen them."""
+        self._skipped = count
+
     def __iter__(self) -> Iterator[list[int]]:
+        skipped, self._skipped = self._skipped, 0
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.n, generator=generator) + self.epoch * self.n
-        for batch in order[: len(self) * self.size].view(len(self), self.size):
+        for batch in order[: len(self) * self.size].view(len(self), self.size)[skipped:]:
             yield batch[self.rank :: self.world].tolist()
 
 

@@ -9,6 +9,7 @@ Legend: B images of this process, G global and L local crops, V = G + L, C class
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from dassl.optim import build_optimizer
 
 from ..clip import CLIP
 from ..common import EncoderTrainer, step_left_out
+from ..files import write_bytes, write_text
 from .adapters import FILE_NAME, save_adapters
 from .config import add_imo_config, add_imodino_config, check_imo_config, check_imodino_config
 from .data import EpochBatches, MultiCrop, mean_of_processes, process_rank, training_loader
@@ -172,11 +174,11 @@ class AdapterTrainer(EncoderTrainer):
             for name, m in (("before", self._before), ("after", after))
         }
         record = {"data": self.cfg.DATASET.NAME, "part": "val", "images": len(self._held_out()), **found}
-        with open(os.path.join(self.output_dir, "overlap.json"), "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=2)
-            file.write("\n")
+        write_text(os.path.join(self.output_dir, "overlap.json"), json.dumps(record, indent=2) + "\n")
         figure = draw_histograms(self._before, after, f"{self.cfg.DATASET.NAME}, held-out images")
-        figure.savefig(os.path.join(self.output_dir, "overlap.png"), dpi=120)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+        write_bytes(os.path.join(self.output_dir, "overlap.png"), picture.getvalue())
         writer = getattr(self, "writer", None)
         if writer is not None:
             writer.add_figure("held_out/histograms", figure, step)

@@ -11,8 +11,8 @@ class HookBase:
     """Behaviour attached to a run; every method may be left out. ``trainer`` is the SimpleTrainer.
 
     ``start``, ``before_epoch``, ``finish`` and ``close`` come from the loop itself; ``before_train``, ``after_epoch``
-    and ``after_train`` from the trainer's methods of that name, which a method may replace; ``before_step`` and
-    ``after_step`` from ``run_epoch``; ``after_test`` from ``test``.
+    and ``after_train`` from the trainer's methods of that name, which a method may replace; ``before_step``,
+    ``after_step`` and ``between_steps`` from ``run_epoch``; ``after_test`` from ``test``.
     """
 
     def start(self, trainer: Any) -> None:
@@ -29,6 +29,9 @@ class HookBase:
 
     def after_step(self, trainer: Any) -> None:
         """The step is made."""
+
+    def between_steps(self, trainer: Any) -> None:
+        """All hooks have heard of the step: what the run has come to can be saved."""
 
     def after_epoch(self, trainer: Any) -> None:
         """After each epoch."""

@@ -1,18 +1,22 @@
-"""Checkpoints: resuming, the best model on validation, numbered files."""
+"""Checkpoints: resuming, the best model on validation, numbered files, and those of a run that is told to stop."""
 
 from __future__ import annotations
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
-from dassl.utils import InputError, load_checkpoint
+from dassl.utils import InputError, distributed, load_checkpoint, stopping
 from dassl.utils.torchtools import BEST_NAME, POINTER_NAME
 
+from ..resume import Position, rotate, step_name
 from .base import HookBase
 
 logger = logging.getLogger(__name__)
+
+MOST_SAVING = 0.1  # share of the time that saving short epochs may take
 
 
 class BestModel(HookBase):
@@ -41,7 +45,17 @@ class BestModel(HookBase):
 
 
 class Checkpoint(HookBase):
-    """Resume before training; save when CHECKPOINT_FREQ divides the epoch's number, and at the last epoch."""
+    """Resume before training; save what the run can go on with, in numbered files, which stay, and others.
+
+    Of several processes, all decide alike: the one that is told to stop, and rank 0's clock, count for all.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._saved = time.monotonic()
+        self._saving = 0.0  # seconds
+        self._due = False  # a step's checkpoint, at the last step of an epoch
+
+    # ---- resuming
 
     def before_train(self, trainer: Any) -> None:
         resume = trainer.cfg.RESUME
@@ -55,6 +69,7 @@ class Checkpoint(HookBase):
         trainer.start_epoch = trainer.resume_model_if_exist(directory)
         if trainer.start_epoch and trainer.best_result == -math.inf:
             trainer.best_result = self._best_of(Path(directory), names)
+        self._began = self._saved = time.monotonic()
 
     @staticmethod
     def _best_of(directory: Path, names: list[str]) -> float:
@@ -65,7 +80,44 @@ class Checkpoint(HookBase):
         value = load_checkpoint(path).get("val_result")
         return -math.inf if value is None else float(value)
 
+    # ---- saving
+
+    def between_steps(self, trainer: Any) -> None:
+        train = trainer.cfg.TRAIN
+        due = train.CHECKPOINT_STEPS > 0 and (trainer.global_step + 1) % train.CHECKPOINT_STEPS == 0
+        number, late = distributed.largest(stopping.noted(), distributed.is_main() and self._late(train))
+        if number:
+            self._save_step(trainer, Position(trainer.epoch, trainer.steps_done))
+            stopping.forget()
+            raise stopping.StoppedError(number, kept=True)
+        if due or late:
+            if trainer.steps_done < trainer.num_batches:
+                self._save_step(trainer, Position(trainer.epoch, trainer.steps_done))
+            else:
+                self._due = True  # the end of the epoch is as good, and needs no work to be done again
+
     def after_epoch(self, trainer: Any) -> None:
-        done, every = trainer.epoch + 1, trainer.cfg.TRAIN.CHECKPOINT_FREQ
+        train = trainer.cfg.TRAIN
+        done, every = trainer.epoch + 1, train.CHECKPOINT_FREQ
         if done == trainer.max_epoch or (every > 0 and done % every == 0):
-            trainer.save_model(trainer.epoch, trainer.output_dir)
+            self._save(trainer, trainer.epoch, f"model.pth.tar-{done}")
+            return
+        cheap = self._saving <= MOST_SAVING * (time.monotonic() - self._began)
+        (wanted,) = distributed.largest(distributed.is_main() and (cheap or self._due or self._late(train)))
+        if wanted:
+            self._save_step(trainer, Position(done, 0))
+
+    def _late(self, train: Any) -> bool:
+        return train.CHECKPOINT_MINUTES > 0 and time.monotonic() - self._saved >= 60 * train.CHECKPOINT_MINUTES
+
+    def _save_step(self, trainer: Any, place: Position) -> None:
+        self._save(trainer, place.epochs - 1, step_name(place))
+
+    def _save(self, trainer: Any, epoch: int, name: str) -> None:
+        begin = time.monotonic()
+        trainer.save_model(epoch, trainer.output_dir, model_name=name)
+        if trainer.writes_files:
+            for model in trainer.get_model_names():
+                rotate(Path(trainer.output_dir) / model, name, trainer.cfg.TRAIN.CHECKPOINTS_KEPT)
+        self._saved, self._due = time.monotonic(), False
+        self._saving += self._saved - begin

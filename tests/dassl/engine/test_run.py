@@ -200,7 +200,7 @@ def test_evaluation_only_leaves_a_training_run_alone(build, tmp_path):
 def test_a_run_that_dies_has_no_marker(build, tmp_path, monkeypatch):
     build().train()
     assert (tmp_path / "run" / "DONE").exists()
-    trainer = build("Linear", "OPTIM.MAX_EPOCH", 4)
+    trainer = build("Linear", "OPTIM.MAX_EPOCH", 4, "TRAIN.FORCE_RESUME", True)
     monkeypatch.setattr(trainer, "forward_backward", lambda batch: {"loss": math.nan})
     with pytest.raises(FloatingPointError, match=r"but it is not, at step 13, epoch \[4/4\] batch \[1/4\]"):
         trainer.train()

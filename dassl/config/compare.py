@@ -1,0 +1,70 @@
+"""Which settings of two runs differ, and which of these matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import yaml
+
+__all__ = ["INDIFFERENT", "REPORTS", "Difference", "differing", "plain_config"]
+
+# Settings that say where, how fast and how safely, not what: runs that differ in these only are the same run. A node's
+# name stands for all keys in it.
+INDIFFERENT = (
+    "OUTPUT_DIR",
+    "RESUME",
+    "VERBOSE",
+    "DIST",
+    "DATASET.ROOT",
+    "DATALOADER.NUM_WORKERS",
+    "DATALOADER.CACHE_IMAGES",
+    "FEATURE_CACHE",
+    "INPUT.VIEWS_MEMORY",
+    "TRAIN.PRINT_FREQ",
+    "TRAIN.CHECKPOINT_FREQ",
+    "TRAIN.CHECKPOINT_STEPS",
+    "TRAIN.CHECKPOINT_MINUTES",
+    "TRAIN.CHECKPOINTS_KEPT",
+    "TRAIN.FORCE_RESUME",
+)
+# Settings that say what is written beside the numbers, which stay the same.
+REPORTS = ("TEST.COMPUTE_CMAT", "TEST.PER_CLASS_RESULT", "TEST.PREDICTIONS_MB")
+
+
+class Difference(NamedTuple):
+    """A setting with its two values."""
+
+    key: str
+    there: Any
+    here: Any
+
+
+def plain_config(cfg: Any) -> dict[str, Any]:
+    """A config as its YAML file has it: nested dicts, lists for tuples."""
+    return yaml.safe_load(cfg.dump())
+
+
+def differing(
+    there: Mapping[str, Any], here: Mapping[str, Any], indifferent: tuple[str, ...] = INDIFFERENT
+) -> Iterator[Difference]:
+    """The settings that both have, with other values; what an older version did not know is not among them.
+
+    Args:
+        there, here: as ``plain_config`` gives them.
+        indifferent: names that are left out, of keys or of whole nodes.
+    """
+    return _differing(there, here, indifferent, "")
+
+
+def _differing(
+    there: Mapping[str, Any], here: Mapping[str, Any], indifferent: tuple[str, ...], prefix: str
+) -> Iterator[Difference]:
+    for key, value in here.items():
+        name = prefix + key
+        if key not in there or name in indifferent:
+            continue
+        if isinstance(value, Mapping) and isinstance(there[key], Mapping):
+            yield from _differing(there[key], value, indifferent, f"{name}.")
+        elif there[key] != value:
+            yield Difference(name, there[key], value)

@@ -1,0 +1,23 @@
+"""Files that are never seen half-written, also on a toolbox that has no such thing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file at once or not at all; its folder is made when missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """The same for text, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))

@@ -121,7 +121,9 @@ def test_two_processes_have_the_numbers_of_one(runs, folder, number, method):
 @pytest.mark.parametrize("method", ["dlr", "coop", "tip"])
 def test_only_rank_0_writes(runs, folder, method):
     def files(name: str) -> list[str]:
-        paths = (path for path in (folder / name / method).rglob("*") if path.is_file())
+        # Which ends of epochs are kept depends on how long saving takes.
+        paths = (path for path in (folder / name / method).rglob("*") if "model-step" not in path.name)
+        paths = (path for path in paths if path.is_file())
         return sorted(re.sub(r"(tfevents)\..*", r"\1", str(path.relative_to(folder / name))) for path in paths)
 
     assert files("two") == files("one")

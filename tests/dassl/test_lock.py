@@ -49,10 +49,13 @@ def test_second_is_told_who_has_it_and_takes_over_from_the_dead(holder, caplog):
 def test_forked_process_does_not_keep_it(tmp_path):
     """As a loader's worker, which outlives a killed run by some seconds."""
     held = FolderLock(tmp_path)
+    reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
+        os.write(writing, b"runs")
         time.sleep(60)
         os._exit(0)
+    os.read(reading, 4)
     try:
         os.close(held._handle)  # as the system does when the process is killed
         held._handle = None

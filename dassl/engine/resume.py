@@ -120,23 +120,25 @@ def _candidates(folder: Path) -> dict[Position, Path]:
         if place is not None:
             places[place] = path
     last = position_of(named)
-    # Others have no place in their names: the best one, and what upstream's users call theirs.
-    for name in dict.fromkeys((BEST_NAME, named)):
-        path = folder / name
-        if name and position_of(name) is None and path.is_file():
-            try:
-                place = Position(int(_read(path)["epoch"]), 0)
-            except (InputError, ValueError) as error:
-                logger.warning("%s", error)
-                continue
+    # Others have no place in their names: the best one, and what upstream's users call theirs. The best one is written
+    # before the rest of what ends an epoch is done, so that it serves only where there is no other.
+    for name in dict.fromkeys((named, BEST_NAME)):
+        path, other = folder / name, position_of(name) is None
+        if not other or not path.is_file() or (name == BEST_NAME != named and places):
+            continue
+        try:
+            place = Position(int(_read(path)["epoch"]), 0)
+        except (InputError, ValueError) as error:
+            logger.warning("%s", error)
+            continue
+        if name == named:
+            last = place
+        if name != BEST_NAME or not places:
             places.setdefault(place, path)
-            if name == named:
-                places[place] = path
-                last = place
     if last is None:
         logger.warning('Expected "%s" to name a checkpoint but got "%s"', folder / POINTER_NAME, named)
         return places
-    if last not in places:
+    if last not in places and named != BEST_NAME:
         logger.warning('Expected "%s" to name a file of its folder but got "%s"', folder / POINTER_NAME, named)
     return {place: path for place, path in places.items() if place <= last}
 

@@ -107,6 +107,15 @@ class Checkpoint(HookBase):
         if wanted:
             self._save_step(trainer, Position(done, 0))
 
+    def after_train(self, trainer: Any) -> None:
+        """Where a run was resumed from the best checkpoint, because it died before the last epoch's was written."""
+        if not trainer.has_training_step() or trainer.start_epoch < trainer.max_epoch or trainer.cfg.RESUME:
+            return
+        name = f"model.pth.tar-{trainer.max_epoch}"
+        folders = [Path(trainer.output_dir) / model for model in trainer.get_model_names()]
+        if trainer.max_epoch and not all((folder / name).is_file() for folder in folders):
+            self._save(trainer, trainer.max_epoch - 1, name)
+
     def _late(self, train: Any) -> bool:
         return train.CHECKPOINT_MINUTES > 0 and time.monotonic() - self._saved >= 60 * train.CHECKPOINT_MINUTES
 

@@ -115,11 +115,19 @@ class Runs:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["train", "torch.utils.tensorboard"])
         self._threads = threads
+        with self._import_path():  # now, so that no run's time has the imports in it
+            process = self._context.Process(target=int)
+            process.start()
+            process.join()
+
+    @staticmethod
+    def _import_path() -> contextlib.AbstractContextManager[None]:
+        return environment(PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
 
     def start(self, arguments: Sequence[str], folder: Path) -> Any:
         """Start `train.py` with these arguments and the output folder; what it prints goes to a file there."""
         arguments = ["--output-dir", str(folder), *arguments]
-        with environment(PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])):
+        with self._import_path():
             process = self._context.Process(target=_run, args=(arguments, str(folder), self._threads))
             process.start()
         return process
@@ -207,7 +215,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         paint(images)
         for trainer in args.trainers:
             rng, folder = random.Random(f"{trainer} {args.seed}"), (args.output or Path(temporary)) / trainer
-            runs.finish([*command(trainer, images), "OPTIM.MAX_EPOCH", "1"], folder / "first")  # imports what is needed
             for moment, newest, found in check(runs, command(trainer, images), args.kills, rng, folder, number):
                 total += 1
                 equal += not found

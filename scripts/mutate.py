@@ -95,6 +95,13 @@ MUTATIONS = (
         "if result >= trainer.best_result:",
         ("tests/dassl/engine/test_run.py",),
     ),
+    Mutation(
+        "a resumed run begins its epoch's images anew",
+        "dassl/data/sharding.py",
+        "for batch in range(skipped, batches):",
+        "for batch in range(batches):",
+        ("tests/dassl/engine/test_exact_resume.py",),
+    ),
 )
 
 

@@ -131,6 +131,8 @@ def with_run(place: Place, name: str, content: str | bytes) -> list[str]:
 
 def with_checkpoint(place: Place, change: Callable[[bytes], bytes]) -> list[str]:
     run = place.own_run()
+    for sums in (run / "adapter").glob("*.sha256"):  # a file without one, as others make it
+        sums.unlink()
     spoil(next((run / "adapter").glob("model.pth.tar-*")), change)
     return place.evaluate(run)
 

@@ -27,6 +27,8 @@ INDIFFERENT = (
     "TRAIN.CHECKPOINT_MINUTES",
     "TRAIN.CHECKPOINTS_KEPT",
     "TRAIN.FORCE_RESUME",
+    "TRAIN.ON_NAN",  # what comes before a checkpoint was finite, or left out and counted there
+    "TRAIN.ON_NAN_LIMIT",
 )
 # Settings that say what is written beside the numbers, which stay the same.
 REPORTS = ("TEST.COMPUTE_CMAT", "TEST.PER_CLASS_RESULT", "TEST.PREDICTIONS_MB")

@@ -103,6 +103,14 @@ def test_no_count_where_nothing_was_skipped(build, tmp_path):
     assert "skipped_steps" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
 
 
+def test_a_stopped_run_goes_on_with_skipping(build, tmp_path):
+    with pytest.raises(NotFiniteError):
+        losing(build("Linear", "TRAIN.CHECKPOINT_FREQ", 1), {6}, to_nan).train()
+    losing(build("Linear", "TRAIN.CHECKPOINT_FREQ", 1, "TRAIN.ON_NAN", "skip"), {6}, to_nan).train()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["skipped_steps"] == 1 and metrics["epochs"] == 3
+
+
 def test_skipping_has_a_limit_that_a_resumed_run_remembers(build):
     pairs = ("TRAIN.ON_NAN", "skip", "TRAIN.ON_NAN_LIMIT", 2, "TRAIN.CHECKPOINT_FREQ", 1)
     with pytest.raises(NotFiniteError, match="at step 6, .*; 2 such steps were skipped") as caught:

@@ -81,7 +81,7 @@ def test_stopped_before_training(runs, arguments, tmp_path):
 
 def test_second_run_in_the_folder_is_refused_and_names_the_first(runs, arguments, tmp_path):
     first = runs.start(arguments, tmp_path / "run")
-    wait_for(lambda: (tmp_path / "run" / "run.lock").exists(), first)
+    wait_for(lambda: (tmp_path / "run" / "log.txt").exists(), first)  # the lock says who has it by then
     os.kill(first.pid, signal.SIGSTOP)  # alive, and in nobody's way
     try:
         # Each with a console of its own: that of the first one's folder is claimed by it.

@@ -26,6 +26,7 @@ import os
 import random
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -377,12 +378,23 @@ def _explained(cfg: CfgNode, trainer: Any = None) -> Iterator[None]:
         if trainer is None and isinstance(error, SETUP_ERRORS):
             raise
         advice = getattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "memory_advice", None)
-        message = explain_trouble(error, advice(cfg) if advice else ())
+        message = explain_trouble(_told_late(error), advice(cfg) if advice else ())
         if not message:
             raise
         kept = None if trainer is None else last_checkpoint(trainer)
         then = f"kept: {kept}; {distributed.GO_ON}" if kept else "kept: no checkpoint yet"
         raise RunStoppedError(f"{message}\n  {then}") from error
+
+
+def _told_late(error: Exception) -> Exception:
+    # That a loader process has died is seen by who reads from it, and told a moment later, with its number, by torch's
+    # handler of signals, whatever is being done then: it is waited for here.
+    if isinstance(error, ConnectionError | EOFError):
+        try:
+            time.sleep(0.5)
+        except RuntimeError as told:
+            return told
+    return error
 
 
 def _fail(error: BaseException, debug: bool) -> int:

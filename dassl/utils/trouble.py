@@ -16,6 +16,7 @@ from .text import one_line
 __all__ = ["RunStoppedError", "explain_trouble"]
 
 BATCHES = "a smaller DATALOADER.TRAIN_X.BATCH_SIZE (and TEST.BATCH_SIZE)"
+_FEWER_WORKERS = "What helps: fewer DATALOADER.NUM_WORKERS (0: none), a smaller DATALOADER.CACHE_IMAGES"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (is killed|exited unexpectedly)")
 # torch's allocator for the CPU, and its writer of zip files, raise RuntimeErrors.
@@ -47,13 +48,15 @@ def explain_trouble(error: BaseException, memory_advice: Sequence[str] = (), bat
         if dead:
             return (
                 f"A process that loads images died (pid {dead.group(1)}): killed, for want of memory most likely. "
-                "What helps: fewer DATALOADER.NUM_WORKERS (0: none), a smaller DATALOADER.CACHE_IMAGES"
+                f"{_FEWER_WORKERS}"
             )
         if _WRITER.search(str(error)):
             cause = error.__cause__ or error.__context__
             if isinstance(cause, OSError):
                 return explain_trouble(cause)
             return f"A file could not be written: {_text(error)}"
+    if isinstance(error, ConnectionError | EOFError):  # nothing else here talks to another process this way
+        return f"A process that loads images died. {_FEWER_WORKERS}"
     if isinstance(error, OSError):
         where = f": {one_line(str(error.filename))}" if error.filename else ""
         helps = ". What helps: room on that disk, or another --output-dir" if error.errno in _NO_SPACE else ""

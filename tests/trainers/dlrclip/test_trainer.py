@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dassl.engine import build_trainer
 from trainers.dlrclip.glr import BETA_GRID, best_beta
@@ -68,6 +69,20 @@ class TestTraining:
         assert results["accuracy"] == results["test"]["heads"]["fused"]["accuracy"]
         assert results["selected"] == trainer.selected
         assert {"loss", "ce_glr", "ce_final", "kd"} <= set(results["train"])
+        self._check_curves(tmp_path / "run" / "tensorboard")
+
+    @staticmethod
+    def _check_curves(folder):
+        """TensorBoard's own reader finds all that a run must report."""
+        reader = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        reader.Reload()
+        steps = ["loss", "ce_glr", "ce_final", "l1_glr", "kd", "res_scale", "lr", "images_per_second"]
+        steps += [f"{name}/{what}" for name in ("alpha", "weight") for what in ("mean", "min", "max")]
+        steps += [f"cma_scale/{side}/{block}" for side in ("visual", "text") for block in (2, 3)]
+        for tag in steps:
+            assert [event.step for event in reader.Scalars(f"train/{tag}")] == list(range(8)), tag
+        for head in HEADS:
+            assert len(reader.Scalars(f"test/{head}/accuracy")) == 1
 
     def test_rate_follows_a_cosine_per_step(self, make):
         trainer = make("OPTIM.MAX_EPOCH", 3)

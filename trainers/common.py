@@ -132,6 +132,7 @@ class CLIPTrainer(TrainerX):
             images,
             batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE,
             num_workers=getattr(self.dm.test_loader, "num_workers", 0),
+            worker_init_fn=getattr(self.dm.test_loader, "worker_init_fn", None),
             pin_memory=getattr(self.dm.test_loader, "pin_memory", False),
             generator=torch.Generator(),  # of the workers; the program's own draws do not depend on what is cached
         )

@@ -143,7 +143,7 @@ class ViewLoader:
         self._encode = encode
         self._data = SeededViews(loader.dataset, views, seed)
         self._new_store: Callable[[], FrozenViews] = lambda: FrozenViews(len(self._data), budget, folder)
-        self._options = {"num_workers": loader.num_workers, "pin_memory": loader.pin_memory}
+        self._options = {name: getattr(loader, name) for name in ("num_workers", "pin_memory", "worker_init_fn")}
         self._todo: list[list[int]] = []  # what the reader reads next, in batches
         self.close()
 

@@ -131,12 +131,18 @@ class MultiCrop:
         return big, torch.stack(small) if small else big[:0]
 
 
-def training_loader(cfg: Any, items: Sequence[Any], transform: Any, seed: int, epochs: int, workers: int) -> Any:
-    """A loader over this process's share of the batches; its `batch_sampler` is an `EpochBatches`."""
+def training_loader(cfg: Any, items: Sequence[Any], transform: Any, seed: int, epochs: int, like: Any) -> Any:
+    """A loader over this process's share of the batches; its `batch_sampler` is an `EpochBatches`.
+
+    Args:
+        like: a loader of the toolbox's, which has as many reader processes; they begin as its own do.
+    """
+    workers = getattr(like, "num_workers", 0)
     views = SeededViews(DatasetWrapper(cfg, items, transform=transform), epochs, seed)
     return torch.utils.data.DataLoader(
         views,
         batch_sampler=EpochBatches(len(items), cfg.DATALOADER.TRAIN_X.BATCH_SIZE, seed),
         num_workers=workers,
+        worker_init_fn=getattr(like, "worker_init_fn", None),
         persistent_workers=workers > 0,
     )

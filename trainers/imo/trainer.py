@@ -66,9 +66,8 @@ class AdapterTrainer(EncoderTrainer):
         self._images_per_step = cfg.DATALOADER.TRAIN_X.BATCH_SIZE
         items = self.dm.dataset.train_x
         if items:  # predictions need none
-            workers = getattr(self.dm.test_loader, "num_workers", 0)
-            epochs = max(1, cfg.OPTIM.MAX_EPOCH)
-            self.train_loader_x = training_loader(cfg, items, self.training_transform(), self._seed, epochs, workers)
+            epochs, like = max(1, cfg.OPTIM.MAX_EPOCH), self.dm.test_loader
+            self.train_loader_x = training_loader(cfg, items, self.training_transform(), self._seed, epochs, like)
             self._images_per_step = self.train_loader_x.batch_sampler.size
         return IMONetwork(clip, classnames, templates, self.build_learner(clip, classnames))
 

@@ -1,9 +1,16 @@
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import PILToTensor
 
+from dassl.config import get_cfg_default
+from dassl.data.data_manager import seed_worker
+from dassl.data.datasets import Datum
 from trainers.imo import data
-from trainers.imo.data import EpochBatches, MultiCrop
+from trainers.imo.data import EpochBatches, MultiCrop, training_loader
 
 
 def all_batches(n, size, seed, epoch, world, monkeypatch):
@@ -77,3 +84,14 @@ def test_every_augmentation_can_be_on():
     torch.manual_seed(0)
     big, small = crops(switches=every)
     assert torch.isfinite(big).all() and torch.isfinite(small).all()
+
+
+def test_reader_processes_begin_as_the_toolbox_s(tmp_path):
+    """They leave the process group: a signal to all of it is for the run, which wants its batch first."""
+    path = str(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(path)
+    like = SimpleNamespace(num_workers=1, worker_init_fn=seed_worker)
+    loader = training_loader(get_cfg_default(), [Datum(impath=path)], PILToTensor(), seed=0, epochs=1, like=like)
+    assert len(list(loader)) == 1
+    (reader,) = loader._iterator._workers
+    assert os.getpgid(reader.pid) == reader.pid != os.getpgid(0)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dassl.utils import stopping
 from scripts.jobs import CONSOLE
 from scripts.kill_test import Runs, command, paint, read_outcome
 
@@ -77,6 +78,17 @@ def test_stopped_before_training(runs, arguments, tmp_path):
     text = console(tmp_path)
     assert "Traceback" not in text and text.count("stopped by SIGTERM") == 1
     assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    with stopping.watching(), pytest.raises(stopping.StoppedError) as stopped, stopping.postponed():
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert stopping.noted() == signal.SIGTERM
+        monkeypatch.setattr(stopping, "AT_ONCE", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("the second one does not wait")
+    assert stopped.value.exit_code == 143
 
 
 def test_second_run_in_the_folder_is_refused_and_names_the_first(runs, arguments, tmp_path):

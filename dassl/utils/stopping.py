@@ -2,7 +2,8 @@
 
 While a program is ``watching``, a signal raises a StoppedError; inside of ``postponed`` the first one is only noted,
 and whoever runs there asks ``noted()`` when it has come to a good place. A second one raises at once in any case, and
-a third one ends the process as if nobody had been watching.
+a third one ends the process as if nobody had been watching. One that comes twice at once counts once: what tells all
+processes of a job to end also tells torchrun, which passes it on.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 __all__ = ["StoppedError", "forget", "ignore_further", "noted", "postponed", "watching"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+AT_ONCE = 1.0  # seconds
 
 
 class StoppedError(BaseException):
@@ -43,6 +46,7 @@ class _State:
 
     pid = 0  # of the process that is watching; 0: none
     count = 0  # signals that have come
+    last = (0, 0.0)  # number and time of the newest of them
     number = 0  # of the one that was noted
     postponing = False
 
@@ -58,6 +62,7 @@ def watching() -> Iterator[None]:
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     _State.pid, _State.count, _State.number, _State.postponing = os.getpid(), 0, 0, False
+    _State.last = 0, 0.0
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, _handle)
@@ -77,6 +82,10 @@ def _handle(number: int, frame: FrameType | None) -> None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         return
+    (before, when), now = _State.last, time.monotonic()
+    if number == before and now - when < AT_ONCE:
+        return
+    _State.last = number, now
     _State.count += 1
     if _State.count == 1 and _State.postponing:
         _State.number = number

@@ -25,6 +25,7 @@ import logging
 import os
 import random
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -319,7 +320,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = error.exit_code if isinstance(error, stopping.StoppedError) else 1
             lost = stopped or distributed.is_peer_lost(error)
             message = _why_it_ends(error, argv) if lost else ""
-            if distributed.first_to_fail():
+            # All processes have come to the same place: rank 0, which has the log, says so.
+            kept = isinstance(error, stopping.StoppedError) and error.kept
+            if distributed.is_main() if kept else distributed.first_to_fail():
                 if isinstance(error, RunStoppedError):
                     message = f"error: {error}"
                     if debug and error.__cause__ is not None:
@@ -328,6 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     raise
                 note_in_log(message)
                 print(message, file=sys.stderr)
+            if kept:
+                distributed.stop()
         finally:
             close_logger()
     return code
@@ -341,7 +346,6 @@ def _why_it_ends(error: BaseException, argv: Sequence[str] | None) -> str:
             command = f"the same torchrun command ({command})"
         stopping.ignore_further()
         if error.kept:
-            distributed.stop()  # all processes have come to the same place
             return f"stopped by {error}, and what was done is kept; it goes on with: {command}"
         return f"stopped by {error}; to start again, from the last checkpoint if there is one: {command}"
     return f"error: {distributed.why_it_ends(error)}"
@@ -416,4 +420,7 @@ def _silent_unless_main() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if hasattr(signal, "SIGCHLD"):  # torch's handler raises where a loader's process is ended together with this one
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    sys.exit(code)

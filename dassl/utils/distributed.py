@@ -224,6 +224,8 @@ def why_it_ends(error: BaseException) -> str:
     lost = ", ".join(f"rank {number}" for number in missing)
     if missing:
         what = f"{lost} of this job ended or hung (killed, out of memory, or its machine is gone)"
+        if isinstance(error, stopping.StoppedError):  # a process that waits for this one cannot hear of a signal
+            what += f", or waits for this one, which was told to end ({error})"
     elif isinstance(error, stopping.StoppedError):
         what = f"this job was told to end ({error})"
     else:

@@ -210,11 +210,11 @@ def test_default_without_gpu_says_that_it_computes_on_the_cpu(build, monkeypatch
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
         caplog.clear()
         build("Linear", "USE_CUDA", True)
-        assert caplog.messages[0] == f"Computing on the CPU: {reason} (USE_CUDA False says that this is meant)"
+        assert f"Computing on the CPU: {reason} (USE_CUDA False says that this is meant)" in caplog.messages
     monkeypatch.setattr(torch.version, "cuda", None)
     caplog.clear()
     build("Linear", "USE_CUDA", True)
-    assert "this PyTorch is built without CUDA" in caplog.messages[0]
+    assert any("this PyTorch is built without CUDA" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("where", ["file", "proc"])

@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from dassl.config import plain_config
 from dassl.utils import InputError
 from scripts.ablations import FULL, VARIANTS, Variant
 from scripts.grid import Run, command_line, few_shot_run
@@ -203,11 +202,11 @@ def ablation(asked: Asked) -> list[Cell]:
     cells = []
     for dataset in asked.datasets:
         for method in asked.methods:
-            usual = _settings(_cfg(asked, method))
+            usual = plain_config(_cfg(asked, method))
             for variant in variants_of(asked, method):
                 level = f"{method.stem}_{shots}shots"
                 folder = asked.output / "ablation" / dataset / method.trainer / level / variant.name
-                same = _settings(_cfg(asked, method, *variant.options)) == usual
+                same = plain_config(_cfg(asked, method, *variant.options)) == usual
                 given = asked.given(method, dataset, shots, *variant.options)
                 for seed in asked.seeds:
                     run = Run(method.name, dataset, shots, seed, folder / f"seed{seed}", given)
@@ -232,10 +231,6 @@ def variants_of(asked: Asked, method: Method) -> list[Variant]:
         raise InputError(f"Expected a method with variants in scripts/ablations.py but got {method.trainer}")
     wanted = asked.groups or groups
     return [Variant("", "full", FULL, ()), *(variant for variant in known if variant.group in wanted)]
-
-
-def _settings(cfg: Any) -> Any:
-    return yaml.safe_load(cfg.dump())
 
 
 PLANS: dict[str, Callable[[Asked], list[Cell]]] = {

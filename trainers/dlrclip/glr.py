@@ -28,7 +28,36 @@ class ChannelRecalibration(nn.Module):
         return z * torch.sigmoid(self.excite(F.relu(self.squeeze(z))))
 
 
-class GateLogitRefiner(nn.Module):
+class Refiner(nn.Module):
+    """The layers of a gated residual on logits, whatever goes in and comes out; `forward` is a subclass's.
+
+    Args:
+        clip_inputs, cma_inputs: widths of what P1 and P2 see.
+        outputs: width of what H gives.
+        dim, res_scale, fixed_alpha: see GateLogitRefiner.
+    """
+
+    def __init__(
+        self, clip_inputs: int, cma_inputs: int, outputs: int, dim: int, res_scale: float, fixed_alpha: float | None
+    ) -> None:
+        super().__init__()
+        self.fixed_alpha = fixed_alpha
+        self.project_clip = nn.Linear(clip_inputs, dim)
+        self.project_cma = nn.Linear(cma_inputs, dim)
+        self.recalibrate_clip = ChannelRecalibration(dim)
+        self.recalibrate_cma = ChannelRecalibration(dim)
+        self.gate: nn.Module | None = None
+        if fixed_alpha is None:
+            hidden = max(1, dim // 4)
+            self.gate = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, outputs)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.res_scale = nn.Parameter(torch.tensor(float(res_scale)))
+
+
+class GateLogitRefiner(Refiner):
     """A gated residual on the zero-shot logits, learnt from both branches' logits.
 
         f_clip = CR_1(gelu(P1 clip_logits))         f_cma = CR_2(gelu(P2 cma_logits))
@@ -47,21 +76,7 @@ class GateLogitRefiner(nn.Module):
     def __init__(
         self, num_classes: int, *, dim: int = 512, res_scale: float = 0.01, fixed_alpha: float | None = None
     ) -> None:
-        super().__init__()
-        self.fixed_alpha = fixed_alpha
-        self.project_clip = nn.Linear(num_classes, dim)
-        self.project_cma = nn.Linear(num_classes, dim)
-        self.recalibrate_clip = ChannelRecalibration(dim)
-        self.recalibrate_cma = ChannelRecalibration(dim)
-        self.gate: nn.Module | None = None
-        if fixed_alpha is None:
-            hidden = max(1, dim // 4)
-            self.gate = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, num_classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        self.res_scale = nn.Parameter(torch.tensor(float(res_scale)))
+        super().__init__(num_classes, num_classes, num_classes, dim, res_scale, fixed_alpha)
 
     def forward(self, clip_logits: Tensor, cma_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Two times [B, C] -> (glr_logits [B, C], alpha [B, 1]), in fp32."""

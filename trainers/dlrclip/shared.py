@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .glr import ChannelRecalibration
+from .glr import Refiner
 
 # Softens cosines of class names to weights of neighbours: a difference of 0.1 counts for a factor of e^2.
 NEIGHBOUR_TEMPERATURE = 0.05
@@ -92,7 +92,7 @@ def pair_statistics(clip_logits: Tensor, cma_logits: Tensor) -> Tensor:
     return torch.stack([torch.asinh(lead[1] - lead[0]), agreement.expand_as(half)], dim=2)
 
 
-class SharedRefiner(nn.Module):
+class SharedRefiner(Refiner):
     """GLR with one network for all classes; z and y below are the statistics of one class.
 
         f_clip = CR_1(gelu(P1 z_clip))              f_cma = CR_2(gelu(P2 [y_cma, pair]))
@@ -108,21 +108,7 @@ class SharedRefiner(nn.Module):
     """
 
     def __init__(self, *, dim: int = 64, res_scale: float = 0.01, fixed_alpha: float | None = None) -> None:
-        super().__init__()
-        self.fixed_alpha = fixed_alpha
-        self.project_clip = nn.Linear(BRANCH_STATISTICS, dim)
-        self.project_cma = nn.Linear(BRANCH_STATISTICS + PAIR_STATISTICS, dim)
-        self.recalibrate_clip = ChannelRecalibration(dim)
-        self.recalibrate_cma = ChannelRecalibration(dim)
-        self.gate: nn.Module | None = None
-        if fixed_alpha is None:
-            hidden = max(1, dim // 4)
-            self.gate = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        self.res_scale = nn.Parameter(torch.tensor(float(res_scale)))
+        super().__init__(BRANCH_STATISTICS, BRANCH_STATISTICS + PAIR_STATISTICS, 1, dim, res_scale, fixed_alpha)
 
     def forward(self, clip_logits: Tensor, cma_logits: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """Two times [B, C], and S [C, C] -> (glr_logits [B, C], alpha [B, 1]), in fp32."""

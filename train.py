@@ -34,11 +34,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import datasets
 import trainers
-from dassl.config import CfgNode, get_cfg_default, read_yaml
+from dassl.config import CfgNode, get_cfg_default, plain_config, read_yaml
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.engine.environment import why_no_gpu
@@ -208,7 +207,7 @@ def _is_cut_short(folder: Path, cfg: CfgNode) -> bool:
         return False
     wanted = cfg.clone()
     wanted.OUTPUT_DIR = str(folder)
-    return earlier == yaml.safe_load(wanted.dump())
+    return earlier == plain_config(wanted)
 
 
 def print_head(args: argparse.Namespace, cfg: CfgNode) -> None:

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from ..files import write_bytes, write_text
+
 ASSETS = Path(__file__).parent / "assets"
 STEM = "tiny_clip"
 ROWS, IDS, TABLE = "token_embedding.rows", "token_embedding.ids", "token_embedding.weight"
@@ -137,12 +139,6 @@ def save_tiny(
     state[IDS] = ids.to(torch.int32)
     text = json.dumps({"arch": describe_arch(clip_model), "record": dict(record)}, indent=2) + "\n"
     tensors = folder / f"{STEM}.safetensors"
-    _write(tensors, safetensors_bytes(state))
-    _write(tensors.with_suffix(".json"), text.encode())
+    write_bytes(tensors, safetensors_bytes(state))
+    write_text(tensors.with_suffix(".json"), text)
     return tensors
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)

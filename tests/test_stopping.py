@@ -89,6 +89,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("the second one does not wait")
     assert stopped.value.exit_code == 143
+    assert stopping.noted() == 0, "what runs next in this process was not told to stop"
 
 
 def test_second_run_in_the_folder_is_refused_and_names_the_first(runs, arguments, tmp_path):

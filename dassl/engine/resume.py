@@ -26,7 +26,17 @@ from .state import EpochStats
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Found", "Position", "batches_from", "check_config", "has_checkpoints", "newest_good", "rotate", "step_name"]
+__all__ = [
+    "Found",
+    "Position",
+    "batches_from",
+    "check_config",
+    "has_checkpoints",
+    "named_newest",
+    "newest_good",
+    "rotate",
+    "step_name",
+]
 
 
 class Position(NamedTuple):
@@ -75,6 +85,14 @@ def has_checkpoints(directory: Path, names: Sequence[str]) -> bool:
     return bool(names) and all((directory / name / POINTER_NAME).is_file() for name in names)
 
 
+def named_newest(folder: Path) -> str:
+    """The file name in the pointer of a model's folder; empty where it cannot be read."""
+    try:
+        return (folder / POINTER_NAME).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
 def newest_good(directory: Path, names: Sequence[str]) -> Found | None:
     """One checkpoint per model, all of the same place, though a run may have died between writing two of them.
 
@@ -111,10 +129,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _candidates(folder: Path) -> dict[Position, Path]:
     """The files to go on with, by place: none beyond the one that the pointer names."""
     places: dict[Position, Path] = {}
-    try:
-        named = (folder / POINTER_NAME).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        named = ""
+    named = named_newest(folder)
     for path in sorted(folder.iterdir()):
         place = position_of(path.name)
         if place is not None:

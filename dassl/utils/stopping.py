@@ -70,7 +70,7 @@ def watching() -> Iterator[None]:
         yield
     finally:
         if _State.pid == os.getpid():
-            _State.pid = 0
+            _State.pid, _State.number = 0, 0
             for number, handler in before.items():
                 if handler is not None:  # None: it was set by something that is not Python
                     signal.signal(number, handler)

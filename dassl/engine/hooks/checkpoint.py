@@ -11,7 +11,7 @@ from typing import Any
 from dassl.utils import InputError, distributed, load_checkpoint, stopping
 from dassl.utils.torchtools import BEST_NAME, POINTER_NAME
 
-from ..resume import Position, rotate, step_name
+from ..resume import Position, named_newest, rotate, step_name
 from .base import HookBase
 
 logger = logging.getLogger(__name__)
@@ -108,12 +108,18 @@ class Checkpoint(HookBase):
             self._save_step(trainer, Position(done, 0))
 
     def after_train(self, trainer: Any) -> None:
-        """Where a run was resumed from the best checkpoint, because it died before the last epoch's was written."""
+        """Where a run was resumed from the best checkpoint, because it died before the last epoch's was named newest.
+
+        That the last epoch's file is there is not enough: a run may die between the file and the pointer to it.
+        """
         if not trainer.has_training_step() or trainer.start_epoch < trainer.max_epoch or trainer.cfg.RESUME:
             return
         name = f"model.pth.tar-{trainer.max_epoch}"
         folders = [Path(trainer.output_dir) / model for model in trainer.get_model_names()]
-        if trainer.max_epoch and not all((folder / name).is_file() for folder in folders):
+        missing = trainer.max_epoch > 0 and any(named_newest(folder) != name for folder in folders)
+        # Rank 0's answer: another one that looked later would find what rank 0 has written by then.
+        (wanted,) = distributed.largest(distributed.is_main() and missing)
+        if wanted:
             self._save(trainer, trainer.max_epoch - 1, name)
 
     def _late(self, train: Any) -> bool:

@@ -139,6 +139,29 @@ def test_stopped_between_two_steps(build, tmp_path, name, extra, cuts):
         assert resumed.images == whole.images[steps * per_step :]
 
 
+def test_dies_between_the_last_file_and_the_pointer_to_it(build, tmp_path):
+    def trained(output: str):
+        trainer = build("Noisy", *PAIRS, output=output)
+        trainer.test = lambda split=None: float(trainer.epoch)  # the last epoch is the best
+        trainer.train()
+        return trainer
+
+    def files_of(output: str):
+        folder = tmp_path / output / "net"
+        pointer = (folder / "checkpoint").read_text().strip()
+        content = load_checkpoint(folder / pointer)
+        del content["engine"]["hooks"]["Timing"], content["engine"]["config"]
+        return pointer, content
+
+    trained("whole")
+    trained("died")
+    assert files_of("whole")[0] == "model.pth.tar-3"
+    (tmp_path / "died" / "net" / "checkpoint").write_text("model-best.pth.tar\n")
+    (tmp_path / "died" / "DONE").unlink()
+    trained("died")
+    assert same(files_of("died"), files_of("whole"))
+
+
 def test_images_that_were_seen_are_not_loaded(build, monkeypatch):
     from dassl.data import data_manager
 

@@ -1,9 +1,8 @@
-"""ShapesGeneric: a generic labelled set to train on once and use elsewhere, with nothing of `Shapes` or `Digits` in it.
+"""ShapesGeneric: a generic labelled set to train on once and use elsewhere, with nothing of `Shapes` in it.
 
-96 classes of 62 rendered images, split 50 / 6 / 6: eight outlines that are not among the classes of `Shapes`, sixteen
-letters, and seventy-two figures drawn at random (curves, jagged polygons, pen strokes; twenty-four each), which keep
-their figure within a class. Colours and patterns are drawn anew for each image and are none of those of `Shapes`. Made
-on first use from fixed seeds.
+96 classes of 62 rendered images, split 50 / 6 / 6: each a line of a pen with bends of its own, open or closed, drawn by
+an unsteady hand with another pen, slant and size each time, and mostly scanned with few pixels. Colours and patterns
+are drawn anew for each image and are none of those of `Shapes`. Made on first use from fixed seeds.
 """
 
 from __future__ import annotations
@@ -12,30 +11,29 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
+from scipy.interpolate import CubicSpline
 
 from dassl.data.datasets import DATASET_REGISTRY, Datum
 
 from .cache import build_once, made_dataset_dir
-from .rendering import COLOURS, OTHER_OUTLINES, draw_outline, glyph_mask, outline_mask
+from .rendering import COLOURS, coarsen, draw_outline
 from .shapes import COLOURS as TAKEN_COLOURS
 from .splits import Split, SplitDataset
 
 Rng = np.random.Generator
 Array = np.ndarray  # [64, 64], [3] or [64, 64, 3]
 
-LETTERS = "ABEFGHJKMNPRSUWY"  # without those that look like a class of Shapes or a digit, such as C, T, X or Z
-FIGURES = ("curve", "polygon", "stroke")
-PER_FIGURE = 24
-CLASSES = (
-    *OTHER_OUTLINES,
-    *(f"letter {letter}" for letter in LETTERS),
-    *(f"{figure} {number}" for figure in FIGURES for number in range(1, PER_FIGURE + 1)),
-)
+KINDS = ("line", "loop")
+PER_KIND = 48
+CLASSES = tuple(f"{kind} {number}" for kind in KINDS for number in range(1, PER_KIND + 1))
 FOLDERS = tuple(f"{label:02d}_{name.replace(' ', '_')}" for label, name in enumerate(CLASSES))
 PATTERNS = ("dotted", "checkered", "rings", "bricks", "speckled", "rays")  # Shapes: plain, striped, outlined, shaded
 IMAGES_PER_CLASS, TRAIN, VAL = 62, 50, 6
 SIDE = 64
 ROWS, COLUMNS = np.mgrid[0:SIDE, 0:SIDE].astype(float)
+POINTS = 60  # of a line
+HAND = 0.13  # standard deviation of a bend's place, in shares of the figure's half side
+COARSE = 0.8  # probability of a raster of 8 to 16 pixels
 SEED = 11
 APART = 60.0  # least distance of a colour from each of Shapes', in RGB
 
@@ -50,42 +48,33 @@ def other_colour(rng: Rng, unlike: Array | None = None) -> Array:
             return colour
 
 
-def random_figure(kind: str, family: int, rng: Rng) -> list[tuple[str, Array]]:
-    """The outline of one member of a random figure: the family decides the figure, `rng` the member."""
-    own = np.random.default_rng((SEED, FIGURES.index(kind), family))
-    if kind == "polygon":
-        corners = 2 * int(own.integers(3, 5))  # every second one lies deep inside: jagged, unlike any regular shape
-        angle = np.sort(own.uniform(0, 2 * np.pi, corners)) + rng.normal(0, 0.06, corners)
-        deep = np.where(np.arange(corners) % 2 == 0, own.uniform(0.7, 1.0, corners), own.uniform(0.2, 0.5, corners))
-        radius = deep * rng.uniform(0.92, 1.08, corners)
-        points = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    elif kind == "curve":
-        t, order = np.linspace(0, 2 * np.pi, 90, endpoint=False), np.arange(1, 7)
-        size = own.normal(0, 0.35, 6) / order**0.5 * rng.uniform(0.85, 1.15, 6)
-        phase = own.uniform(0, 2 * np.pi, 6) + rng.normal(0, 0.1, 6)
-        radius = 1 + (size[:, None] * np.cos(order[:, None] * t + phase[:, None])).sum(axis=0)
-        radius = np.clip(radius, 0.2, None)
-        points = np.stack([radius * np.cos(t), radius * np.sin(t)], axis=1)
-    else:
-        points = own.uniform(-1, 1, (int(own.integers(4, 7)), 2))
-        points = points + rng.normal(0, 0.06, points.shape)
+def pen_line(label: int, rng: Rng) -> Array:
+    """Points [POINTS, 2] in [-1, 1]^2 of a member's line: the class decides where it bends, `rng` the hand."""
+    own = np.random.default_rng((SEED, label))
+    bends = own.uniform(-1, 1, (int(own.integers(4, 8)), 2))
+    bends = bends + rng.normal(0, HAND, bends.shape)
+    closed = CLASSES[label].startswith("loop")
+    if closed:
+        bends = np.concatenate([bends, bends[:1]])
+    time = np.linspace(0, 1, len(bends))
+    curve = CubicSpline(time, bends, bc_type="periodic" if closed else "not-a-knot")
+    points = curve(np.linspace(0, 1, POINTS))
     points = points - (points.max(axis=0) + points.min(axis=0)) / 2
-    return [("line" if kind == "stroke" else "add", points / np.abs(points).max())]
+    slant = np.array([[1.0, 0.0], [rng.uniform(-0.35, 0.35), 1.0]])
+    return points / np.abs(points).max() @ slant
 
 
 def draw_mask(label: int, rng: Rng) -> Array:
     """Where a member of a class lies in the picture: [64, 64] in [0, 1]."""
-    name = CLASSES[label]
-    kind, _, rest = name.rpartition(" ")
-    if name in OTHER_OUTLINES:
-        return outline_mask(name, rng, scale=(0.4, 0.85))
-    if kind == "letter":
-        return glyph_mask(rest, rng)
+    points = pen_line(label, rng)
     scale = float(rng.uniform(0.4, 0.85))
     room = max(0.0, 0.92 - scale)
     shift = (float(rng.uniform(-room, room)), float(rng.uniform(-room, room)))
-    turn, stretch = float(rng.uniform(-25, 25)), float(rng.uniform(0.88, 1.12))
-    return draw_outline(random_figure(kind, int(rest), rng), SIDE, scale, turn, shift, stretch)
+    turn, stretch, stroke = float(rng.uniform(-15, 15)), float(rng.uniform(0.75, 1.15)), float(rng.uniform(0.06, 0.2))
+    mask = draw_outline([("line", points)], SIDE, scale, turn, shift, stretch, stroke)
+    if rng.random() < COARSE:
+        return coarsen((255 * mask).astype(np.uint8), int(rng.integers(8, 17)), rng)
+    return mask
 
 
 def draw_pattern(name: str, rng: Rng) -> Array:
@@ -140,9 +129,9 @@ def write_generic(folder: Path) -> None:
 
 @DATASET_REGISTRY.register()
 class ShapesGeneric(SplitDataset):
-    """96 classes of rendered figures, 50 / 6 / 6 images a class for train / val / test."""
+    """96 classes of pen figures, 50 / 6 / 6 images a class for train / val / test."""
 
-    folder = "shapes_generic"
+    folder = "shapes_generic_pen"  # "shapes_generic" had other figures
 
     def locate(self, root: str) -> Path:
         return build_once(made_dataset_dir(root, self.folder), write_generic)

@@ -33,17 +33,19 @@ from trainers.clip import CLIP, load_clip
 from trainers.imo import IMOAdapters, Measures, draw_histograms, load_adapters, measure, read_recipe
 
 
-def loader_of(name: str, root: str, part: str, clip: CLIP) -> Any:
-    """Batches of the images of one part of a dataset, as at test time."""
+def loader_of(name: str, root: str, parts: Sequence[str], clip: CLIP) -> Any:
+    """Batches of the images of some parts of a dataset together, as at test time."""
     cfg = get_cfg_default()
     datasets.extend_cfg(cfg)
     trainers.extend_cfg(cfg)
     cfg.merge_from_list(["DATASET.NAME", name, "DATASET.ROOT", root, "INPUT.SIZE", (clip.image_size,) * 2])
     cfg.merge_from_list(["INPUT.INTERPOLATION", "bicubic", "INPUT.TRANSFORMS", ("normalize",), "VERBOSE", False])
     cfg.merge_from_list(["INPUT.PIXEL_MEAN", list(clip.pixel_mean), "INPUT.PIXEL_STD", list(clip.pixel_std)])
-    items = getattr(build_dataset(cfg), part)
-    if not items:
-        raise InputError(f"Expected {name} to have {part} images but it has none")
+    dataset = build_dataset(cfg)
+    for part in parts:
+        if not getattr(dataset, part):
+            raise InputError(f"Expected {name} to have {part} images but it has none")
+    items = [item for part in parts for item in getattr(dataset, part)]
     return torch.utils.data.DataLoader(
         DatasetWrapper(cfg, items, transform=build_transform(cfg, False)), batch_size=100
     )
@@ -68,7 +70,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("adapters", nargs="+", help="files of adapters, or output folders of IMO or IMODINO")
     parser.add_argument("--datasets", nargs="+", default=["Digits", "Shapes"], help="names of datasets")
     parser.add_argument("--root", default="", help="folder that holds the datasets")
-    parser.add_argument("--part", choices=("train_x", "val", "test"), default="test")
+    parts = ("train_x", "val", "test")
+    parser.add_argument("--part", nargs="+", choices=parts, default=["test"], help="several are taken together")
     parser.add_argument("--weights", default="", help="MODEL.BACKBONE.WEIGHTS")
     parser.add_argument("--out", type=Path, help="folder for the figures and overlap.json")
     args = parser.parse_args(argv)
@@ -102,7 +105,7 @@ def run(args: argparse.Namespace) -> str:
         }
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            title = f"{name}, {args.part} images"
+            title = f"{name}, {' and '.join(args.part)} images"
             draw_histograms(before, after[0], title).savefig(args.out / f"{name.lower()}.png", dpi=120)
     if args.out:
         (args.out / "overlap.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

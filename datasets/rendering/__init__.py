@@ -1,6 +1,6 @@
 """Procedural pictures: the outlines, glyphs and styles behind the `Shapes` datasets and the tiny CLIP's pretraining."""
 
-from .glyphs import DIGIT_WORDS, LETTERS, glyph_mask
+from .glyphs import DIGIT_WORDS, LETTERS, coarsen, glyph_mask
 from .outlines import OTHER_OUTLINES, SHAPE_CLASSES, draw_outline, outline_mask
 from .styles import COLOURS, TEXTURES, Style, compose, random_style
 
@@ -12,6 +12,7 @@ __all__ = [
     "SHAPE_CLASSES",
     "TEXTURES",
     "Style",
+    "coarsen",
     "compose",
     "draw_outline",
     "glyph_mask",

@@ -62,8 +62,20 @@ def glyph_mask(character: str, rng: np.random.Generator, size: int = 64, coarse:
     columns = np.clip(((u + 1) * size / 2).round().astype(int), 0, size - 1)
     rows = np.clip(((v + 1) * size / 2).round().astype(int), 0, size - 1)
     mask = np.asarray(image)[rows, columns]
-    if rng.random() < coarse:
-        small = Image.fromarray(mask).resize((8, 8), Image.Resampling.BOX)
-        mask = np.asarray(small.resize((size, size), Image.Resampling.BICUBIC))
-        return np.clip(mask.astype(np.float32) / max(1, int(mask.max())) * rng.uniform(1.0, 1.4), 0, 1)
-    return mask.astype(np.float32) / 255
+    return coarsen(mask, 8, rng) if rng.random() < coarse else mask.astype(np.float32) / 255
+
+
+def coarsen(mask: np.ndarray, cells: int, rng: np.random.Generator) -> np.ndarray:
+    """A mask as a scan with few pixels gives it.
+
+    Args:
+        mask: uint8 [size, size].
+        cells: side of the raster in pixels.
+        rng: source of its strength.
+
+    Returns:
+        float32 [size, size] in [0, 1].
+    """
+    small = Image.fromarray(mask).resize((cells, cells), Image.Resampling.BOX)
+    mask = np.asarray(small.resize(mask.shape[::-1], Image.Resampling.BICUBIC))
+    return np.clip(mask.astype(np.float32) / max(1, int(mask.max())) * rng.uniform(1.0, 1.4), 0, 1)

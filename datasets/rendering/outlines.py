@@ -282,7 +282,13 @@ OTHER_OUTLINES: dict[str, Callable[[Rng], list[Part]]] = {
 
 
 def draw_outline(
-    parts: list[Part], size: int, scale: float, angle: float, shift: tuple[float, float], stretch: float
+    parts: list[Part],
+    size: int,
+    scale: float,
+    angle: float,
+    shift: tuple[float, float],
+    stretch: float,
+    stroke: float = STROKE,
 ) -> np.ndarray:
     """Rasterise an outline.
 
@@ -293,6 +299,7 @@ def draw_outline(
         angle: rotation in degrees.
         shift: displacement of the centre, in shares of the half side.
         stretch: factor on the x axis before rotation (1 = none).
+        stroke: width of lines, in shares of the outline's side.
 
     Returns:
         float32 mask [size, size], 1 inside, anti-aliased.
@@ -306,7 +313,7 @@ def draw_outline(
         placed = ((points * (stretch, 1.0)) @ turn * scale + shift + 1.0) * (side / 2)
         flat = [tuple(p) for p in placed]
         if kind == "line":
-            width = max(1, round(STROKE * scale * side))
+            width = max(1, round(stroke * scale * side))
             draw.line(flat, fill=255, width=width, joint="curve")
             for x, y in (flat[0], flat[-1]):
                 draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=255)

@@ -42,12 +42,14 @@ def test_overlap_of_test_images(random_tiny, random_adapters, tmp_path, capsys):
     first, second, mean = rows(capsys.readouterr().out)
     assert first[2:] == second[2:] == mean[2:] and mean[1] == "mean"
     clip = load_clip("tiny", random_tiny)
-    batches = list(plot_overlap.loader_of("Digits", "", "test", clip))
+    batches = list(plot_overlap.loader_of("Digits", "", ["test"], clip))
     images, labels = (torch.cat([batch[key] for batch in batches]) for key in ("img", "label"))
     with torch.no_grad():
         before = measure(clip.encode_image(images), labels)
         after = measure(load_adapters(random_adapters, clip).encode(clip, images), labels)
     assert len(labels) == 54 and first[2] == f"{before.overlap:.4f} -> {after.overlap:.4f}"
+    both = plot_overlap.loader_of("Digits", "", ["val", "test"], clip)
+    assert len(both.dataset) == 54 + len(plot_overlap.loader_of("Digits", "", ["val"], clip).dataset)
     assert (tmp_path / "out" / "digits.png").stat().st_size > 1000
     record = json.loads((tmp_path / "out" / "overlap.json").read_text())
     assert record["datasets"]["Digits"]["after"][0]["variance"] == pytest.approx(after.variance)

@@ -26,6 +26,9 @@ def add_imo_config(cfg: Any) -> None:
     # Training images of each class whose mean feature the classifier starts as, centred, at least 0; 0: it starts at
     # random (our choice: the source does not say).
     node.INIT_IMAGES = 0
+    # Scale of the normalised features that the classifier takes, at least 0; 0: CLIP's own (our choice: the source does
+    # not say). With too large a one the classifier is too sure, and features are driven together.
+    node.LOGIT_SCALE = 0.0
     cfg.TRAINER.IMO = node
 
 
@@ -66,6 +69,7 @@ def check_imo_config(cfg: Any) -> None:
     """Checks TRAINER.IMO."""
     check_adapter_keys(cfg, "IMO")
     check_whole(cfg, "TRAINER.IMO.INIT_IMAGES", 0)
+    check_number(cfg, "TRAINER.IMO.LOGIT_SCALE", 0, 1e3)
 
 
 def check_imodino_config(cfg: Any) -> None:

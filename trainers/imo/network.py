@@ -38,10 +38,16 @@ class AdapterLearner(Learner):
 
 
 class SupervisedLearner(AdapterLearner):
-    """Adapters and a linear classifier over the generic set's labels."""
+    """Adapters and a linear classifier over the generic set's labels.
 
-    def __init__(self, clip: CLIP, classnames: Sequence[str], dim: int) -> None:
+    Args:
+        clip, classnames, dim: see AdapterLearner.
+        scale: of the normalised features that the classifier takes; 0: CLIP's logit scale.
+    """
+
+    def __init__(self, clip: CLIP, classnames: Sequence[str], dim: int, scale: float = 0.0) -> None:
         super().__init__(clip, classnames, dim)
+        self.scale = scale or clip.logit_scale
         self.classifier = nn.Linear(clip.embed_dim, len(classnames))
 
     @torch.no_grad()
@@ -112,12 +118,12 @@ class IMONetwork(Classifier):
         return self.learner.result.encode(self.clip, images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> the classifier's logits [B, C], on CLIP's temperature."""
+        """Images [B, 3, H, W] -> the classifier's logits [B, C]."""
         learner = self.learner
         assert isinstance(learner, SupervisedLearner)
         features = learner.adapters.encode(self.clip, images)
         with torch.autocast(device_type=features.device.type, enabled=False):
-            return learner.classifier(self.clip.logit_scale * features)
+            return learner.classifier(learner.scale * features)
 
     def student(self, crops: Tensor) -> Tensor:
         """Crops [n, 3, S, S] -> the student's outputs [n, K]."""

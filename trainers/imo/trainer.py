@@ -200,7 +200,7 @@ class IMO(AdapterTrainer):
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str]) -> AdapterLearner:
         """Adapters and classifier."""
-        learner = SupervisedLearner(clip, classnames, self.node.DIM)
+        learner = SupervisedLearner(clip, classnames, self.node.DIM, self.node.LOGIT_SCALE)
         if self.node.INIT_IMAGES and self.dm.dataset.train_x:
             learner.start_from(self._class_means(clip, len(classnames)))
         return learner

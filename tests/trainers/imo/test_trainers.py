@@ -105,13 +105,14 @@ def test_resuming_gives_the_uninterrupted_run(name, make, tmp_path):
         assert torch.equal(again.network.learner.state_dict()[key], value), key
 
 
-def test_a_step_of_the_classifier_is_cross_entropy_on_corrected_features(make):
-    trainer = make("IMO")
+@pytest.mark.parametrize("own", [0.0, 7.5])
+def test_a_step_of_the_classifier_is_cross_entropy_on_corrected_features(make, own):
+    trainer = make("IMO", "TRAINER.IMO.LOGIT_SCALE", own)
     network = trainer.network
     batch = next(iter(trainer.train_loader_x))
     features = network.learner.adapters.encode(network.clip, batch["img"]).detach()
     weight, bias = (p.detach() for p in network.learner.classifier.parameters())
-    logits = network.clip.logit_scale * features @ weight.t() + bias
+    logits = (own or network.clip.logit_scale) * features @ weight.t() + bias
     want = torch.stack([-torch.log_softmax(row, 0)[y] for row, y in zip(logits, batch["label"], strict=True)]).mean()
     trainer.set_model_mode("train")
     trainer.num_batches = 3
@@ -163,6 +164,7 @@ def test_dino_s_rate_follows_the_batch(make):
     ("name", "key", "value", "message"),
     [
         ("IMO", "DIM", 0, "DIM to be a whole number"),
+        ("IMO", "LOGIT_SCALE", -1.0, "LOGIT_SCALE to be a number"),
         ("IMO", "INIT_IMAGES", -1, "INIT_IMAGES to be a whole number"),
         ("IMODINO", "SAVE", "nobody", "SAVE to be one of teacher, student"),
         ("IMODINO", "LOCAL_SCALE", (0.5, 0.2), "LOCAL_SCALE to be two rising numbers"),

@@ -12,7 +12,9 @@ def test_a_short_run_opens_no_more_files_and_logs_little(random_tiny, monkeypatc
     samples = long_run.measure("CoOp", 30, 6, pairs)
     assert [sample.step for sample in samples] == [5, 10, 15, 20, 25, 30]
     warm = samples[2:]
-    assert len({sample.open_files for sample in warm}) == 1 and len({sample.threads for sample in warm}) == 1
+    # One comes and goes: TensorBoard's thread opens its file to write. One left open by each evaluation would show.
+    assert max(sample.open_files for sample in warm) <= warm[0].open_files + 1
+    assert max(sample.threads for sample in warm) <= warm[0].threads + 1
     assert max(sample.rss for sample in warm) / warm[0].rss < 1.02
     steps = samples[-1].step - samples[0].step
     assert 0 < (samples[-1].log - samples[0].log) / steps < 200  # bytes

@@ -19,7 +19,7 @@ import yaml
 from dassl.config import INDIFFERENT, REPORTS, differing, plain_config
 from dassl.utils import InputError, distributed, load_checkpoint
 from dassl.utils.files import remove_checked
-from dassl.utils.torchtools import BEST_NAME, POINTER_NAME, checkpoint_entry
+from dassl.utils.torchtools import BEST_NAME, POINTER_NAME, checkpoint_entry, is_file_name
 
 from .generators import generator_states, set_generators
 from .state import EpochStats
@@ -55,7 +55,9 @@ def step_name(position: Position) -> str:
 
 
 def position_of(name: str) -> Position | None:
-    """The place that a file name tells; None: it tells none."""
+    """The place that a file name tells; None: it tells none, or is no file name."""
+    if not is_file_name(name):
+        return None
     if match := re.fullmatch(r"model\.pth\.tar-(\d+)", name):
         return Position(int(match[1]), 0)
     if match := re.fullmatch(r"model-step\.pth\.tar-(\d+)-(\d+)", name):
@@ -138,7 +140,7 @@ def _candidates(folder: Path) -> dict[Position, Path]:
     # Others have no place in their names: the best one, and what upstream's users call theirs. The best one is written
     # before the rest of what ends an epoch is done, so that it serves only where there is no other.
     for name in dict.fromkeys((named, BEST_NAME)):
-        path, other = folder / name, position_of(name) is None
+        path, other = folder / name, is_file_name(name) and position_of(name) is None
         if not other or not path.is_file() or (name == BEST_NAME != named and places):
             continue
         try:

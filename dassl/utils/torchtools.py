@@ -206,6 +206,11 @@ def load_into(target: Any, state: Any, fpath: _PathLike, what: str) -> None:
         raise InputError(f'Expected "{fpath}" to fit the {what} but got: {reason}') from error
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a pointer's text can be the name of a file of its folder: a name, not a way elsewhere."""
+    return len(name) <= 200 and "\0" not in name and Path(name).name == name
+
+
 def pointed_file(fdir: _PathLike) -> Path:
     """The checkpoint that ``<fdir>/checkpoint`` names.
 
@@ -220,7 +225,7 @@ def pointed_file(fdir: _PathLike) -> Path:
     except (OSError, ValueError) as error:
         raise InputError(f'Expected "{pointer}" to name a checkpoint but got: {error}') from error
     path = Path(fdir) / name
-    if len(name) > 200 or "\0" in name or path.name != name or not path.is_file():  # a name, not a way elsewhere
+    if not is_file_name(name) or not path.is_file():
         raise InputError(f'Expected "{pointer}" to name a file of its folder but got "{name}", which is not there')
     return path
 

@@ -284,6 +284,16 @@ def test_pointer_that_is_damaged_or_names_nothing(build, tmp_path, caplog):
     assert sum("Expected" in m and "/checkpoint" in m for m in caplog.messages) == 2
 
 
+@pytest.mark.parametrize("content", ["../../other/net/model-best.pth.tar", "x" * 300, "model.pth.tar-" + "9" * 5000])
+def test_pointer_that_leads_elsewhere_is_not_followed(build, tmp_path, caplog, content):
+    build("Noisy", *PAIRS, output="other").train()
+    cut_after(build("Noisy", *PAIRS), 6)
+    (tmp_path / "run" / "net" / "checkpoint").write_text(content)
+    trainer = build("Noisy", *PAIRS)
+    assert trainer.resume_model_if_exist(tmp_path / "run") == 1 and trainer.progress.step == 2
+    assert any("to name a checkpoint but got" in m for m in caplog.messages)
+
+
 # ---- settings
 
 

@@ -315,12 +315,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (Exception, stopping.StoppedError) as error:
             if stopping.noted() and not distributed.is_peer_lost(error):  # the signal has hit others too, say a worker
                 error = stopping.StoppedError(stopping.noted())
-            stopped = isinstance(error, stopping.StoppedError)
-            code = error.exit_code if isinstance(error, stopping.StoppedError) else 1
-            lost = stopped or distributed.is_peer_lost(error)
+            stop = error if isinstance(error, stopping.StoppedError) else None
+            code = 1 if stop is None else stop.exit_code
+            lost = stop is not None or distributed.is_peer_lost(error)
             message = _why_it_ends(error, argv) if lost else ""
             # All processes have come to the same place: rank 0, which has the log, says so.
-            kept = isinstance(error, stopping.StoppedError) and error.kept
+            kept = stop is not None and stop.kept
             if distributed.is_main() if kept else distributed.first_to_fail():
                 if isinstance(error, RunStoppedError):
                     message = f"error: {error}"

@@ -22,25 +22,18 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import datasets
-import trainers
-from dassl.config import get_cfg_default
 from dassl.data import DatasetWrapper
 from dassl.data.datasets import DATASET_REGISTRY, build_dataset
 from dassl.data.transforms import build_transform
 from dassl.utils import InputError, did_you_mean
+from scripts.measure_imo import config
 from trainers.clip import CLIP, load_clip
 from trainers.imo import IMOAdapters, Measures, draw_histograms, load_adapters, measure, read_recipe
 
 
 def loader_of(name: str, root: str, parts: Sequence[str], clip: CLIP) -> Any:
     """Batches of the images of some parts of a dataset together, as at test time."""
-    cfg = get_cfg_default()
-    datasets.extend_cfg(cfg)
-    trainers.extend_cfg(cfg)
-    cfg.merge_from_list(["DATASET.NAME", name, "DATASET.ROOT", root, "INPUT.SIZE", (clip.image_size,) * 2])
-    cfg.merge_from_list(["INPUT.INTERPOLATION", "bicubic", "INPUT.TRANSFORMS", ("normalize",), "VERBOSE", False])
-    cfg.merge_from_list(["INPUT.PIXEL_MEAN", list(clip.pixel_mean), "INPUT.PIXEL_STD", list(clip.pixel_std)])
+    cfg = config(clip, name, root)
     dataset = build_dataset(cfg)
     for part in parts:
         if not getattr(dataset, part):

@@ -12,7 +12,6 @@ Legend: B images, C classes, E width of the joint embedding, s CLIP's temperatur
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from dassl.engine import TRAINER_REGISTRY
 
 from .clip import CLIP, fill_template, zeroshot_weights
 from .common import check_number, check_whole, step_left_out
-from .files import write_bytes, write_text
+from .files import write_png, write_text
 from .frozen import FeatureLearner, FeatureTrainer
 
 logger = logging.getLogger(__name__)
@@ -304,6 +303,4 @@ def draw_curves(curves: Sequence[dict[str, Any]], path: str) -> None:
                 axes.plot(*zip(*points, strict=True), label=split)
         axes.set(xlabel="epoch", ylabel=name + unit)
         axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_bytes(path, picture.getvalue())
+    write_png(path, figure)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
@@ -21,3 +23,10 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """The same for text, in UTF-8."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_png(path: str | os.PathLike[str], figure: Any, **how: Any) -> None:
+    """The same for a Matplotlib figure; `how` goes to its `savefig`."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", **how)
+    write_bytes(path, picture.getvalue())

@@ -220,17 +220,18 @@ def why_it_ends(error: BaseException) -> str:
     Takes up to CHECK_IN seconds, in which the processes that still run are heard of; all of them must call it.
     """
     stopping.ignore_further()
+    stopped = isinstance(error, stopping.StoppedError)
     missing = _missing()
     lost = ", ".join(f"rank {number}" for number in missing)
     if missing:
         what = f"{lost} of this job ended or hung (killed, out of memory, or its machine is gone)"
-        if isinstance(error, stopping.StoppedError):  # a process that waits for this one cannot hear of a signal
+        if stopped:  # a process that waits for this one cannot hear of a signal
             what += f", or waits for this one, which was told to end ({error})"
-    elif isinstance(error, stopping.StoppedError):
+    elif stopped:
         what = f"this job was told to end ({error})"
     else:
         what = "another process of this job ended or hung"
-    told = "" if isinstance(error, stopping.StoppedError) else str(error)
+    told = "" if stopped else str(error)
     reason = " ".join(told.split()).partition(". ")[0][:200]  # torch's advice is left out
     reason = f" [{reason}]" if reason else ""
     return f"rank {rank()}: {what}: {GO_ON}{reason}"

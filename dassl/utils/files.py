@@ -16,7 +16,15 @@ from .errors import InputError
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["atomic_write", "check_sum", "checked_write", "remove_checked", "remove_leftovers", "sum_file"]
+__all__ = [
+    "atomic_write",
+    "check_sum",
+    "checked_write",
+    "file_digest",
+    "remove_checked",
+    "remove_leftovers",
+    "sum_file",
+]
 
 _PathLike = str | os.PathLike[str]
 
@@ -120,7 +128,7 @@ def checked_write(path: _PathLike) -> Iterator[Any]:
 
     def before_rename() -> None:
         assert summing is not None
-        older = (_read_sums(path) or [_sum(path)]) if replaces else []
+        older = (_read_sums(path) or [file_digest(path)]) if replaces else []
         write_sums([summing.hexdigest(), *older])
 
     with atomic_write(path, "wb", before_rename) as stream:
@@ -150,7 +158,8 @@ def _read_sums(path: Path) -> list[str]:
     return found
 
 
-def _sum(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         for chunk in iter(lambda: stream.read(1 << 20), b""):
@@ -166,7 +175,7 @@ def check_sum(path: _PathLike) -> None:
     """
     path = Path(path)
     known = _read_sums(path)
-    if known and _sum(path) not in known:
+    if known and file_digest(path) not in known:
         raise InputError(
             f'Expected "{path}" to have the checksum in "{sum_file(path).name}" but it has another one: it is damaged, '
             "or was changed (on purpose? then remove that file)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ import PIL
 import torch
 
 from .errors import InputError
-from .files import atomic_write
+from .files import atomic_write, file_digest
 from .images import read_image
 
 logger = logging.getLogger(__name__)
@@ -172,9 +171,6 @@ def _download_from_gdrive(url: str, target: Path, sha256: str | None) -> None:
 def _check_sha256(path: Path, expected: str | None, url: str) -> None:
     if expected is None:
         return
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        for chunk in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(chunk)
-    if digest.hexdigest() != expected.lower():
-        raise InputError(f'Expected "{url}" to have the SHA-256 {expected} but got {digest.hexdigest()}')
+    digest = file_digest(path)
+    if digest != expected.lower():
+        raise InputError(f'Expected "{url}" to have the SHA-256 {expected} but got {digest}')

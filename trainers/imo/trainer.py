@@ -9,7 +9,6 @@ Legend: B images of this process, G global and L local crops, V = G + L, C class
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from dassl.optim import build_optimizer
 
 from ..clip import CLIP
 from ..common import EncoderTrainer, step_left_out
-from ..files import write_bytes, write_text
+from ..files import write_png, write_text
 from .adapters import FILE_NAME, save_adapters
 from .config import add_imo_config, add_imodino_config, check_imo_config, check_imodino_config
 from .data import EpochBatches, MultiCrop, mean_of_processes, process_rank, training_loader
@@ -175,9 +174,7 @@ class AdapterTrainer(EncoderTrainer):
         record = {"data": self.cfg.DATASET.NAME, "part": "val", "images": len(self._held_out()), **found}
         write_text(os.path.join(self.output_dir, "overlap.json"), json.dumps(record, indent=2) + "\n")
         figure = draw_histograms(self._before, after, f"{self.cfg.DATASET.NAME}, held-out images")
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=120)
-        write_bytes(os.path.join(self.output_dir, "overlap.png"), picture.getvalue())
+        write_png(os.path.join(self.output_dir, "overlap.png"), figure, dpi=120)
         writer = getattr(self, "writer", None)
         if writer is not None:
             writer.add_figure("held_out/histograms", figure, step)

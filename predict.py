@@ -20,7 +20,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -46,9 +47,9 @@ from dassl.utils import (
     one_line,
     read_image,
 )
-from dassl.utils.cli import SETUP_ERRORS, Parser, fail
+from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
 from dassl.utils.torchtools import BEST_NAME, pointed_file
-from datasets.files import IMAGE_EXTENSIONS, check_name
+from datasets.files import check_name, list_images_below, tell_kinds
 
 logger = logging.getLogger("predict")
 
@@ -209,8 +210,8 @@ def _last_epoch(folder: Path) -> int:
 def find_images(paths: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
     """((path, name) of every file to predict, folder -> why nothing was found in it).
 
-    Files that are named are taken whatever they are called; in folders, files are known by their extension, and hidden
-    ones are left out.
+    Files that are named are taken whatever they are called; in folders, also linked ones, files are known by their
+    extension; hidden ones and what systems leave there are left out, as in training, and files of other kinds named.
     """
     found: list[tuple[str, str]] = []
     empty: dict[str, str] = {}
@@ -218,21 +219,17 @@ def find_images(paths: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, 
         if not os.path.isdir(path):
             found.append((path, os.path.basename(path)))
             continue
-        below = sorted(_images_below(path))
-        found += [(os.path.join(path, name), name.replace(os.sep, "/")) for name in below]
+        others: Counter[str] = Counter()
+        below = sorted(list_images_below(path, others))
+        found += [(os.path.join(path, name), name) for name in below]
         if not below:
-            empty[path] = f'Expected the folder "{path}" to hold images but found none'
+            beside = f"files of other kinds: {tell_kinds(others)}" if others else "none"
+            empty[path] = f'Expected the folder "{path}" to hold images but found {beside}'
+        elif others:
+            print(f"left out, no images of a known kind, in {one_line(path)}: {tell_kinds(others)}", file=sys.stderr)
     if len({name for _, name in found}) < len(found):  # two folders with the same names in them
         found = [(path, path) for path, _ in found]
     return found, empty
-
-
-def _images_below(folder: str) -> Iterator[str]:
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
-                yield os.path.relpath(os.path.join(place, name), folder)
 
 
 class _Images(Dataset[Any]):
@@ -389,8 +386,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read stdout has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
     except Exception as error:
         message = explain_trouble(error, batches="a smaller --batch-size")
         if args.debug or not message:
@@ -401,4 +396,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

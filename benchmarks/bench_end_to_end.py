@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import machine, write_json
 from benchmarks.tables import made_by, table
+from dassl.utils.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 _LINE = re.compile(r"batch \[(\d+)/(\d+)\].* time \S+ \(([\d.]+)\) data \S+ \(([\d.]+)\)")
@@ -125,4 +126,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

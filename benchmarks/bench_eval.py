@@ -33,6 +33,7 @@ from benchmarks.measure import MatrixRate, Stopwatch, biggest, machine, write_js
 from benchmarks.naive import Naive
 from benchmarks.subject import build_clip, build_network, make_batch
 from benchmarks.tables import gflops, made_by, seconds, table
+from dassl.utils.cli import run_main
 
 NAMES = {
     "naive": "as published",
@@ -156,4 +157,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -28,6 +28,7 @@ from benchmarks.naive import Naive
 from benchmarks.steps import FreshStep, Learner, NaiveStep
 from benchmarks.subject import build_clip, build_network, make_batch
 from benchmarks.tables import gigabytes, made_by, table
+from dassl.utils.cli import run_main
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "accelerated": {},
@@ -98,4 +99,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

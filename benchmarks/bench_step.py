@@ -36,6 +36,7 @@ from benchmarks.naive import Naive
 from benchmarks.steps import FreshStep, Learner, NaiveStep, ViewsStep, gradients
 from benchmarks.subject import MODELS, build_clip, build_network, make_batch
 from benchmarks.tables import gflops, gigabytes, made_by, seconds, table
+from dassl.utils.cli import run_main
 
 _FITS = 0.6  # share of the free memory that the naive step's activations may take before classes are chunked
 _CHUNK = 100
@@ -222,4 +223,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

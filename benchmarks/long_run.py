@@ -28,6 +28,7 @@ from tabulate import tabulate
 import train
 from dassl.engine import SimpleTrainer
 from dassl.engine.hooks import HookBase
+from dassl.utils.cli import run_main
 
 CONFIGS = {"CoOp": "configs/trainers/coop/tiny.yaml", "DLRCLIP": "configs/trainers/dlr/tiny.yaml"}
 SHOTS, BATCH = 4, 8  # 40 images, 5 steps in a pass over them
@@ -162,4 +163,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

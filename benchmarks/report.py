@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import bench_end_to_end, bench_eval, bench_memory, bench_step
 from benchmarks.tables import gigabytes, table
+from dassl.utils.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- benchmarks: begin (written by benchmarks/report.py) -->"
@@ -144,4 +145,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,27 +11,73 @@ from typing import Any
 from dassl.utils import InputError
 
 IMAGE_EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2")
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif"),
+        *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2"),
+    )
+)
+# Folders that systems and network drives put beside people's files (thumbnails, trash, recovered files), lower case.
+# Those whose names start with a dot (.AppleDouble, .thumbnails, .Trash) are left out with all hidden entries.
+JUNK_FOLDERS = frozenset(
+    (
+        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp"),  # Synology, QNAP
+        *("$recycle.bin", "recycler", "system volume information", "found.000"),  # Windows
+        *("__macosx", "lost+found", "__pycache__"),
+    )
 )
 
 
 def list_folders(folder: str | Path) -> list[str]:
-    """Sorted names of the sub-folders; files are left out.
+    """List the sub-folders' names, sorted; files, hidden folders and JUNK_FOLDERS are left out.
 
     Raises:
         InputError: `folder` cannot be listed, a name is not UTF-8, or an entry is a broken link or a loop of links
-            (left out, it would move the labels of the classes after it).
+            (left out, it would move the labels of the classes after it). A broken link that is called like an image
+            counts as an image.
     """
-    return sorted(entry.name for entry in _entries(folder) if _is_folder(entry))
+    return sorted(e.name for e in _entries(folder) if e.name.lower() not in JUNK_FOLDERS and _is_folder(e))
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """Sorted names of the image files (by extension) directly in a folder; other files and folders are left out."""
-    return sorted(
-        entry.name
-        for entry in _entries(folder)
-        if os.path.splitext(entry.name)[1].lower() in IMAGE_EXTENSIONS and not entry.is_dir(follow_symlinks=False)
-    )
+    """List the names of the image files (by extension) directly in a folder, sorted; links to folders are left out."""
+    return sorted(entry.name for entry in _entries(folder) if is_image_name(entry.name) and not entry.is_dir())
+
+
+def list_images_below(folder: str | Path, others: Counter[str] | None = None) -> list[str]:
+    """List the images in a folder and in its sub-folders, linked ones too, as paths relative to it, with "/".
+
+    Each folder's own images come first, sorted, then its sub-folders in their order.
+
+    Args:
+        others: takes the number of files of other kinds by extension, lower case; hidden files do not count.
+
+    Raises:
+        InputError: as `list_folders`, or links that lead round in a circle.
+    """
+    return list(_images_below(str(folder), Counter() if others is None else others, ()))
+
+
+def _images_below(folder: str, others: Counter[str], above: tuple[str, ...]) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:
+        raise InputError(f"Expected folders without loops but the link {folder} leads back to {real}, which holds it")
+    yield from list_images(folder)
+    for name in list_folders(folder):
+        yield from (f"{name}/{path}" for path in _images_below(f"{folder}/{name}", others, (*above, real)))
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if not (entry.name.startswith(".") or entry.is_dir())]
+    others.update(os.path.splitext(name)[1].lower() for name in names if not is_image_name(name))
+
+
+def tell_kinds(others: Counter[str]) -> str:
+    """Tell the commonest extensions of files that are no images: ".heic (3), no extension (1)"; "" for none."""
+    kinds = ", ".join(f"{suffix or 'no extension'} ({count})" for suffix, count in others.most_common(5))
+    return f"{kinds}; convert .heic to JPEG first" if {".heic", ".heif"} & set(others) else kinds
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file of this name is taken for an image."""
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
 def _entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
@@ -49,6 +96,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         try:
             os.stat(entry.path)
         except OSError as error:
+            if is_image_name(entry.name):
+                return False
             raise InputError(
                 f"Expected the link {entry.path} to lead to a folder but got: {error.strerror or error}"
             ) from error

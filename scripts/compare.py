@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import signal
 import statistics
 import sys
@@ -31,7 +32,7 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dassl.utils import InputError, atomic_write
-from dassl.utils.cli import SETUP_ERRORS, Parser, fail
+from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
 from scripts.figure_style import save
 from scripts.grid import Run, few_shot_run, run_missing
 from scripts.methods import check_datasets, choose_methods, whole_numbers
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         records, costs = read_records(runs, args.metric)
         if not records:
             raise InputError(f"Expected finished runs below {args.output} but there is none")
-        command = " ".join(["python", "scripts/compare.py", *(sys.argv[1:] if argv is None else argv)])
+        command = shlex.join(["python", "scripts/compare.py", *(sys.argv[1:] if argv is None else argv)])
         stem = args.write or args.output / "compare" / "_".join(args.dataset)
         stem.parent.mkdir(parents=True, exist_ok=True)
         print(write_results(records, costs, stem, args.metric, command))
@@ -149,4 +150,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -19,6 +19,7 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dassl.utils.cli import run_main
 from trainers.clip.feature_cache import Entry, FeatureCache, default_folder  # noqa: E402
 
 MIB = 2**20
@@ -55,4 +56,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

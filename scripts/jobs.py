@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -58,7 +59,7 @@ def claimed(folder: Path) -> Iterator[IO[str]]:
 def open_console(folder: Path, arguments: Sequence[str]) -> IO[str]:
     """The run's console file, its command line already in it."""
     stream = open(folder / CONSOLE, "a", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
-    stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} python train.py {' '.join(arguments)}\n")
+    stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} python train.py {shlex.join(arguments)}\n")
     stream.flush()
     return stream
 

@@ -35,6 +35,7 @@ import torch  # noqa: E402 (the checkout's own modules are meant)
 from PIL import Image  # noqa: E402 (the checkout's own modules are meant)
 
 from dassl.utils import load_checkpoint  # noqa: E402
+from dassl.utils.cli import run_main  # noqa: E402
 from scripts.grid import _work, environment  # noqa: E402
 from scripts.jobs import CONSOLE, Step  # noqa: E402
 
@@ -225,4 +226,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

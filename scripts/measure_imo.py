@@ -32,6 +32,7 @@ from dassl.config import get_cfg_default
 from dassl.data import DatasetWrapper
 from dassl.data.datasets import build_dataset
 from dassl.data.transforms import build_transform
+from dassl.utils.cli import run_main
 from trainers.clip import CLIP, load_clip, templates_for, zeroshot_weights
 from trainers.imo import IMOAdapters, load_adapters, measure, read_recipe
 from trainers.tip_adapter import search_grid, tip_logits
@@ -178,4 +179,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dassl.utils.cli import run_main
 from scripts.figure_run import figure_main
 from scripts.figure_style import COLUMN, PAGE, look, new_figure, readable, style
 from scripts.run_folders import read_metrics
@@ -158,4 +159,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

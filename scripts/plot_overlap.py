@@ -26,6 +26,7 @@ from dassl.data import DatasetWrapper
 from dassl.data.datasets import DATASET_REGISTRY, build_dataset
 from dassl.data.transforms import build_transform
 from dassl.utils import InputError, did_you_mean
+from dassl.utils.cli import run_main
 from scripts.measure_imo import config
 from trainers.clip import CLIP, load_clip
 from trainers.imo import IMOAdapters, Measures, draw_histograms, load_adapters, measure, read_recipe
@@ -116,4 +117,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

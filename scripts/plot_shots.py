@@ -28,6 +28,7 @@ from scipy.special import stdtrit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dassl.utils.cli import run_main
 from scripts.figure_style import COLUMN, GREY, PAGE, add_output_options, look, new_figure, readable, save, style
 from scripts.run_folders import find_runs, read_records, run_records
 
@@ -230,4 +231,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

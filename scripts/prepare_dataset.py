@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.utils import InputError, did_you_mean
+from dassl.utils.cli import run_main
 from datasets import extend_cfg
 from datasets.files import read_lines, read_mat
 from scripts.dataset_sources import SOURCES, Download, Part
@@ -291,4 +292,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -37,7 +37,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dassl.utils import InputError
-from dassl.utils.cli import SETUP_ERRORS, Parser, fail
+from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
 from scripts.grid import Run, missing_runs, run_missing
 from scripts.launch import launch, parameters_of
 from scripts.methods import check_datasets, choose_methods, whole_numbers
@@ -185,4 +185,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

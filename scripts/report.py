@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dassl.engine.predictions import Predictions
 from dassl.utils import atomic_write
+from dassl.utils.cli import run_main
 from scripts.figure_run import open_predictions
 from scripts.figure_style import readable, write_figure
 from scripts.plot_confusion import confusion_figure
@@ -207,4 +208,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

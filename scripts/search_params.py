@@ -28,6 +28,7 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.utils import InputError, did_you_mean, set_random_seed
+from dassl.utils.cli import run_main
 from trainers.imo import read_recipe
 from trainers.tip_adapter_pp import GridPoint, best_point
 
@@ -147,4 +148,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

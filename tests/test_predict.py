@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 import predict
 import train
@@ -280,3 +281,34 @@ def test_as_a_program(run, new, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(list(csv.DictReader(io.StringIO(done.stdout)))) == 12
     assert "Traceback" not in done.stderr
+
+
+def test_folders_are_searched_as_in_training(run, new, tmp_path, capsys):
+    """Linked folders and all kinds of images count, what systems leave does not, and other kinds are named."""
+    folder = tmp_path / "mixed"
+    (folder / "@eaDir" / "a.jpg").mkdir(parents=True)
+    image = Image.open(new / "red circle" / "00.jpg")
+    for name in ("a.jfif", "b.jpe"):
+        image.save(folder / name, "JPEG")
+    third = "c.avif" if features.check("avif") else "c.webp"  # older versions of Pillow know no AVIF
+    image.save(folder / third)
+    image.save(folder / "@eaDir" / "a.jpg" / "SYNOPHOTO_THUMB_XL.jpg")
+    (folder / "phone.heic").write_bytes(b"x")
+    (folder / "linked").symlink_to(new / "green star")
+    assert predict.main(["--model-dir", str(run), str(folder), "--json", "--output", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    names = [Path(found["path"]).relative_to(folder).as_posix() for found in json.loads(captured.out)["images"]]
+    assert names == ["a.jfif", "b.jpe", third, *(f"linked/{number:02d}.jpg" for number in range(4))]
+    assert "left out, no images of a known kind" in captured.err and ".heic (1); convert .heic to JPEG" in captured.err
+    (folder / "circle").symlink_to(folder)
+    assert predict.main(["--model-dir", str(run), str(folder)]) == 2 and "without loops" in capsys.readouterr().err
+
+
+def test_a_console_that_is_not_utf8(run, new, tmp_path):
+    photo = tmp_path / "\u732b caf\u00e9.jpg"
+    shutil.copy(new / "red circle" / "00.jpg", photo)
+    command = [sys.executable, str(ROOT / "predict.py"), "--model-dir", str(run), str(photo), "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, cwd=ROOT)
+    assert result.returncode == 0 and b"Traceback" not in result.stderr, result.stderr
+    assert rb"\u732b caf\xe9.jpg" in result.stdout
+    assert "\u732b caf\u00e9.jpg" in (tmp_path / "result.txt").read_text(encoding="utf-8")

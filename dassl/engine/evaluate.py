@@ -19,6 +19,7 @@ from tqdm import tqdm
 from dassl.data.sharding import share_of
 from dassl.evaluation import HeadMetrics
 from dassl.utils import distributed
+from dassl.utils.console import Unbroken
 
 from .predictions import Predictions, Recorder
 
@@ -60,7 +61,8 @@ def spread(total: int, count: int) -> set[int]:
 def progress_bar(iterable: Any = None, **kwargs: Any) -> tqdm:
     """A tqdm bar on rank 0's stderr; it redraws rarely when that is a file, so that a job's log stays short."""
     kwargs["disable"] = kwargs.get("disable", False) or not distributed.is_main()
-    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 10.0, dynamic_ncols=True, **kwargs)
+    pause = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(iterable, file=Unbroken(sys.stderr), mininterval=pause, dynamic_ncols=True, **kwargs)
 
 
 def lines_above_bars() -> contextlib.AbstractContextManager[Any]:

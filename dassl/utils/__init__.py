@@ -2,7 +2,7 @@
 
 from .errors import InputError, UnknownNameError
 from .files import atomic_write
-from .logger import Logger, close_logger, note_in_log, setup_logger
+from .logger import Logger, close_logger, note_in_log, setup_logger, take_log_name
 from .meters import AverageMeter, MetricMeter
 from .registry import Registry
 from .text import one_line
@@ -66,6 +66,7 @@ __all__ = [
     "save_checkpoint",
     "set_random_seed",
     "setup_logger",
+    "take_log_name",
     "tolist_if_not",
     "write_json",
 ]

@@ -9,10 +9,11 @@ from typing import NoReturn
 
 import yaml
 
+from .console import run_main
 from .errors import InputError
 from .text import one_line
 
-__all__ = ["SETUP_ERRORS", "Parser", "fail"]
+__all__ = ["SETUP_ERRORS", "Parser", "fail", "run_main"]
 
 # While things are set up, these mean that something given was wrong. Once a run is going, only InputError does.
 SETUP_ERRORS = (InputError, ValueError, KeyError, OSError, yaml.YAMLError)

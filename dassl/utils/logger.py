@@ -16,7 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-__all__ = ["Logger", "close_logger", "note_in_log", "setup_logger"]
+from .console import silence, write_any_name
+
+__all__ = ["LOG_NAME", "Logger", "close_logger", "note_in_log", "setup_logger", "take_log_name"]
+
+LOG_NAME = "log.txt"
 
 
 class Logger:
@@ -34,7 +38,10 @@ class Logger:
             self.file = open(fpath, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
 
     def write(self, msg: str) -> int:
-        self.console.write(msg)
+        try:
+            self.console.write(msg)
+        except OSError as error:
+            _lose(self.console, error, None if self.file is None else self.file.name)
         if self.file is not None:
             try:
                 self.file.write(msg)
@@ -43,7 +50,10 @@ class Logger:
         return len(msg)
 
     def flush(self) -> None:
-        self.console.flush()
+        try:
+            self.console.flush()
+        except OSError as error:
+            _lose(self.console, error, None if self.file is None else self.file.name)
         if self.file is not None and not self.file.closed:
             self.file.flush()
 
@@ -75,6 +85,18 @@ class Logger:
         return getattr(self.console, name)
 
 
+def _lose(console: Any, error: OSError, log: str | None) -> None:
+    """Go on without a console, with one warning: its reader is gone (``| head``, a terminal that was closed)."""
+    silence(console)
+    where = "its lines are lost" if log is None else f"its lines are in {log}"
+    message = f"warning: stdout cannot be written any more ({error.strerror or error}): the run goes on, {where}"
+    note_in_log(message)
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:  # gone, too
+        silence(sys.stderr)
+
+
 class _Handler(logging.StreamHandler):
     """A handler that is silent once its stream is closed, as a console borrowed by a test or a notebook may be."""
 
@@ -91,6 +113,8 @@ class _Handler(logging.StreamHandler):
         tee = None if _active is None else _active.tee
         if isinstance(error, OSError) and tee is not None and self.stream is tee.file:
             tee.give_up(error)
+        elif isinstance(error, OSError):
+            _lose(self.stream, error, None if tee is None or tee.file is None else tee.file.name)
         else:
             super().handleError(record)
 
@@ -114,16 +138,32 @@ def _is_wanted(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING or record.name != "root" or not installed
 
 
-def _free_name(path: Path) -> Path:
-    """``path`` if nothing is there, else with the time (and, within one second, a number) appended."""
+def _free_name(path: Path, when: float | None = None) -> Path:
+    """``path`` if nothing is there, else with a time (now, if not given) and, within one second, a number appended."""
     if not path.exists():
         return path
-    stamped = path.with_name(path.name + time.strftime("-%Y-%m-%d-%H-%M-%S"))
+    stamped = path.with_name(path.name + time.strftime("-%Y-%m-%d-%H-%M-%S", time.localtime(when)))
     candidate, number = stamped, 1
     while candidate.exists():
         number += 1
         candidate = stamped.with_name(f"{stamped.name}-{number}")
     return candidate
+
+
+def take_log_name(folder: str | os.PathLike[str]) -> None:
+    """Have this run's log in a folder be called ``log.txt``; one that an earlier run has left there makes room.
+
+    Called when ``metrics.json`` is written, so that both are of one run. The earlier log's new name ends in the time at
+    which it was last written. Nothing happens where this run logs elsewhere, or its log has the name already.
+    """
+    file = None if _active is None or _active.tee is None else _active.tee.file
+    wanted = Path(folder) / LOG_NAME
+    if file is None or Path(file.name).parent.absolute() != wanted.parent.absolute() or Path(file.name) == wanted:
+        return
+    with contextlib.suppress(OSError):  # some systems do not rename open files: the logs then keep their names
+        if wanted.exists():
+            wanted.rename(_free_name(wanted, wanted.stat().st_mtime))
+        Path(file.name).rename(wanted)
 
 
 def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0) -> Path | None:
@@ -142,6 +182,7 @@ def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0) ->
     close_logger()
     active = _Active()
     console = sys.stderr if rank > 0 else sys.stdout
+    write_any_name(console)
     streams: list[Any] = [console]
     path = None
     if rank > 0:
@@ -151,7 +192,7 @@ def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0) ->
     elif output is not None and os.fspath(output) != "":
         path = Path(output)
         if path.suffix not in (".txt", ".log"):
-            path = path / "log.txt"
+            path = path / LOG_NAME
         path = _free_name(path)
         active.tee = Logger(path)
         sys.stdout = active.tee

@@ -10,4 +10,6 @@ from .config import extend_cfg
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["extend_cfg"]
+from .unnamed import name_dataset  # noqa: E402  # after the readers, which register in the order of their names
+
+__all__ = ["extend_cfg", "name_dataset"]

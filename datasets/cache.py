@@ -27,8 +27,14 @@ def cache_root() -> Path:
 
 
 def made_dataset_dir(root: str, name: str) -> Path:
-    """Where a dataset that makes its own images lies: in DATASET.ROOT, or in the cache where none is given ("")."""
-    return (Path(root).expanduser().absolute() if root else cache_root()) / name
+    """Return the folder of a dataset that makes its own images: in the user's cache, never in DATASET.ROOT.
+
+    Someone who forgets to name a dataset gives the folder of their own photos as `root`: images made there would be one
+    of their classes from then on.
+    """
+    if root:
+        logger.warning(f"The images of {name} are made by this project: they lie in {cache_root()}, not in {root}")
+    return cache_root() / name
 
 
 def build_once(folder: Path, fill: Callable[[Path], None]) -> Path:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dassl.data.datasets import DATASET_REGISTRY
 
+from .coop_style import FolderTools
 from .splits import Split, SplitDataset, split_by_folder
 
 
 @DATASET_REGISTRY.register()
-class DescribableTextures(SplitDataset):
+class DescribableTextures(FolderTools, SplitDataset):
     """One folder per class; the ten official splits (`labels/`, `imdb/`) are not used, as in CoOp."""
 
     folder = "dtd"

@@ -1,7 +1,7 @@
 """ImageFolder: your own images, as a folder with one folder per class, or as a CSV file.
 
     my_photos/cat/*.jpg  my_photos/dog/*.jpg  ...            a split is drawn
-    my_photos/train/cat/*.jpg  my_photos/test/cat/*.jpg      the split is that of the folders
+    my_photos/train/cat/*.jpg  my_photos/test/cat/*.jpg      the split is that of the folders (layout.py)
     my_photos.csv with the columns path, label[, split]      paths are relative to the CSV's folder
 
 `--root` is the folder (or the CSV) itself. Classes are called like their folders (in a CSV: like their labels), or as
@@ -13,91 +13,32 @@ class for train / val / test, and where only some parts are given, 20 % (val) an
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dassl.data.datasets import DATASET_REGISTRY, Datum
 from dassl.data.datasets.base_dataset import find_missing
 from dassl.utils import InputError, did_you_mean
 
-from .files import IMAGE_EXTENSIONS, check_name, list_folders, list_images, read_lines
-from .splits import SPLIT_SEED, Split, SplitDataset, cut_50_20_30, relative_items
+from .files import check_name, read_lines
+from .layout import PARTS, Photo, describe, scan_folder
+from .splits import SPLIT_SEED, Split, SplitDataset, cut_shares, relative_items
 
 logger = logging.getLogger(__name__)
 
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # as people call them
 TEST_SHARE, VAL_SHARE = 0.3, 0.2  # of a class's training images, where a part is not given
 MIN_IMAGES = 4  # per class, to draw train, val and test from
 CSV_NAME = "labels.csv"  # in a folder, stands for --root FOLDER/labels.csv
-NOT_CLASSES = ("split_fewshot", "__MACOSX")  # few-shot picks of ours; what macOS puts into archives
 SEPARATORS = " \t:=,;"  # between folder and name in classes.txt
-
-
-class Photo(NamedTuple):
-    """An image as it was found."""
-
-    path: str  # relative to the dataset's folder, with "/"
-    key: str  # its class's folder, or label in the CSV
-    part: str  # train, val or test; "": not said
-
-
-# ------------------------------------------------------------------------------------------------ what is there
-
-
-def scan_folder(root: str | Path) -> list[Photo]:
-    """The images below `root`, in either layout, sorted.
-
-    Raises:
-        InputError: no class folder, a class folder without images, links that go round in a circle.
-    """
-    folders = [name for name in list_folders(root) if name not in NOT_CLASSES]
-    if "train" in folders and list_folders(f"{root}/train") and not list_images(f"{root}/train"):
-        photos = []
-        for folder in (name for name in folders if name in PARTS):
-            for key in list_folders(f"{root}/{folder}"):
-                photos += _class_photos(str(root), f"{folder}/{key}", key, PARTS[folder])
-        others = [name for name in folders if name not in PARTS]
-        if others:
-            logger.warning(f"Left out what is beside train, val and test in {root}: {', '.join(others)}")
-        return photos
-    if not folders:
-        found = len(list_images(root))
-        beside = f"{found} images that are in none" if found else "nothing"
-        raise InputError(f"Expected {root} to have one folder of images per class but got {beside}")
-    return [photo for key in folders for photo in _class_photos(str(root), key, key, "")]
-
-
-def _class_photos(root: str, folder: str, key: str, part: str) -> list[Photo]:
-    others: Counter[str] = Counter()
-    photos = [Photo(f"{folder}/{path}", key, part) for path in _images_below(f"{root}/{folder}", others)]
-    kinds = ", ".join(f"{suffix or 'no extension'} ({count})" for suffix, count in others.most_common(5))
-    if not photos and part in ("", "train"):
-        beside = f"files of other kinds: {kinds}" if kinds else "nothing"
-        raise InputError(f"Expected the class folder {root}/{folder} to hold images but got {beside}")
-    if kinds:
-        logger.warning(f"Left out files in {root}/{folder} that are no images of a known kind: {kinds}")
-    return photos
-
-
-def _images_below(folder: str, others: Counter[str], above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Paths relative to `folder` of the images in it and in its folders; counts other files by extension."""
-    real = os.path.realpath(folder)
-    if real in above:
-        raise InputError(f"Expected folders without loops but the link {folder} leads back to {real}, which holds it")
-    yield from list_images(folder)
-    for name in list_folders(folder):
-        yield from (f"{name}/{path}" for path in _images_below(f"{folder}/{name}", others, (*above, real)))
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not (entry.name.startswith(".") or entry.is_dir())]
-    suffixes = (os.path.splitext(name)[1].lower() for name in names)
-    others.update(suffix for suffix in suffixes if suffix not in IMAGE_EXTENSIONS)
 
 
 def read_csv(path: Path) -> list[Photo]:
@@ -117,6 +58,8 @@ def read_csv(path: Path) -> list[Photo]:
     header = text.split("\n", 1)[0]
     reader = csv.DictReader(io.StringIO(text), delimiter=next((c for c in ";\t" if c in header), ","), strict=True)
     reader.fieldnames = columns = [name.strip().lower() for name in reader.fieldnames or ()]
+    if len(set(columns)) < len(columns):
+        raise InputError(f"Expected {path} to have each column once but got {', '.join(columns)}")
     if not {"path", "label"} <= set(columns):
         raise InputError(f"Expected {path} to have the columns path and label but got {', '.join(columns) or 'none'}")
     photos: dict[str, Photo] = {}
@@ -189,7 +132,7 @@ def class_names(folder: Path, keys: Sequence[str]) -> dict[str, str]:
 
 def _from_json(path: Path, keys: Sequence[str]) -> dict[str, str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=partial(_once, path))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"Expected {path} to be a readable JSON file but got: {error}") from error
     values = list(content.values()) if isinstance(content, dict) else content
@@ -200,6 +143,14 @@ def _from_json(path: Path, keys: Sequence[str]) -> dict[str, str]:
     for key in content:
         _check_key(path, key, keys)
     return content
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise InputError(f'Expected {path} to name each class once but "{twice}" stands twice')
+    return found
 
 
 def _from_txt(path: Path, keys: Sequence[str]) -> dict[str, str]:
@@ -263,6 +214,13 @@ def draw_parts(split: Split, seed: int = SPLIT_SEED) -> Split:
     return Split(**parts)
 
 
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:  # a link that leads nowhere, with --skip-bad-images
+        return -1
+
+
 @DATASET_REGISTRY.register()
 class ImageFolder(SplitDataset):
     """See the head of this file."""
@@ -310,7 +268,17 @@ class ImageFolder(SplitDataset):
                 )
         split = super()._load_split()
         self._compare(split)
+        counts = {name: Counter[str]() for name in self._classes.values()}
+        for part, data in zip(Split._fields, split, strict=True):
+            for item in data:
+                counts[item.label, item.classname][part] += 1
+        logger.info(describe(self.photos, self._source(), [(name, found) for (_, name), found in counts.items()]))
         return split
+
+    def bind_data(self, split: Split) -> str:
+        """Return a digest that tells two folders apart though their files have the same names: by the files' sizes."""
+        sizes = [_size(item.impath) for part in split for item in part]
+        return hashlib.sha256(f"{self.split_digest} {sizes}".encode()).hexdigest()
 
     def _source(self) -> str:
         return str(self.table or self.dataset_dir)
@@ -320,7 +288,7 @@ class ImageFolder(SplitDataset):
         for photo in self.photos:
             label, name = self._classes[photo.key]
             parts[photo.part].append(Datum(f"{self.dataset_dir}/{photo.path}", label, classname=name))
-        missing = find_missing(item.impath for data in parts.values() for item in data)
+        missing = find_missing(item.impath for data in parts.values() for item in data) if self.check_files else []
         if missing:  # said before a split is saved that could not be used
             raise InputError(
                 f"Expected the images of {self._source()} to exist but {len(missing)} of {len(self.photos)} do not: "
@@ -342,7 +310,7 @@ class ImageFolder(SplitDataset):
         rng, split = random.Random(SPLIT_SEED), Split([], [], [])
         for label, data in by_label.items():
             rng.shuffle(data)
-            cut_50_20_30(data, split, self.keys[label])
+            cut_shares(data, split, self.keys[label])
         return split
 
     def _compare(self, split: Split) -> None:

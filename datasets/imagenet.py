@@ -66,6 +66,7 @@ class ImageNet(SplitDataset):
     split_name = ""  # the folders are the split
     sources = (CLASSNAMES, "images/train", "images/val")
     check_files = False  # what was listed a moment ago is there
+    read_classnames = staticmethod(read_classnames)  # readers written for CoOp ask the class for it
 
     def make_split(self) -> Split:
         names = read_classnames(f"{self.dataset_dir}/{CLASSNAMES}")

@@ -52,7 +52,7 @@ class ShiftedImageNet(DatasetBase):
         self._check_all(present, list(indices))
         self.class_indices = [indices[folder] for folder in present]
         test = read_class_folders(self.image_dir, present, [classnames[label] for label in self.class_indices])
-        self.split_digest = split_digest(Split([], [], test), self.image_dir)
+        self.split_digest = self.data_digest = split_digest(Split([], [], test), self.image_dir)
         if cfg.DATASET.SUBSAMPLE_CLASSES != "all":
             logger.warning(
                 f"DATASET.SUBSAMPLE_CLASSES has no effect on {type(self).__name__}: all its classes are used"

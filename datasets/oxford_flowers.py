@@ -8,7 +8,7 @@ from dassl.data.datasets import DATASET_REGISTRY, Datum
 from dassl.utils import InputError, read_json
 
 from .files import read_mat
-from .splits import SPLIT_SEED, Split, SplitDataset, cut_50_20_30
+from .splits import SPLIT_SEED, Split, SplitDataset, cut_shares
 
 
 @DATASET_REGISTRY.register()
@@ -38,5 +38,5 @@ class OxfordFlowers(SplitDataset):
         split = Split([], [], [])
         for data in by_label.values():
             rng.shuffle(data)
-            cut_50_20_30(data, split, f"class {data[0].classname!r} of {self.dataset_dir}")
+            cut_shares(data, split, f"class {data[0].classname!r} of {self.dataset_dir}")
         return split

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dassl.data.datasets import DATASET_REGISTRY, Datum
 
+from .coop_style import SplitTools
 from .files import read_table
 from .splits import Split, SplitDataset, split_trainval
 
 
 @DATASET_REGISTRY.register()
-class OxfordPets(SplitDataset):
+class OxfordPets(SplitTools, SplitDataset):
     """The official trainval and test lists; class names are in the images' names: `Abyssinian_100` -> `abyssinian`."""
 
     folder = "oxford_pets"

@@ -181,12 +181,14 @@ def split_by_folder(
     ignored: Collection[str] = (),
     renamed: Mapping[str, str] | None = None,
     seed: int = SPLIT_SEED,
+    p_train: float = 0.5,
+    p_val: float = 0.2,
 ) -> Split:
-    """50 / 20 / 30 % per class of a tree with one folder per class.
+    """Split each class of a tree with one folder per class: by default 50 / 20 / 30 %.
 
     Label = rank of the folder's name among the sorted names that are not `ignored` (code-point order: upper case
     first); `renamed` maps folder names to class names and does not change the order. Per class the sorted files are
-    shuffled, then cut at round(0.5 n) and round(0.2 n), halves to even, which is how the published splits were cut.
+    shuffled, then cut at round(p_train n) and round(p_val n), halves to even, as the published splits were cut.
     CoOp shuffles an unsorted directory listing; sorting it makes the result the same on every machine.
 
     Hidden entries, files beside the class folders, and files in them that are no images (by extension) do not count.
@@ -205,13 +207,13 @@ def split_by_folder(
         paths = [f"{image_dir}/{folder}/{name}" for name in list_images(f"{image_dir}/{folder}")]
         rng.shuffle(paths)
         data = [Datum(impath=path, label=label, classname=renamed.get(folder, folder)) for path in paths]
-        cut_50_20_30(data, split, f"{image_dir}/{folder}")
+        cut_shares(data, split, f"{image_dir}/{folder}", p_train, p_val)
     return split
 
 
-def cut_50_20_30(data: Sequence[Datum], split: Split, where: str) -> None:
-    """Append one class's shuffled images to the parts of `split`: round(0.5 n), round(0.2 n), the rest."""
-    n_train, n_val = round(0.5 * len(data)), round(0.2 * len(data))
+def cut_shares(data: Sequence[Datum], split: Split, where: str, p_train: float = 0.5, p_val: float = 0.2) -> None:
+    """Append one class's shuffled images to the parts of `split`: round(p_train n), round(p_val n), the rest."""
+    n_train, n_val = round(p_train * len(data)), round(p_val * len(data))
     if min(n_train, n_val, len(data) - n_train - n_val) <= 0:
         raise InputError(f"Expected {where} to have images enough for train, val and test but got {len(data)}")
     split.train.extend(data[:n_train])
@@ -295,6 +297,7 @@ class SplitDataset(DatasetBase):
         sources: files and folders, relative to the dataset's folder, that `make_split` reads.
         dataset_dir, image_dir: those folders' full paths.
         split_digest: SHA-256 of the whole split, for the run's records.
+        data_digest: what a run is bound to, see `bind_data`.
     """
 
     folder: ClassVar[str]
@@ -305,12 +308,15 @@ class SplitDataset(DatasetBase):
     def __init__(self, cfg: CfgNode) -> None:
         shots = check_shots(cfg.DATASET.NUM_SHOTS)
         self.missing_hint = docs_hint(type(self).__name__)
+        if cfg.DATALOADER.SKIP_BAD_IMAGES:
+            self.check_files = False  # what is missing is then named and left out with what cannot be read
         root = self.locate(cfg.DATASET.ROOT)
         self.dataset_dir = str(root)
         self.image_dir = str(root / self.images) if self.images else str(root)
         split = self._load_split()
         items = [relative_items(part, self.image_dir) for part in split]
         self.split_digest = _digest(items)
+        self.data_digest = self.bind_data(split)
         index = zip(itertools.chain(*items[:2]), itertools.chain(*split[:2]), strict=True)
         train, val = self._pick(split, shots, cfg.SEED, {item[0]: datum for item, datum in index})
         train, val, test = subsample_classes(
@@ -326,6 +332,10 @@ class SplitDataset(DatasetBase):
             InputError: no root given, or the dataset is not there.
         """
         return find_dataset(type(self).__name__, self.folder, root)
+
+    def bind_data(self, split: Split) -> str:
+        """Return the digest that binds a run to its images; `split_digest` where the dataset is known to everybody."""
+        return self.split_digest
 
     def make_split(self) -> Split:
         """Make the split when there is no split file; the result is saved as one."""

@@ -8,6 +8,7 @@ An evaluation waits for the run that it evaluates, is not started where that fai
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import multiprocessing
@@ -22,8 +23,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from tqdm import tqdm
 
+import datasets
 import train
-from dassl.config import differing, plain_config
+import trainers
+from dassl.config import differing, get_cfg_default, plain_config
+from dassl.data.datasets import build_dataset
 from dassl.utils import InputError
 from scripts.jobs import CONSOLE, NOT_STARTED, Step, claimed, finished, open_console
 
@@ -74,15 +78,18 @@ class Run:
         """
         if not finished(self.folder, None if self.after is None else self.after.folder):
             return None
-        self._check_settings()
-        return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        cfg = self.cfg()
+        self._check_settings(cfg)
+        metrics: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        self._check_data(cfg, metrics)
+        return metrics
 
     def cfg(self) -> Any:
         """Its configuration; raises where that is wrong."""
         return train.setup_cfg(train.parse_args(self.arguments()))
 
-    def _check_settings(self) -> None:
-        wanted = plain_config(self.cfg())
+    def _check_settings(self, cfg: Any) -> None:
+        wanted = plain_config(cfg)
         there = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
         others = [change.key for change in differing(there, wanted)]
         if others:
@@ -90,6 +97,37 @@ class Run:
                 f'Expected the finished run in "{self.folder}" to have the settings asked for but it has other values '
                 f"of {', '.join(others)}: move it away, or choose another output folder"
             )
+
+    def _check_data(self, cfg: Any, metrics: dict[str, Any]) -> None:
+        there = metrics.get("data_digest")
+        here = digest_of_data(cfg.DATASET.NAME, cfg.DATASET.ROOT) if there else ""
+        if here and here != there:
+            raise InputError(
+                f'Expected the finished run in "{self.folder}" to be of the images that are now in '
+                f"{cfg.DATASET.ROOT or cfg.DATASET.NAME} but it was made of others, or of another split (digest "
+                f"{there[:12]}, now {here[:12]}): move it away, or choose another output folder"
+            )
+
+
+@functools.cache  # asked for each run of a grid
+def digest_of_data(name: str, root: str) -> str:
+    """Return the digest of a dataset as it is now (`data_digest`); "": it has none, or is not here.
+
+    Raises:
+        InputError: it cannot be read where `root` says; without a root it may be elsewhere, which is only logged.
+    """
+    cfg = get_cfg_default()
+    datasets.extend_cfg(cfg)
+    trainers.extend_cfg(cfg)
+    cfg.DATASET.NAME, cfg.DATASET.ROOT = name, root  # the split is that of all shots and classes
+    cfg.DATALOADER.SKIP_BAD_IMAGES = True  # what cannot be read is the runs' own business
+    try:
+        return str(build_dataset(cfg).data_digest)
+    except InputError as error:
+        if root:
+            raise
+        logger.warning("The images of finished runs on %s are not here to be compared: %s", name, error)
+        return ""
 
 
 def command_line(

@@ -28,7 +28,7 @@ from .transforms import INTERPOLATION_MODES, build_transform, to_float_tensor
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["DataManager", "DatasetWrapper", "build_data_loader", "seed_worker", "usable_workers"]
+__all__ = ["DataManager", "DatasetWrapper", "build_data_loader", "data_digest", "seed_worker", "usable_workers"]
 
 Transform = Callable[[Any], Any]
 
@@ -114,6 +114,11 @@ def build_data_loader(
     if len(loader) == 0:
         raise InputError(f"Expected at least one batch of {batch_size} from {sampler_type} but got none")
     return loader
+
+
+def data_digest(dm: Any) -> str:
+    """Return the digest of a data manager's images and labels, whoever wrote manager and dataset; "": not known."""
+    return str(getattr(getattr(dm, "dataset", None), "data_digest", "") or "")
 
 
 class DataManager:
@@ -210,12 +215,12 @@ class DataManager:
             if isinstance(sampler, PlannedSampler):
                 sampler.forget()
 
-    def state_dict(self) -> dict[str, int]:
-        """What an unseeded run has drawn, for a run that goes on with it."""
-        return {"seed": self._seed}
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an unseeded run has drawn, and which images it goes by, for a run that goes on with it."""
+        return {"seed": self._seed, "digest": data_digest(self)}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Put ``state_dict`` back."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put ``state_dict`` back; its digest is compared before (``check_data``)."""
         self._seed = state["seed"]
 
     def show_dataset_summary(self, cfg: CfgNode) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "Position",
     "batches_from",
     "check_config",
+    "check_data",
     "has_checkpoints",
     "named_newest",
     "newest_good",
@@ -185,6 +186,24 @@ def check_config(found: Found, cfg: Any) -> None:
             "choose another OUTPUT_DIR (--output-dir), or force it (--force-resume)"
         )
     logger.warning("Resuming is forced with other settings, so the result is not that of either run: %s", listed)
+
+
+def check_data(found: Found, digest: str) -> None:
+    """Compare the images that a checkpoint was made with, by their digest, with the present ones.
+
+    Args:
+        digest: of the present ones; "": not known, nothing is compared.
+
+    Raises:
+        InputError: they are others. No setting forces it: order and place in an epoch would mean other images.
+    """
+    path, checkpoint = next(iter(found.values()))
+    there = ((checkpoint.get("engine") or {}).get("data") or {}).get("digest", "")
+    if there and digest and there != digest:
+        raise InputError(
+            f'Expected to go on with the images that "{path}" was trained on (digest {there[:12]}) but the dataset '
+            f"now has other images, labels or parts (digest {digest[:12]}): choose another OUTPUT_DIR (--output-dir)"
+        )
 
 
 def _told(change: Any) -> tuple[str, Any, Any]:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from dassl.data import DataManager
+from dassl.data.data_manager import data_digest
 from dassl.data.sharding import part_of, share_of
 from dassl.evaluation import build_evaluator, heads_table
 from dassl.optim import build_lr_scheduler, build_optimizer
@@ -46,7 +47,7 @@ from .hooks.losses import WHAT_HELPS, as_numbers, fault_of
 from .net import SimpleNet
 from .parallel import copy_from_main, own_draws
 from .predictions import MEGABYTE, Recorder
-from .resume import batches_from, check_config
+from .resume import batches_from, check_config, check_data
 from .state import EpochStats, count_images
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,8 @@ class SimpleTrainer(TrainerBase):
         self._check_training_data()
         found = self._find_checkpoint(Path(self.cfg.RESUME or self.cfg.OUTPUT_DIR))
         if found is not None:
-            check_config(found, self.cfg)  # before anything of that run is written over
+            check_data(found, data_digest(self.dm))  # before anything of that run is written over
+            check_config(found, self.cfg)
         super().train(self.start_epoch, self.max_epoch)
 
     def has_training_step(self) -> bool:

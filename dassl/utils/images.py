@@ -15,23 +15,30 @@ __all__ = ["MAX_ASPECT", "read_image"]
 # Longer : shorter side. Models see the middle of an image after its short side has been resized to theirs; beyond this
 # ratio that middle shows next to nothing, and the resized strip can take gigabytes.
 MAX_ASPECT = 100
+# Pillow opens 16-bit files of these formats as 32-bit integers (PNG: its older versions).
+SIXTEEN_BIT_AS_INTEGERS = ("PNG", "PPM")
+FLOAT_LIMIT = (
+    1.5  # resampling and sharpening carry floats a little beyond white, which is cut off; more is no overshoot
+)
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """The image at ``path`` as 8-bit RGB, turned the way its EXIF orientation says.
 
-    Transparent pixels become white (what lies under them is arbitrary, black in most files), 16-bit and float images
-    are scaled to 8 bits instead of cut off at 255, and of an animation the first picture is taken.
+    Transparent pixels become white (what lies under them is arbitrary, black in most files), and of an animation the
+    first picture is taken. White is 65535 in 16-bit files and 1 in files of floats, whatever the image's own maximum
+    is: all images of a dataset have one scale. Files with 12 bits in 16 are therefore dark.
 
     Raises:
-        InputError: the file is missing, is not a readable image, is too large to be opened safely, or is more than
-            MAX_ASPECT times as long as wide; the message names it and the reason.
+        InputError: the file is missing, is not a readable image, is too large to be opened safely, is more than
+            MAX_ASPECT times as long as wide, or has numbers that tell no white (32-bit integers, floats beyond 1); the
+            message names it and the reason.
     """
     try:
         with Image.open(path) as image:
             _check_shape(image)  # before the pixels are decoded: sizes stand in the header
             image.load()
-            return _opaque_rgb(_upright(image))
+            return _opaque_rgb(_upright(image), image.format or "")
     except FileNotFoundError as error:
         raise InputError(f'Expected an image at "{os.fspath(path)}" but found no file') from error
     except UnidentifiedImageError as error:
@@ -59,9 +66,9 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _opaque_rgb(image: Image.Image) -> Image.Image:
+def _opaque_rgb(image: Image.Image, form: str) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_eight_bits(image)
+        image = _to_eight_bits(image, form)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -69,14 +76,17 @@ def _opaque_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey levels of 16 bits (0..65535) or of floats (0..1, or 0..255) as 0..255; Pillow itself would clip them."""
+def _to_eight_bits(image: Image.Image, form: str) -> Image.Image:
+    """Grey levels of 16 bits (0..65535) or of floats (0..1) as 0..255; Pillow itself would clip them."""
     values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    highest = values.max(initial=0.0)
-    if image.mode == "F" and highest <= 1:
+    if image.mode == "F":
         full = 1.0
-    elif image.mode.startswith("I;16") or highest > 255:  # older versions of Pillow open 16-bit PNG as "I"
+        if values.max(initial=0.0) > FLOAT_LIMIT:
+            raise ValueError(
+                f"floats up to {values.max():.6g} where 1 is white: save it as 8 or 16 bits, or divided by its white"
+            )
+    elif image.mode.startswith("I;16") or form in SIXTEEN_BIT_AS_INTEGERS:
         full = 65535.0
     else:
-        full = 255.0
+        raise ValueError("32-bit integers, which tell no white: save it as 8 or 16 bits")
     return Image.fromarray(np.clip(np.rint(values * (255.0 / full)), 0, 255).astype(np.uint8))

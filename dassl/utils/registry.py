@@ -67,6 +67,10 @@ class Registry:
         """All names, in the order of registration."""
         return list(self._obj_map)
 
+    def items(self) -> list[tuple[str, Any]]:
+        """List (name, object), in the order of registration."""
+        return list(self._obj_map.items())
+
     def __contains__(self, name: object) -> bool:
         return name in self._obj_map
 

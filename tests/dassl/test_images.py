@@ -53,10 +53,32 @@ def test_sixteen_bits_are_scaled_not_cut_off(tmp_path, name):
     assert np.asarray(dim).max() == 1  # 200 of 65535 is nearly black
 
 
-@pytest.mark.parametrize("full", [1.0, 255.0])
-def test_floats_are_scaled(tmp_path, full):
-    read = save(tmp_path / "a.tif", Image.fromarray((GRADIENT * (full / 255)).astype(np.float32)))
-    np.testing.assert_array_equal(np.asarray(read)[..., 1], GRADIENT)
+@pytest.mark.parametrize("highest", [0.5, 0.98, 1.0, 1.02])
+def test_all_images_of_floats_have_one_scale(tmp_path, highest):
+    """White is 1 whatever the image's own maximum is; what resampling carries a little beyond is cut off."""
+    values = GRADIENT.astype(np.float32) / GRADIENT.max() * np.float32(highest)
+    read = save(tmp_path / "a.tif", Image.fromarray(values))
+    np.testing.assert_array_equal(np.asarray(read)[..., 1], np.clip(np.rint(values.astype(np.float64) * 255), 0, 255))
+
+
+def test_numbers_that_tell_no_white_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"a\.tif.*floats up to \d+ where 1 is white"):
+        save(tmp_path / "a.tif", Image.fromarray(GRADIENT.astype(np.float32)))
+    with pytest.raises(InputError, match=r"b\.tif.*32-bit integers, which tell no white"):
+        save(tmp_path / "b.tif", Image.fromarray(GRADIENT.astype(np.int32)))
+
+
+@pytest.mark.parametrize("highest", [100, 4095, 65535])
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+def test_all_images_of_sixteen_bits_have_one_scale(tmp_path, name, highest):
+    values = (GRADIENT.astype(np.float64) / GRADIENT.max() * highest).astype(np.uint16)
+    if name.endswith(".pgm"):  # Pillow writes 8 bits
+        header = f"P5 {values.shape[1]} {values.shape[0]} 65535\n".encode()
+        (tmp_path / name).write_bytes(header + values.astype(">u2").tobytes())
+        read = read_image(tmp_path / name)
+    else:
+        read = save(tmp_path / name, Image.fromarray(values))
+    np.testing.assert_array_equal(np.asarray(read)[..., 0], np.rint(values / 257).astype(np.uint8))
 
 
 def test_transparent_pixels_are_white(tmp_path):

@@ -48,9 +48,13 @@ def test_few_shots_and_halves(digits_cache):
     assert read_image(dataset.train_x[0].impath).size == (64, 64)
 
 
-def test_the_split_is_the_same_everywhere(digits_cache, tmp_path):
-    first, second = Digits(make_cfg(shots=1)), Digits(make_cfg(tmp_path, shots=1))
-    assert (tmp_path / "digits" / "split.json").is_file()
+def test_the_split_is_the_same_everywhere_and_never_below_the_root(digits_cache, tmp_path, monkeypatch, caplog):
+    first = Digits(make_cfg(shots=1))
+    monkeypatch.setenv("DLR_CLIP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "photos").mkdir()
+    second = Digits(make_cfg(tmp_path / "photos", shots=1))
+    assert (tmp_path / "cache" / "digits" / "split.json").is_file() and not any((tmp_path / "photos").iterdir())
+    assert f"lie in {tmp_path / 'cache'}, not in {tmp_path / 'photos'}" in caplog.text
     assert first.split_digest == second.split_digest
     assert [i.impath[-10:] for i in first.train_x] == [i.impath[-10:] for i in second.train_x]
 

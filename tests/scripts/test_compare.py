@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from scripts.compare import main
+from scripts.grid import digest_of_data
 from scripts.methods import choose_methods, methods_with
+from scripts.protocol import main as protocol_main
 
 ROOT = Path(__file__).parents[2]
 METHODS = "ZeroshotCLIP,LinearProbe"
@@ -107,3 +111,35 @@ def test_all_methods_are_those_that_leave_the_dataset_open():
     names = [method.name for method in choose_methods("", "tiny")]
     assert names == list(methods_with("tiny")) and len(names) >= 16
     assert {"DLRCLIP", "ZeroshotCLIP", "CoOp", "TipAdapterF", "CLAP"} <= set(names)
+
+
+@pytest.fixture
+def photo_folders(tmp_path) -> tuple[Path, Path]:
+    """Two folders of the same names and classes, of other images."""
+    for number, root in enumerate(("first", "second")):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(6):
+                path = tmp_path / root / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.effect_noise((40 + 8 * number, 40), 20 + 60 * label).convert("RGB").save(path)
+    return tmp_path / "first", tmp_path / "second"
+
+
+def test_a_finished_run_of_other_images_is_not_taken(photo_folders, tmp_path, capsys):
+    first, second = photo_folders
+    arguments = ["--dataset", "image_folder", "--shots", "1", "--seeds", "1", "--trainers", "LinearProbe"]
+    arguments += ["--output", str(tmp_path / "out")]
+    assert main([*arguments, "--root", str(first)]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--root", str(second)]) == 2
+    assert "to be of the images that are now in" in capsys.readouterr().err
+    protocol = ["few-shot", *arguments, "--root", str(second)]
+    assert protocol_main(protocol) == 2 and "to be of the images" in capsys.readouterr().err
+    digest_of_data.cache_clear()  # what a new process would see
+    shutil.rmtree(first / "cat")
+    shutil.copytree(first / "dog", first / "cat")
+    (first / "split.json").unlink()  # the same root, split anew
+    assert main([*arguments, "--root", str(first)]) == 2
+    digest_of_data.cache_clear()
+    assert main([*arguments, "--read-only", "--root", str(first / "nothing")]) == 2  # misspelt
+    assert main([*arguments, "--read-only"]) == 0  # without a root, what is there is read

@@ -146,6 +146,8 @@ class DatasetBase:
     domains: Sequence[str] = ()  # names of all domains
     check_files: bool = True  # False where items are not files
     missing_hint: str = ""  # ends the message about missing files: where they are to be had
+    split_digest: str = ""  # SHA-256 of the whole split (paths, labels, names); "": the reader does not say
+    data_digest: str = ""  # what a run is bound to: other images have another one; "": not known
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ its keys come from the class's static `add_config(cfg)`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from dassl.engine import TRAINER_REGISTRY
@@ -34,12 +35,47 @@ from . import (
     tip_adapter_pp,
     zsclip,
 )
-from .clip import add_clip_config
+from .clip import add_clip_config, complete_input
+from .common import CLIPTrainer
+
+# What the field calls our trainers elsewhere (titles, other repositories' registered names) -> the name here. They are
+# not registered: they are suggested where somebody asks for them.
+ALIASES = {
+    "DLR": "DLRCLIP",
+    "CLIPDLR": "DLRCLIP",
+    "MultiModalAdapter": "MMA",
+    "MMAdapter": "MMA",
+    "CLIPZeroshot": "ZeroshotCLIP",
+    "CLIPZeroshotEnsemble": "ZeroshotCLIP2",
+    "ZSCLIP": "ZeroshotCLIP",
+    "CLIP": "ZeroshotCLIP",
+    "LP": "LinearProbe",
+    "LinearProbeCLIP": "LinearProbe",
+    "LPCLIP": "LinearProbe",
+    "ContextOptimization": "CoOp",
+    "ConditionalContextOptimization": "CoCoOp",
+    "Tip": "TipAdapter",
+    "TipF": "TipAdapterF",
+    "TipPlusPlus": "TipAdapterPP",
+    "SuSX": "TipX",
+    "CrossModal": "CrossModalProbe",
+    "CrossModalAdaptation": "CrossModalProbe",
+    "CrossModalLinearProbe": "CrossModalProbe",
+    "TaskResidual": "TaskRes",
+    "ClassAdaptiveLinearProbe": "CLAP",
+    "ADAPTER": "CLAP",
+    "TransductiveDirichlet": "EMDirichlet",
+    "TransductiveCLIP": "EMDirichlet",
+    "LoRA": "CLIPLoRA",
+    "IntraModalOverlap": "IMO",
+}
 
 __all__ = [
+    "ALIASES",
     "clap",
     "cliplora",
     "cocoop",
+    "complete_cfg",
     "coop",
     "cross_modal",
     "dlrclip",
@@ -63,3 +99,14 @@ def extend_cfg(cfg: Any) -> None:
         add_config = getattr(TRAINER_REGISTRY.get(name), "add_config", None)
         if callable(add_config):
             add_config(cfg)
+
+
+def complete_cfg(cfg: Any, given: Collection[str]) -> None:
+    """Fill what a configuration leaves open with what its backbone wants of images, in place.
+
+    Args:
+        cfg: an unfrozen configuration whose trainer is registered.
+        given: keys that were given for this backbone, such as "INPUT.SIZE"; they stay.
+    """
+    if issubclass(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), CLIPTrainer):
+        complete_input(cfg, given)

@@ -23,7 +23,7 @@ from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint
 
-from .clip import CLIP, check_backbone, load_clip, templates_for
+from .clip import CLIP, check_backbone, load_clip, tell_preprocessing, templates_for
 from .learner import Classifier
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ class CLIPTrainer(TrainerX):
         clip = load_clip(
             cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None, precision=precision, device=self.device
         )
+        tell_preprocessing(cfg)
         size = (clip.image_size, clip.image_size)
         if tuple(cfg.INPUT.SIZE) != size:
             raise ValueError(f"Expected INPUT.SIZE to be {size} for {clip.name} but got {tuple(cfg.INPUT.SIZE)}")

@@ -180,3 +180,18 @@ def test_word_vectors(make_clip):
 def test_unknown_position(make_clip, names):
     with pytest.raises(ValueError, match="end, middle, front"):
         ContextPrompts(make_clip().text, names, 4, position="back")
+
+
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_a_class_name_may_fill_the_context_and_no_more(make, images, names, position):
+    n_ctx = 16
+    name = " ".join(["cat"] * (77 - 2 - n_ctx - 1))  # start, end, vectors, full stop
+    full = make(classnames=[name, *names[1:]], n_ctx=n_ctx, position=position)
+    want = naive_logits(random_open_clip(), full.learner, images, [name, *names[1:]], position)
+    torch.testing.assert_close(full(images) / 100, want / 100, rtol=0, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"at most 58 tokens beside 16 context vectors .* but 1 are longer, .* with 59"
+    ):
+        make(classnames=[f"{name} cat", *names[1:]], n_ctx=n_ctx, position=position)
+    with pytest.raises(ValueError, match="with 200"):
+        make(classnames=[" ".join(["cat"] * 200), *names[1:]], n_ctx=n_ctx, position=position)

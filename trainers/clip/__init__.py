@@ -8,6 +8,7 @@ from .blocks import Adapter, Projection
 from .config import add_clip_config
 from .load import load_clip
 from .model import CLIP
+from .preprocess import complete_input, preprocessing_of, tell_preprocessing
 from .templates import (
     DEFAULT_TEMPLATE,
     IMAGENET_TEMPLATES,
@@ -37,10 +38,13 @@ __all__ = [
     "add_clip_config",
     "check_backbone",
     "clean_classname",
+    "complete_input",
     "fill_template",
     "load_clip",
     "mean_text_features",
+    "preprocessing_of",
     "save_tiny",
+    "tell_preprocessing",
     "templates_for",
     "zeroshot_weights",
 ]

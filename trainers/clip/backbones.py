@@ -38,6 +38,8 @@ class Backbone:
         arch: constructor arguments of ``open_clip.CLIP``; empty for "tiny", whose file carries them.
         sources: who offers the weights, in order of preference; empty for "tiny" and where no tag was given.
         pixel_mean, pixel_std: input normalisation of these weights.
+        interpolation: how images are resized for them.
+        squash: whether their authors resize both sides to the model's size instead of cutting out the middle.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Backbone:
     sources: tuple[Source, ...] = ()
     pixel_mean: tuple[float, ...] = OPENAI_DATASET_MEAN
     pixel_std: tuple[float, ...] = OPENAI_DATASET_STD
+    interpolation: str = "bicubic"
+    squash: bool = False
 
 
 def _did_you_mean(given: str, known: list[str]) -> str:
@@ -95,6 +99,8 @@ def _from_open_clip(name: str, model: str, tag: str, url_first: bool) -> Backbon
         sources=tuple(urls + hubs if url_first else hubs + urls),
         pixel_mean=tuple(pretrained.get("mean", OPENAI_DATASET_MEAN)),
         pixel_std=tuple(pretrained.get("std", OPENAI_DATASET_STD)),
+        interpolation=pretrained.get("interpolation", "bicubic"),
+        squash=pretrained.get("resize_mode") == "squash",
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .templates import clean_classname
-from .text import TextState, TextTower
+from .text import TextState, TextTower, count_tokens
 
 POSITIONS = ("end", "middle", "front")
 
@@ -20,6 +20,23 @@ def word_vectors(text: TextTower, words: str) -> Tensor:
     """Token embeddings [n, D] of `words`, without start and end of text."""
     tokens = text.tokenise([words])
     return text.token_embedding(tokens.ids[0, 1 : int(tokens.eot[0])]).detach().float()
+
+
+def _check_room(names: Sequence[str], n_ctx: int, context_length: int) -> None:
+    # A prompt that is cut loses its full stop, its name or its end, and another token would be read in its place.
+    own = [count - 2 for count in count_tokens([f"{name}." for name in names])]  # of name and full stop
+    room = context_length - 2 - n_ctx
+    if max(own) > room:
+        longest = max(range(len(own)), key=own.__getitem__)
+        raise ValueError(
+            f"Expected class names of at most {room - 1} tokens beside {n_ctx} context vectors and a full stop (the "
+            f"text encoder reads {context_length} tokens) but {sum(size > room for size in own)} are longer, such as "
+            f"{_short(names[longest])} with {own[longest] - 1}: take fewer vectors, or call these classes shorter"
+        )
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 40 else f"{name[:37]}...")
 
 
 class ContextPrompts(nn.Module):
@@ -36,7 +53,7 @@ class ContextPrompts(nn.Module):
         position: where the class name is.
 
     Raises:
-        ValueError: no room for the class names.
+        ValueError: a class name that leaves no room for the vectors; the message says how long which may be.
     """
 
     prefix: Tensor  # [C, 1, D], embedding of the start of text
@@ -56,6 +73,7 @@ class ContextPrompts(nn.Module):
         context = words or " ".join(["X"] * n_ctx)
         if n_ctx > text.context_length - 3:  # start, end and a token of the name
             raise ValueError(f"Expected at most {text.context_length - 3} context vectors but got {n_ctx}")
+        _check_room(names, n_ctx, text.context_length)
         tokens = text.tokenise([f"{context} {name}." for name in names])
         length, device = tokens.ids.shape[1], tokens.ids.device
         embedded = text.token_embedding(tokens.ids).detach().to(text.dtype)  # [C, L, D]

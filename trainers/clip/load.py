@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 
+import open_clip
 import torch
+from open_clip.pretrained import get_pretrained_cfg
 
 from .backbones import Backbone, resolve_backbone, weights_hint
-from .checkpoint import build_open_clip, read_checkpoint
+from .checkpoint import build_open_clip, checkpoint_form, read_checkpoint
 from .model import CLIP, PRECISIONS
 from .tiny import expand_vocabulary, read_record, tiny_files
 
 logger = logging.getLogger(__name__)
+
+_ACTIVATIONS = {True: "quick-GELU", False: "GELU"}
 
 
 def load_clip(
@@ -50,8 +55,58 @@ def load_clip(
         arch, state = backbone.arch, read_checkpoint(path)
     model = build_open_clip(arch, state, f"{name} in {path}")
     clip = CLIP(model, name, precision, backbone.pixel_mean, backbone.pixel_std)
-    logger.info("CLIP %s from %s (%s)", name, path, precision)
+    quick = bool(arch.get("quick_gelu", False))
+    logger.info("CLIP %s from %s (%s, %s)", name, path, precision, _ACTIVATIONS[quick])
+    if weights and name != "tiny":
+        _check_activation(name, path, quick)
     return clip.to(device)
+
+
+def _check_activation(name: str, path: Path, quick: bool) -> None:
+    """Warn where a file's origin speaks for the other activation: no tensor tells it, and features would be wrong."""
+    trained, origin = activation_of_origin(path)
+    if trained is not None and trained != quick:
+        logger.warning(
+            "%s takes %s but %s, so that its weights were trained with %s: choose a MODEL.BACKBONE.NAME with that "
+            "activation (OpenAI's names and open_clip's ...-quickgelu have quick-GELU, open_clip's others GELU)",
+            name,
+            _ACTIVATIONS[quick],
+            origin,
+            _ACTIVATIONS[trained],
+        )
+
+
+def activation_of_origin(path: Path) -> tuple[bool | None, str]:
+    """Return (whether a checkpoint's origin speaks for quick-GELU, a sentence that says why); None: nothing speaks.
+
+    OpenAI's archives are TorchScript programs, which nobody else's are; the others are known by the tag of open_clip's
+    tables in their path, such as "laion2b_s34b_b79k", however it is spelt.
+    """
+    if checkpoint_form(path) == "torchscript":
+        return True, f"{path} is an archive of OpenAI's"
+    place = _letters("".join(path.absolute().parts[-4:]))  # the hub's cache has the name three folders above the file
+    tags = {tag for _, tag in open_clip.list_pretrained() if len(tag) >= 5 and _letters(tag) in place}
+    if not tags:
+        return None, ""
+    tag = max(tags, key=len)
+    kinds = {
+        bool(
+            get_pretrained_cfg(model, tag).get("quick_gelu")
+            or (open_clip.get_model_config(model) or {}).get("quick_gelu")
+        )
+        for model, its in open_clip.list_pretrained()
+        if its == tag
+    }
+    return kinds.pop() if len(kinds) == 1 else None, f"{path} is called like the weights {tag}"
+
+
+def _is_quick(model: str, tag: str) -> bool:
+    arch = open_clip.get_model_config(model) or {}
+    return bool(get_pretrained_cfg(model, tag).get("quick_gelu") or arch.get("quick_gelu"))
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def _obtain(backbone: Backbone) -> Path:

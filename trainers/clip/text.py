@@ -75,6 +75,12 @@ class TextState:
     next_block: int
 
 
+def count_tokens(texts: Sequence[str]) -> list[int]:
+    """Return how many tokens of CLIP's vocabulary each text has, start and end of text among them; nothing is cut."""
+    room = max(len(text.encode()) for text in texts) * 4 + 2  # a token is a byte at least; cleaning may add some
+    return (open_clip.tokenize(list(texts), context_length=room).argmax(dim=-1) + 1).tolist()
+
+
 class TextTower(nn.Module):
     """A causal text transformer cut into blocks numbered from 1, read out at the end-of-text token.
 
@@ -120,9 +126,16 @@ class TextTower(nn.Module):
         eot = ids.argmax(dim=-1)  # end-of-text has the highest id
         longest = int(eot.max())
         if longest == self.context_length - 1:
-            logger.warning(
-                "Prompts of more than %d tokens are cut: %r", self.context_length, prompts[int(eot.argmax())]
-            )
+            counts = count_tokens(prompts)
+            most = max(range(len(counts)), key=counts.__getitem__)
+            if counts[most] > self.context_length:
+                logger.warning(
+                    "%d prompts of more than %d tokens are cut, the longest has %d: %r",
+                    sum(count > self.context_length for count in counts),
+                    self.context_length,
+                    counts[most],
+                    prompts[most],
+                )
         ids = ids[:, : longest + 1]
         same = (ids == ids[:1]).all(dim=0).long().cumprod(dim=0)  # [L], 1 up to the first column that differs
         shared = min(int(same.sum()), int(eot.min()))

@@ -75,7 +75,10 @@ def test_projection_is_refused_by_a_resnet(build_model, images):
 
 def test_too_long_prompt_is_reported(build_model, caplog):
     CLIP(build_model("vit")).text.tokenise(["word " * 90])
-    assert "are cut" in caplog.text
+    assert "1 prompts of more than 77 tokens are cut" in caplog.text
+    caplog.clear()
+    CLIP(build_model("vit")).text.tokenise([" ".join(["cat"] * 75)])  # with start and end just 77
+    assert "are cut" not in caplog.text
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, 4])

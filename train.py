@@ -2,8 +2,10 @@
 
     python train.py --trainer NAME --config-file FILE [flags] [KEY VALUE ...]
 
-Settings, later ones winning: defaults, --dataset-config-file, --config-file, named flags, KEY VALUE pairs. A flag that
-is not given changes nothing, and any value given counts, 0 included. Without a dataset, Digits is used.
+Settings, later ones winning: defaults, --dataset-config-file, --config-file (but which dataset it is, is said by the
+dataset's file), named flags, KEY VALUE pairs. A flag that is not given changes nothing, and any value given counts, 0
+included.
+Without a dataset, --root may be your own images; without --root, Digits is used.
 
 Several processes, on one machine (on several: torchrun's --nnodes and --rdzv-endpoint), that make up one run:
 
@@ -29,7 +31,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ import torch
 
 import datasets
 import trainers
-from dassl.config import CfgNode, get_cfg_default, plain_config, read_yaml
+from dassl.config import CfgNode, get_cfg_default, keys_in_file, plain_config, read_yaml
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.engine.environment import why_no_gpu
@@ -55,13 +57,14 @@ from dassl.utils import (
     setup_logger,
     stopping,
 )
-from dassl.utils.cli import SETUP_ERRORS, Parser, fail
+from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
 from dassl.utils.files import remove_leftovers
 from dassl.utils.lock import FolderLock, is_locked
 
 logger = logging.getLogger("train")
 
-DEFAULT_DATASET = "Digits"
+# Keys of DATASET that say how a dataset is used, not which: in them the trainer's file wins, as in other settings.
+OF_THE_RUN = ("DATASET.NUM_SHOTS", "DATASET.SUBSAMPLE_CLASSES")
 # Flag -> the key that it sets.
 FLAG_KEYS = {
     "root": "DATASET.ROOT",
@@ -126,11 +129,16 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     for file in (args.dataset_config_file, args.config_file):
         if file is not None:
             cfg.merge_from_file(file)
-    cfg.merge_from_list(_flag_pairs(args))
-    cfg.merge_from_list(args.opts)
+    if args.dataset_config_file is not None:  # a trainer's file that names a dataset has not been asked for one
+        said = keys_in_file(args.dataset_config_file).items()
+        ours = [(key, value) for key, value in said if key.startswith("DATASET.") and key not in OF_THE_RUN]
+        cfg.merge_from_list([word for pair in ours for word in pair])
+    pairs = [*_flag_pairs(args), *args.opts]
+    cfg.merge_from_list(pairs)
 
-    _check_name("--trainer (or TRAINER.NAME)", cfg.TRAINER.NAME, TRAINER_REGISTRY.registered_names())
-    cfg.DATASET.NAME = cfg.DATASET.NAME or DEFAULT_DATASET
+    _check_name("--trainer (or TRAINER.NAME)", cfg.TRAINER.NAME, TRAINER_REGISTRY.registered_names(), trainers.ALIASES)
+    trainers.complete_cfg(cfg, _given_keys(args, pairs, cfg.MODEL.BACKBONE.NAME))
+    cfg.DATASET.NAME = cfg.DATASET.NAME or datasets.name_dataset(cfg.DATASET.ROOT)
     _check_name("the dataset (DATASET.NAME)", cfg.DATASET.NAME, DATASET_REGISTRY.registered_names())
     if cfg.SEED < -1:
         raise InputError(f"Expected the seed to be -1 (none) or at least 0 but got {cfg.SEED}")
@@ -147,9 +155,19 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _check_name(what: str, name: str, known: Sequence[str]) -> None:
+def _given_keys(args: argparse.Namespace, pairs: Sequence[Any], backbone: str) -> set[str]:
+    """The keys that somebody has given; of a file that names another backbone none, as it speaks of that one."""
+    found = set(pairs[::2])
+    for file in (args.dataset_config_file, args.config_file):
+        keys = keys_in_file(file) if file is not None else {}
+        if keys.get("MODEL.BACKBONE.NAME", backbone) == backbone:
+            found.update(keys)
+    return found
+
+
+def _check_name(what: str, name: str, known: Sequence[str], aliases: Mapping[str, str] | None = None) -> None:
     if name not in known:
-        got = f'got "{name}"{did_you_mean(name, known)}' if name else "none was given"
+        got = f'got "{name}"{did_you_mean(name, known, aliases)}' if name else "none was given"
         raise InputError(f"Expected {what} to be one of {', '.join(known)} but {got}")
 
 
@@ -419,7 +437,7 @@ def _silent_unless_main() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    code = main()
+    code = run_main(main)
     if hasattr(signal, "SIGCHLD"):  # torch's handler raises where a loader's process is ended together with this one
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     sys.exit(code)

@@ -89,7 +89,7 @@ def choose_methods(asked: str, config: str) -> list[Method]:
         name, _, own = rest.partition(":")
         known = TRAINER_REGISTRY.registered_names()
         if name not in known:
-            raise InputError(f"Expected a trainer but got {name!r}{did_you_mean(name, known)}")
+            raise InputError(f"Expected a trainer but got {name!r}{did_you_mean(name, known, trainers.ALIASES)}")
         paths = methods_with(own or config)
         if name not in paths:
             raise InputError(f"Expected a config {own or config}.yaml of {name} in configs/trainers but there is none")

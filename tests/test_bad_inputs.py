@@ -179,10 +179,46 @@ def few_photos(place: Place) -> list[str]:
     return place.train(root=photos)
 
 
-def linked_photos(place: Place) -> list[str]:
+def linked_photos(place: Place, name: str = "cow") -> list[str]:
     photos = place.own_photos()
-    (photos / "cow").symlink_to(photos / "nowhere")
+    (photos / "split.json").unlink()
+    (photos / name).symlink_to(photos / "nowhere")
     return place.train(root=photos)
+
+
+def laid_out(place: Place, *names: str, flat: bool = False) -> list[str]:
+    for name in names:
+        shutil.copytree(place.photos / "cat" if flat else place.photos, place.folder / "own" / name)
+    return place.train(root=place.folder / "own")
+
+
+def unnamed(place: Place) -> list[str]:
+    (place.folder / "own" / "eurosat").mkdir(parents=True)
+    return place.train("DATASET.NAME", "", root=place.folder / "own")
+
+
+def integer_photos(place: Place) -> list[str]:
+    photos = place.own_photos()
+    for path in photos.rglob("*.png"):
+        Image.new("I", (64, 64)).save(path, "TIFF")
+    return place.train(root=photos, flags=("--no-cache",))
+
+
+def long_names(place: Place) -> list[str]:
+    names = place.file("names.json", json.dumps({"cat": "cat " * 70}))
+    photos = place.own_photos()
+    Path(names).rename(photos / "classes.json")
+    (photos / "split.json").unlink()
+    coop = str(ROOT / "configs/trainers/coop/tiny.yaml")
+    argv = place.train(flags=("--config-file", coop), root=photos, trainer="CoOp")
+    return [*argv[: argv.index("TRAINER.CLIPADAPTER.VIEWS")], "TRAINER.COOP.CTX_INIT", ""]
+
+
+def other_photos(place: Place) -> list[str]:
+    photos = place.own_photos()
+    for path in photos.rglob("*.png"):
+        Image.effect_noise((80, 80), 50).save(path)
+    return place.train("OUTPUT_DIR", str(place.own_run()), root=photos)
 
 
 def csv_of(place: Place, content: str) -> list[str]:
@@ -199,6 +235,7 @@ CASES = [
     # The command line
     Case("no trainer", lambda p: ["--seed", "1"]),
     Case("a trainer misspelt", lambda p: p.train(trainer="CLIPAdaptor")),
+    Case("a trainer by the name that others give it", lambda p: p.train(trainer="MultiModalAdapter")),
     Case("a dataset that there is not", lambda p: p.train("DATASET.NAME", "ImageFolders")),
     Case("an unknown flag", lambda p: ["--epochs", "3", *p.train()]),
     Case("a key without a value", lambda p: p.train("OPTIM.LR")),
@@ -213,6 +250,9 @@ CASES = [
     Case("a key misspelt", lambda p: p.train("OPTIM.LEARNING_RATE", "0.1")),
     Case("a value of another type", lambda p: p.train("OPTIM.LR", "fast")),
     Case("a value where a section is", lambda p: p.train("OPTIM", "adam")),
+    Case("a value left blank in a config file", lambda p: p.config("OPTIM:\n  LR:\n")),
+    Case("a value of None", lambda p: p.train("INPUT.SIZE", "None")),
+    Case("a section that stands twice", lambda p: p.config("OPTIM:\n  LR: 0.1\nSEED: 1\nOPTIM:\n  NAME: sgd\n")),
     Case("a config file that is not there", lambda p: p.train(flags=("--config-file", str(p.folder / "no.yaml")))),
     Case("a config file that is not YAML", lambda p: p.config("SEED: [1"), words="but got: "),
     Case("one that is a list", lambda p: p.config("- SEED\n")),
@@ -232,6 +272,8 @@ CASES = [
     Case("a transform that there is not", lambda p: p.train("INPUT.TRANSFORMS", "('normalise',)")),
     Case("an image size that CLIP does not have", lambda p: p.train("INPUT.SIZE", "(32, 32)")),
     Case("an image size that is no pair of numbers", lambda p: p.train("INPUT.SIZE", "('a', 'b')")),
+    Case("a standard deviation of zero", lambda p: p.train("INPUT.PIXEL_STD", "[0.3, 0.0, 0.3]")),
+    Case("a crop larger than the image", lambda p: p.train("INPUT.RRCROP_SCALE", "(0.5, 2.0)")),
     Case("a split that there is not", lambda p: p.train("TEST.SPLIT", "train")),
     Case("a choice of the model that there is not", lambda p: p.train("TEST.FINAL_MODEL", "best_test")),
     Case("an answer to NaN that there is not", lambda p: p.train("TRAIN.ON_NAN", "ignore")),
@@ -257,13 +299,23 @@ CASES = [
     Case("a root that is not there", lambda p: p.train(root=p.folder / "no")),
     Case("a root without class folders", lambda p: p.train(root=p.folder)),
     Case("a class of one image", few_photos),
+    Case("parts of a split without train", lambda p: laid_out(p, "val", "test")),
+    Case("parts of a split without classes", lambda p: laid_out(p, "Training", "Testing", flat=True)),
+    Case("two folders for one part", lambda p: laid_out(p, "train", "Training", "test")),
+    Case("the classes one folder deeper", lambda p: laid_out(p, "photos")),
+    Case("photos without a dataset, and no photos", unnamed),
+    Case("a link to an image that is not there", lambda p: linked_photos(p, "cat/gone.jpg")),
+    Case("images of 32-bit integers", integer_photos, late=True),
+    Case("class names too long for the prompt", long_names),
+    Case("a run to go on with that was of other images", other_photos, late=True),
     Case("a class folder that is a broken link", linked_photos, words="but got: "),
     Case("images cut off", spoilt_photo, words="but got", late=True),
     Case("images 500 times as long as wide", long_photo, late=True),
     Case("a CSV without labels", lambda p: csv_of(p, "path,class\na.png,cat\n")),
+    Case("a CSV with a column twice", lambda p: csv_of(p, "path,label,label\na.png,cat,dog\n")),
     Case("a CSV that leads out of its folder", lambda p: csv_of(p, "path,label\n../../etc/passwd,cat\n")),
     Case("a CSV with an image twice", lambda p: csv_of(p, "path,label\na.png,cat\na.png,dog\n")),
-    Case("a CSV with a split that there is not", lambda p: csv_of(p, "path,label,split\na.png,cat,dev\n")),
+    Case("a CSV with a split that there is not", lambda p: csv_of(p, "path,label,split\na.png,cat,holdout\n")),
     Case("a CSV that is not CSV", lambda p: csv_of(p, 'path,label\n"a.png,cat\n'), words="but got: "),
     Case("a split file that is not JSON", lambda p: with_file(p, "split.json", "{"), words="but got: "),
     Case("a split file that leads out of its folder", lambda p: with_split(p, lambda s: swap(s["test"][0], 0, "../x"))),
@@ -272,6 +324,7 @@ CASES = [
     Case("a split file with a label left out", lambda p: with_split(p, lambda s: [
         swap(item, 1, item[1] + 1) for part in s.values() for item in part])),
     Case("class names that are no text", lambda p: with_file(p, "classes.json", '{"cat": 1}')),
+    Case("class names that stand twice", lambda p: with_file(p, "classes.json", '{"cat": "a", "cat": "b"}')),
     Case("two classes of one name", lambda p: with_file(p, "classes.json", '{"cat": "pet", "dog": "Pet"}')),
     # Predictions
     Case("a folder that holds no run", lambda p: p.predict(run=p.folder), predict.main),

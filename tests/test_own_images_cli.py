@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -172,3 +173,90 @@ def test_a_trained_model_may_be_evaluated_on_other_classes(start, photos, tmp_pa
     metrics = json.loads((tmp_path / "other" / "metrics.json").read_text())
     assert metrics["test"]["heads"]["glr"] == metrics["test"]["heads"]["clip"]  # no refiner for new classes
     assert json.loads((tmp_path / "other" / "classes.json").read_text()) == ["cat", "owl"]
+
+
+def recolour(root: Path, side: int) -> None:
+    """Other images under the same names."""
+    for path in root.rglob("*.png"):
+        Image.effect_noise((side, side), 50).convert("RGB").save(path)
+
+
+def test_a_stopped_run_does_not_go_on_with_other_images_of_the_same_names(start, photos, tmp_path, capsys):
+    """Neither when the command is given again, nor when it is told where to resume from."""
+    assert start(photos) == 0
+    (tmp_path / "run" / "DONE").unlink()
+    shutil.copytree(photos, tmp_path / "copy")  # moved elsewhere it is the same data
+    other = Path(shutil.copytree(photos, tmp_path / "other"))
+    recolour(other, 48)
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    capsys.readouterr()
+    assert start(other) == 2
+    assert_one_line(capsys.readouterr().err, "other images, labels or parts", "--output-dir")
+    assert start(other, "--resume", str(tmp_path / "run"), "--force-resume", output="second") == 2
+    assert_one_line(capsys.readouterr().err, "other images, labels or parts")
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+    assert start(tmp_path / "copy") == 0
+
+
+def test_photos_without_a_dataset_are_ones_own_and_nothing_is_written_among_them(photos, random_tiny, tmp_path, capsys):
+    before = listing(photos)
+    command = [
+        "--root",
+        str(photos),
+        "--trainer",
+        "ZeroshotCLIP",
+        "--seed",
+        "-1",
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    command += ["--config-file", str(ROOT / "configs/trainers/zeroshot/tiny.yaml")]
+    command += ["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", "False"]
+    assert train.main(command) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["dataset"], metrics["test"]["n"]) == ("ImageFolder", 8) and listing(photos) == before
+    assert "Images in" in capsys.readouterr().out
+    for name in ("Digits", "Shapes"):  # those that this project makes never go where photos are
+        assert train.main([*command[:-4], "--dry-run", *command[-4:], "DATASET.NAME", name]) == 0
+        assert listing(photos) == before
+
+
+@pytest.mark.parametrize("trainer", ["imo", "imodino"])
+def test_a_trainers_file_does_not_choose_another_dataset(trainer, photos):
+    named = ["--dataset-config-file", str(ROOT / "configs/datasets/image_folder.yaml")]
+    command = ["--trainer", {"imo": "IMO", "imodino": "IMODINO"}[trainer], "--root", str(photos), "--output-dir", "x"]
+    command += ["--config-file", str(ROOT / f"configs/trainers/{trainer}/tiny.yaml")]
+    assert train.setup_cfg(train.parse_args([*command, *named])).DATASET.NAME == "ImageFolder"
+    assert train.setup_cfg(train.parse_args(command)).DATASET.NAME == "ShapesGeneric"
+
+
+def test_the_log_is_of_the_run_that_metrics_are_of(start, photos, tmp_path):
+    assert start(photos) == 0
+    run = tmp_path / "run"
+    first = (run / "log.txt").read_text()
+    assert start(photos) == 0  # again, in the same folder
+    logs = sorted(path.name for path in run.glob("log.txt*"))
+    assert len(logs) == 2 and (run / logs[1]).read_text() == first
+    second = (run / "log.txt").read_text()
+    assert "Finish training" in second and second != first
+    assert start(photos, "--eval-only", "--model-dir", str(run)) == 0  # beside it: the training run's log stays
+    assert (run / "log.txt").read_text() == second and len(list(run.glob("log.txt*"))) == 3
+    assert start(photos, "--skip-bad-images") == 2  # a run that is refused does not take its place either
+    wrong_names(photos)
+    assert start(photos) == 2
+    assert (run / "log.txt").read_text() == second
+
+
+def test_the_command_that_shows_curves_can_be_pasted(start, photos, tmp_path, capsys):
+    output = "my run (2) & more"
+    assert start(photos, output=output) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "tensorboard --logdir" in line)
+    assert shlex.split(line.partition(": ")[2]) == ["tensorboard", "--logdir", str(tmp_path / output / "tensorboard")]
+
+
+def test_shots_asked_for_and_images_found_are_both_told(start, photos, tmp_path):
+    (photos / "train" / "dog" / "3.png").unlink()
+    assert start(photos) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["shots"] == 16
+    assert metrics["train_images"] == {"total": 7, "fewest_per_class": 3, "most_per_class": 4}

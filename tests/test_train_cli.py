@@ -72,7 +72,7 @@ def test_every_flag_sets_its_key():
     cfg = cfg_of(
         *("--root", "r", "--output-dir", "o", "--resume", "s", "--seed", "3", "--trainer", TRAINER),
         *("--source-domains", "a", "b", "--target-domains", "c", "--transforms", "normalize"),
-        *("--backbone", "RN50", "--head", "mlp"),
+        *("--backbone", "RN50", "--head", "mlp", "DATASET.NAME", "EuroSAT"),
     )
     assert (cfg.DATASET.ROOT, cfg.OUTPUT_DIR, cfg.RESUME, cfg.SEED) == ("r", "o", "s", 3)
     assert (cfg.DATASET.SOURCE_DOMAINS, cfg.DATASET.TARGET_DOMAINS) == (("a", "b"), ("c",))
@@ -257,28 +257,28 @@ def test_checkpoint_that_would_run_code_is_refused(command, tmp_path, capsys):
 
 
 @pytest.fixture
-def spoilt_digits(digits_cache, command, tmp_path):
-    """A --root with Digits in which one test image is a text file."""
+def spoilt_digits(digits_cache, command, tmp_path, monkeypatch):
+    """A cache with Digits in which one test image is a text file."""
     from datasets.digits import Digits
 
     Digits(cfg_of(*command()))
-    shutil.copytree(digits_cache / "digits", tmp_path / "root" / "digits")
-    image = json.loads((tmp_path / "root" / "digits" / "split.json").read_text())["test"][7][0]
-    path = tmp_path / "root" / "digits" / "images" / image
+    shutil.copytree(digits_cache / "digits", tmp_path / "cache" / "digits")
+    monkeypatch.setenv("DLR_CLIP_CACHE", str(tmp_path / "cache"))
+    image = json.loads((tmp_path / "cache" / "digits" / "split.json").read_text())["test"][7][0]
+    path = tmp_path / "cache" / "digits" / "images" / image
     path.write_text("not an image")
     return path
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_unreadable_image_is_named_also_from_a_worker(command, spoilt_digits, tmp_path, capfd, workers):
-    argv = command("--eval-only", "--root", str(tmp_path / "root"), pairs=("DATALOADER.NUM_WORKERS", workers))
+    argv = command("--eval-only", pairs=("DATALOADER.NUM_WORKERS", workers))
     assert train.main(argv) == 2
     assert_one_line(capfd.readouterr().err, str(spoilt_digits))
 
 
 def test_unreadable_images_are_skipped_on_demand(command, spoilt_digits, tmp_path):
-    flags = ("--eval-only", "--skip-bad-images", "--root", str(tmp_path / "root"))
-    assert train.main(command(*flags)) == 0
+    assert train.main(command("--eval-only", "--skip-bad-images")) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["test"]["n"] == 539 and metrics["bad_images"] == 1
     assert (tmp_path / "run" / "bad_images.txt").read_text().startswith(f"{spoilt_digits}\t")
@@ -286,7 +286,7 @@ def test_unreadable_images_are_skipped_on_demand(command, spoilt_digits, tmp_pat
 
 def test_missing_image_is_named(command, spoilt_digits, tmp_path, capsys):
     spoilt_digits.unlink()
-    assert train.main(command("--root", str(tmp_path / "root"))) == 2
+    assert train.main(command()) == 2
     assert_one_line(capsys.readouterr().err, "1 of ", str(spoilt_digits))
 
 

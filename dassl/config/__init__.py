@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .compare import INDIFFERENT, REPORTS, Difference, differing, plain_config
 from .defaults import build_defaults
-from .node import CfgNode, read_yaml
+from .node import CfgNode, keys_in_file, read_yaml
 
 __all__ = [
     "INDIFFERENT",
@@ -14,6 +14,7 @@ __all__ = [
     "clean_cfg",
     "differing",
     "get_cfg_default",
+    "keys_in_file",
     "plain_config",
     "read_yaml",
 ]

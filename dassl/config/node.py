@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,32 @@ class CfgNode(YacsNode):
             _merge(self, nested, ())
 
 
+def keys_in_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the keys (with dots) and values that a YAML file sets, those of the files it inherits from included.
+
+    Raises:
+        InputError: as ``read_yaml``.
+    """
+    found: dict[str, Any] = {}
+    for _, values in _read_chain(Path(path).expanduser()):
+        found.update(_flat(values, ""))
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The keys and values of a YAML file, read without running anything in it.
 
     Raises:
-        InputError: unreadable, not YAML, no keys and values, or values without end (aliases that multiply).
+        InputError: unreadable, not YAML, no keys and values, a key twice in one section, or values without end
+            (aliases that multiply).
     """
     return _read_yaml(Path(path), needed_by=None)
 
@@ -85,7 +106,9 @@ def _read_yaml(path: Path, needed_by: Path | None) -> dict[str, Any]:
         where = f' ({BASE_KEY} of "{needed_by}")' if needed_by else ""
         raise InputError(f'Expected a readable config file at "{path}"{where} but got: {error}') from error
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_OnceLoader)  # a safe loader: it makes plain values only
+    except _KeyTwiceError as error:
+        raise InputError(f'Expected "{path}" to name each key of a section once but {error}') from error
     except RecursionError as error:
         raise InputError(f'Expected "{path}" to be YAML but got brackets nested too deep') from error
     except (yaml.YAMLError, ValueError) as error:  # a date without such a day is a ValueError
@@ -97,6 +120,24 @@ def _read_yaml(path: Path, needed_by: Path | None) -> dict[str, Any]:
         raise InputError(f'Expected "{path}" to hold keys and values but got a {type(values).__name__}')
     _check_size(values, path)
     return values
+
+
+class _KeyTwiceError(Exception):
+    """A key stands twice in one section; PyYAML would let the second replace the first, with all that is in it."""
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """The safe loader, but for keys that stand twice in one mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise _KeyTwiceError(f"{key.value} stands in line {lines[key.value]} and again in line {line}")
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def _check_size(values: Any, path: Path) -> None:
@@ -136,19 +177,26 @@ def _merge(into: YacsNode, values: Mapping[str, Any], parents: tuple[str, ...]) 
             raise UnknownNameError(f'Expected a key of {section} but got the unknown key "{name}"{hint}')
         old = into[key]
         if isinstance(old, YacsNode):
+            if value is None:  # a section whose lines are all commented out
+                continue
             if not is_section:
                 raise InputError(f"Expected {name} to be a section with keys of its own but got {value!r}")
             _merge(old, value, path)
         else:
-            if isinstance(old, str) and isinstance(raw_value, str) and not isinstance(value, str):
+            if isinstance(old, str) and isinstance(raw_value, str) and not isinstance(value, str | None):
                 value = raw_value  # a text setting whose text happens to read as a number or a list
             into[key] = _coerce(value, old, name)
 
 
 def _coerce(value: Any, old: Any, name: str) -> Any:
     """``value`` in the type of the default ``old``: int becomes float, list and tuple interchange, else InputError."""
-    if old is None or value is None or type(value) is type(old):
+    if old is None or type(value) is type(old):
         return value
+    if value is None:
+        raise InputError(
+            f"Expected {name} to have a value of type {type(old).__name__} (like its default {old!r}) but got none "
+            "(null, None or nothing after the colon): leave the key out to take the default"
+        )
     if isinstance(old, float) and type(value) is int:
         return float(value)
     for wanted, given in (_SEQUENCES, _SEQUENCES[::-1]):

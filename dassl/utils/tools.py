@@ -11,7 +11,7 @@ import shutil
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,24 @@ def get_most_similar_str_to_a_from_b(a: str, b: Iterable[str]) -> str | None:
     return max(b, key=lambda name: difflib.SequenceMatcher(None, a.lower(), name.lower()).ratio(), default=None)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``' (did you mean "..."?)'`` when some known name is similar enough to be meant, else an empty string."""
-    closest = get_most_similar_str_to_a_from_b(name, known)
-    if closest is None or difflib.SequenceMatcher(None, name.lower(), closest.lower()).ratio() < 0.5:
+def did_you_mean(name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
+    """Return ``' (did you mean "..."?)'`` when some known name is similar enough to be meant, else an empty string.
+
+    Args:
+        name: what was given.
+        known: the names there are.
+        aliases: other names of some of them -> the name; they are compared, and their names suggested.
+    """
+    meant = {_letters(alias): target for alias, target in (aliases or {}).items()}
+    meant |= {_letters(target): target for target in known}
+    closest = get_most_similar_str_to_a_from_b(_letters(name), meant)
+    if closest is None or difflib.SequenceMatcher(None, _letters(name), closest).ratio() < 0.5:
         return ""
-    return f' (did you mean "{closest}"?)'
+    return f' (did you mean "{meant[closest]}"?)'
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower())) or name
 
 
 def check_availability(requested: str, available: Sequence[str]) -> None:

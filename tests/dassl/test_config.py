@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from yacs.config import CfgNode as YacsNode
 
-from dassl.config import CfgNode, clean_cfg, get_cfg_default
+from dassl.config import CfgNode, clean_cfg, get_cfg_default, keys_in_file
 from dassl.utils import InputError
 
 
@@ -200,3 +200,63 @@ def test_dump_can_be_merged_again(tmp_path):
     again = get_cfg_default()
     again.merge_from_file(write(tmp_path / "config.yaml", cfg.dump()))
     assert again == cfg
+
+
+def all_leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, YacsNode):
+            yield from all_leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@pytest.mark.parametrize("key, default", list(all_leaves(get_cfg_default())))
+def test_no_value_is_no_value(tmp_path, key, default):
+    """A blank in YAML, or None on the command line, is refused for every key, with its default."""
+    nested = ": {".join(key.split(".")) + ": " + "}" * key.count(".")
+    path = write(tmp_path / "blank.yaml", nested)
+    for merge in (
+        lambda cfg: cfg.merge_from_file(path),
+        lambda cfg: cfg.merge_from_list([key, "None"]),
+        lambda cfg: cfg.merge_from_list([key, None]),
+    ):
+        cfg = get_cfg_default()
+        with pytest.raises(
+            InputError, match=rf"{key} to have a value of type {type(default).__name__} .* but got none"
+        ):
+            merge(cfg)
+
+
+def test_a_section_whose_lines_are_commented_out_changes_nothing(tmp_path):
+    cfg = get_cfg_default()
+    cfg.merge_from_file(write(tmp_path / "a.yaml", "OPTIM:\n  # LR: 1.0\nINPUT:\nSEED: 3\n"))
+    assert cfg.SEED == 3 and cfg.OPTIM == get_cfg_default().OPTIM and cfg.INPUT == get_cfg_default().INPUT
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("OPTIM:\n  LR: 1.0\nSEED: 1\nOPTIM:\n  NAME: sgd\n", "OPTIM stands in line 1 and again in line 4"),
+        ("OPTIM:\n  LR: 1.0\n  NAME: sgd\n  LR: 2.0\n", "LR stands in line 2 and again in line 4"),
+        ("SEED: 1\n'SEED': 2\n", "SEED stands in line 1 and again in line 2"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, words):
+    with pytest.raises(InputError, match=f"a.yaml.*{words}"):
+        get_cfg_default().merge_from_file(write(tmp_path / "a.yaml", text))
+    (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\n")
+    with pytest.raises(InputError, match=words):
+        get_cfg_default().merge_from_file(tmp_path / "b.yaml")
+
+
+def test_anchors_and_merges_are_no_keys_that_stand_twice(tmp_path):
+    text = "OPTIM: {LR: 1.0}\nDATALOADER:\n  TRAIN_X: &loader {BATCH_SIZE: 4}\n  TEST:\n    <<: *loader\n"
+    cfg = get_cfg_default()
+    cfg.merge_from_file(write(tmp_path / "a.yaml", text))
+    assert cfg.DATALOADER.TEST.BATCH_SIZE == 4 and cfg.OPTIM.LR == 1.0
+
+
+def test_keys_of_a_file_and_of_its_bases(tmp_path):
+    write(tmp_path / "base.yaml", "SEED: 1\nOPTIM: {LR: 1.0, NAME: sgd}\n")
+    write(tmp_path / "own.yaml", "_BASE_: base.yaml\nOPTIM: {LR: 2.0}\n")
+    assert keys_in_file(tmp_path / "own.yaml") == {"SEED": 1, "OPTIM.LR": 2.0, "OPTIM.NAME": "sgd"}

@@ -7,6 +7,7 @@ The order of the names in the config does not matter; what is applied in which o
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -131,7 +132,8 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
         choices: names of transforms; None: INPUT.TRANSFORMS.
 
     Raises:
-        InputError: an unknown name or interpolation, or a size that is not two positive numbers.
+        InputError: an unknown name or interpolation, a size that is not two positive numbers, a mean, standard
+            deviation or crop scale that cannot be one.
     """
     if cfg.INPUT.NO_TRANSFORM:
         logger.info("Note: no transform is applied")
@@ -142,15 +144,36 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
     for name in names:
         check_availability(name, AVAI_CHOICES)
     check_availability(cfg.INPUT.INTERPOLATION, list(INTERPOLATION_MODES))
-    size = cfg.INPUT.SIZE
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise InputError(f"Expected INPUT.SIZE to be (height, width) in pixels but got {size}")
+    check_numbers(cfg)
     steps = list(_train_steps(cfg, set(names)) if is_train else _test_steps(cfg, set(names)))
     if cfg.VERBOSE:
         logger.info("Building transform_%s", "train" if is_train else "test")
         for step in steps:
             logger.info("+ %s", step)
     return v2.Compose(steps)
+
+
+def check_numbers(cfg: CfgNode) -> None:
+    """Check the numbers of INPUT that transforms and datasets take.
+
+    Raises:
+        InputError: a size, mean, standard deviation or crop scale that cannot be one.
+    """
+    node = cfg.INPUT
+    size, scale = node.SIZE, node.RRCROP_SCALE
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise InputError(f"Expected INPUT.SIZE to be (height, width) in pixels but got {size}")
+    for key, low in (("PIXEL_MEAN", -math.inf), ("PIXEL_STD", 0.0)):
+        values = node[key]
+        if len(values) != 3 or not all(_is_number(value) and value > low for value in values):
+            above = "numbers above 0" if low == 0 else "numbers"
+            raise InputError(f"Expected INPUT.{key} to be three {above}, one per color channel, but got {values}")
+    if len(scale) != 2 or not all(map(_is_number, scale)) or not 0 < scale[0] <= scale[1] <= 1:
+        raise InputError(f"Expected INPUT.RRCROP_SCALE to be (smallest, largest) share of the area but got {scale}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _train_steps(cfg: CfgNode, names: set[str]) -> Iterable[Any]:

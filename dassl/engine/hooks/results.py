@@ -5,14 +5,17 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from dassl.data.data_manager import data_digest
 from dassl.evaluation import HEAD_COLUMNS, heads_table
-from dassl.utils import InputError, atomic_write, one_line
+from dassl.utils import InputError, atomic_write, one_line, take_log_name
 from dassl.utils.torchtools import POINTER_NAME
 
 from ..environment import describe
@@ -78,6 +81,8 @@ class Results(HookBase):
         metrics = self.metrics(trainer)
         name = EVAL_METRICS if self.aside else METRICS
         _write_json(folder / name, metrics)
+        if not self.aside:
+            take_log_name(folder)
         self._closing_lines(trainer, folder)
         if not self.aside:
             finished = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -93,12 +98,14 @@ class Results(HookBase):
             "trainer": cfg.TRAINER.NAME,
             "dataset": cfg.DATASET.NAME,
             "shots": cfg.DATASET.NUM_SHOTS,
+            "train_images": count_images(trainer),
             "seed": cfg.SEED,
             "backbone": cfg.MODEL.BACKBONE.NAME,
             "mode": "train" if training else "eval",
             "epochs": trainer.max_epoch if training and trainer.has_training_step() else 0,
             "split": split,
-            "split_digest": getattr(getattr(trainer.dm, "dataset", None), "split_digest", None),
+            "split_digest": getattr(getattr(trainer.dm, "dataset", None), "split_digest", None) or None,
+            "data_digest": data_digest(trainer.dm) or None,
             "accuracy": main.get("accuracy"),
             split: {
                 "heads": evaluation.heads if evaluation is not None else {},
@@ -131,7 +138,7 @@ class Results(HookBase):
             logger.info("Selected %s = %s (on %s)", name, shown, choice.get("on"))
         logger.info("Output folder: %s", folder)
         if (folder / "tensorboard").is_dir():
-            logger.info("Curves and pictures: tensorboard --logdir %s", folder / "tensorboard")
+            logger.info("Curves and pictures: tensorboard --logdir %s", shlex.quote(str(folder / "tensorboard")))
 
 
 def is_training_run(folder: Path) -> bool:
@@ -150,6 +157,18 @@ def _check_same_classes(folder: Path, names: list[str]) -> None:
             f'Expected the run in "{folder}" to go on with the {len(earlier)} classes it has been trained on but the '
             f"dataset now has {len(names)}, of which some differ: choose another OUTPUT_DIR (--output-dir)"
         )
+
+
+def count_images(trainer: Any) -> dict[str, int] | None:
+    """Count the training images there are: in all, of the smallest and of the largest class; None: no dataset.
+
+    A class may have fewer images than DATASET.NUM_SHOTS asks for.
+    """
+    items = getattr(getattr(getattr(trainer, "dm", None), "dataset", None), "train_x", None)
+    if not items:
+        return None
+    counts = Counter(item.label for item in items)
+    return {"total": len(items), "fewest_per_class": min(counts.values()), "most_per_class": max(counts.values())}
 
 
 def count_parameters(trainer: Any) -> dict[str, int]:

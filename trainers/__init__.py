@@ -6,6 +6,7 @@ With an upstream Dassl, in one's own train.py:
     import dlr_clip
     cfg = get_cfg_default()
     dlr_clip.extend_cfg(cfg)
+    dlr_clip.merge_from_file(cfg, "configs/trainers/dlr/rn50.yaml")  # upstream's own does not know _BASE_
 
 A new method is one file or folder here with a class under `@TRAINER_REGISTRY.register()` and one import line below;
 its keys come from the class's static `add_config(cfg)`.
@@ -18,7 +19,11 @@ from typing import Any
 
 from dassl.engine import TRAINER_REGISTRY
 
-from . import (
+from .compat import first_come_first_served, merge_from_file
+
+first_come_first_served(TRAINER_REGISTRY, __name__)  # before the methods below register
+
+from . import (  # noqa: E402
     clap,
     cliplora,
     cocoop,
@@ -35,8 +40,8 @@ from . import (
     tip_adapter_pp,
     zsclip,
 )
-from .clip import add_clip_config, complete_input
-from .common import CLIPTrainer
+from .clip import add_clip_config, complete_input  # noqa: E402
+from .common import CLIPTrainer  # noqa: E402
 
 # What the field calls our trainers elsewhere (titles, other repositories' registered names) -> the name here. They are
 # not registered: they are suggested where somebody asks for them.
@@ -84,6 +89,7 @@ __all__ = [
     "feature_adapter",
     "imo",
     "linear_probe",
+    "merge_from_file",
     "mma",
     "taskres",
     "tip_adapter",

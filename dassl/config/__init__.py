@@ -6,10 +6,13 @@ from .compare import INDIFFERENT, REPORTS, Difference, differing, plain_config
 from .defaults import build_defaults
 from .node import CfgNode, keys_in_file, read_yaml
 
+cfg_default = build_defaults()  # upstream's name for the tree that get_cfg_default copies
+
 __all__ = [
     "INDIFFERENT",
     "REPORTS",
     "CfgNode",
+    "cfg_default",
     "Difference",
     "clean_cfg",
     "differing",

@@ -139,7 +139,7 @@ def _optim() -> CN:
 
 def _train() -> CN:
     node = CN()
-    node.CHECKPOINT_FREQ = 0  # epochs between two numbered checkpoints, which all stay; 0: only the last epoch's
+    node.CHECKPOINT_FREQ = 0  # epochs between two numbered checkpoints, which all stay; below 1: only the last's
     # To go on from, the end of each epoch is kept too (not of every short one: saving takes a tenth of the time at
     # most), and what these two add. Both 0 or more, 0: off. Ours, as the next two.
     node.CHECKPOINT_STEPS = 0  # steps of the optimiser between two such checkpoints

@@ -20,7 +20,12 @@ _SEQUENCES = (list, tuple)
 
 
 class CfgNode(YacsNode):
-    """A tree of settings. Unknown keys and values of another type than the default's are InputErrors that say so."""
+    """A tree of settings that reads YAML files with `_BASE_`.
+
+    Unknown keys and values of another type than the default's are InputErrors that say so.
+    """
+
+    follows_base = True
 
     def merge_from_file(self, cfg_filename: str | os.PathLike[str]) -> None:
         """Merge a YAML file; keys of the file that its ``_BASE_:`` names (relative to it) are merged before its own."""

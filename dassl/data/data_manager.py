@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from tabulate import tabulate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from dassl.config import CfgNode
+from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, distributed, read_image
 
 from .bad_images import skip_bad_images
 from .datasets import DatasetBase, Datum, build_dataset
 from .decoded_images import DecodedImages
+from .loaders import RunLoader
 from .samplers import PlannedSampler, build_sampler
-from .sharding import SeededItems, SharedBatches
+from .sharding import SharedBatches
 from .transforms import INTERPOLATION_MODES, build_transform, to_float_tensor
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ def build_data_loader(
     is_train: bool = True,
     dataset_wrapper: Callable[..., Dataset[Any]] | None = None,
     seed: int | None = None,
-) -> DataLoader[Any]:
+) -> RunLoader:
     """A loader over ``data_source``.
 
     A training loader's augmentations depend on seed, epoch and position alone, and of a job of several processes it
@@ -95,16 +97,18 @@ def build_data_loader(
     wrapper = DatasetWrapper if dataset_wrapper is None else dataset_wrapper
     dataset = wrapper(cfg, data_source, transform=tfm, is_train=is_train)
     drop_last = is_train and len(data_source) >= batch_size
-    how: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler, "drop_last": drop_last}
+    shared = None
     if is_train:
-        dataset = SeededItems(dataset)
-        how = {"batch_sampler": SharedBatches(sampler, batch_size, drop_last, generator)}
+        shared = SharedBatches(sampler, batch_size, drop_last, generator)
         # Its own for the workers: they are seeded once, whichever epoch a run begins with.
         generator = torch.Generator().manual_seed(generator.initial_seed())
     workers = usable_workers(cfg.DATALOADER.NUM_WORKERS)
-    loader: DataLoader[Any] = DataLoader(
+    loader = RunLoader(
         dataset,
-        **how,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=drop_last,
+        shared_batches=shared,
         num_workers=workers,
         pin_memory=torch.cuda.is_available() and cfg.USE_CUDA,
         generator=generator,
@@ -149,7 +153,7 @@ class DataManager:
         # One seed per loader, or labelled and unlabelled batches would come in the same order.
         self._seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
 
-        def loader(items: list[Datum], node: CfgNode, is_train: bool, which: int) -> DataLoader[Any]:
+        def loader(items: list[Datum], node: CfgNode, is_train: bool, which: int) -> RunLoader:
             return build_data_loader(
                 cfg,
                 sampler_type=node.SAMPLER,
@@ -207,9 +211,9 @@ class DataManager:
         Called before each epoch, it lets a resumed run see the batches that the uninterrupted one would have seen.
         """
         for which, loader in enumerate((self.train_loader_x, self.train_loader_u)):
-            if loader is None:
+            batches: Any = None if loader is None else loader.shared_batches
+            if batches is None:
                 continue
-            batches: Any = loader.batch_sampler
             batches.generator.manual_seed(self._loader_seed(which, epoch))
             sampler = batches.sampler
             if isinstance(sampler, PlannedSampler):
@@ -307,3 +311,7 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
     def _apply(self, transform: Transform, image: Any) -> Any:
         versions = [transform(image) for _ in range(self.k_tfm)]
         return versions[0] if len(versions) == 1 else versions
+
+
+def __getattr__(name: str) -> Any:  # names that upstream's module offers, too
+    return upstream_name(__name__, name)

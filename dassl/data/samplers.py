@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence, Sized
+from typing import Any
 
 import torch
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 
 from dassl.config import CfgNode
+from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, check_availability
 
 from .datasets import Datum
@@ -197,3 +199,7 @@ def build_sampler(
     if sampler_type == "SeqDomainSampler":
         return SeqDomainSampler(items, batch_size, generator)
     return RandomClassSampler(items, batch_size, n_ins, generator)
+
+
+def __getattr__(name: str) -> Any:  # names that upstream's module offers, too
+    return upstream_name(__name__, name)

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import Dataset, Sampler
 
 from dassl.utils import distributed
 
-__all__ = ["SeededItems", "Share", "SharedBatches", "part_of", "share_of"]
+__all__ = ["SeededItems", "Share", "SharedBatches"]
 
 Key = tuple[int, int, int]  # an item's index, the seed of this pass, its position in the pass
 
@@ -163,30 +163,3 @@ def _seeded(seed: int, position: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         generator.set_state(states[2])
-
-
-def share_of(loader: Any, batch: int) -> Share | None:
-    """The shares of a loader's batch of that number; None where each process has the whole batch."""
-    batches = getattr(loader, "batch_sampler", None)
-    return batches.share(batch) if isinstance(batches, SharedBatches) else None
-
-
-def part_of(loader: Any) -> Any:
-    """A loader over this rank's parts of the batches of a loader that goes through its items in order.
-
-    Every item is in one part once. What is not such a loader (one that remembers features, say) is returned as it is:
-    each process then goes through all of it.
-    """
-    whole = distributed.world_size() == 1 or type(loader) is not DataLoader or loader.batch_size is None
-    if whole or not isinstance(loader.sampler, SequentialSampler):
-        return loader
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=SharedBatches(loader.sampler, loader.batch_size, loader.drop_last),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-        generator=loader.generator,
-        persistent_workers=loader.persistent_workers,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from dassl.data.sharding import Share
 from dassl.utils import distributed, load_checkpoint, save_checkpoint, tolist_if_not
 from dassl.utils.torchtools import BEST_NAME, checkpoint_entry, load_into, restore
 
-from .evaluate import Evaluation
+from .evaluate import Evaluation, of_own_test
 from .finite import StepGuard
 from .generators import generator_states
 from .parallel import average_gradients, copy_from_main
@@ -30,6 +31,54 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _Names = str | Sequence[str] | None
+
+
+def recorded_train(train: Any) -> Any:
+    """Return a ``train`` method after which the run has its records, though the loop of TrainerBase may not have run.
+
+    Where it has not, hooks hear of the beginning (from ``before_train``, if the method calls ours, else at the end) and
+    of the end: config.yaml, metrics.json with what can be known, and DONE are written.
+    """
+
+    @functools.wraps(train)
+    def wrapped(self: TrainerBase, *args: Any, **kwargs: Any) -> Any:
+        outermost = self.phase == "idle"
+        self.own_loop = outermost
+        try:
+            result = train(self, *args, **kwargs)
+            if outermost and self.own_loop:  # our loop, had it run, would have said that it did
+                self.begin_records()
+                self.phase = "final"
+                self.call_hooks("finish")
+            return result
+        finally:
+            if outermost and self.own_loop:
+                self.phase = "idle"
+                self.call_hooks("close")
+                self.close_writer()
+
+    return wrapped
+
+
+def recorded_test(test: Any) -> Any:
+    """Return a ``test`` method after which ``evaluation`` tells what can be known, though ours may not have run.
+
+    Called outside of ``train``, it writes the run's result files, as ours does.
+    """
+
+    @functools.wraps(test)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        alone, before = self.phase == "idle", self.evaluation
+        result = test(self, *args, **kwargs)
+        if self.evaluation is before:
+            split = kwargs.get("split") or (args[0] if args else None) or self.cfg.TEST.SPLIT
+            self.evaluation = of_own_test(split, result, getattr(self, "evaluator", None))
+            if alone:
+                self.call_hooks("start")
+                self.call_hooks("finish")
+        return result
+
+    return wrapped
 
 
 class TrainerBase:
@@ -51,6 +100,7 @@ class TrainerBase:
         self.stats = EpochStats()
         self.selected: dict[str, dict[str, Any]] = {}  # name -> {value, on, n}: what was chosen, on what
         self.evaluation: Evaluation | None = None  # the latest
+        self.own_loop = False  # whether a ``train`` of the method's own runs, without ours
         self.phase = "idle"  # "train" while epochs run, "final" from their end to the end of train()
         self.start_epoch = self.epoch = self.max_epoch = 0
         self.batch_idx = self.num_batches = 0
@@ -65,12 +115,21 @@ class TrainerBase:
 
     # ---- the loop
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Have the records of a run written also by a class that brings a ``train`` or a ``test`` of its own."""
+        super().__init_subclass__(**options)
+        if cls.__module__.partition(".")[0] == "dassl":
+            return
+        for name, wrap in (("train", recorded_train), ("test", recorded_test)):
+            if name in cls.__dict__:
+                setattr(cls, name, wrap(cls.__dict__[name]))
+
     def train(self, start_epoch: int, max_epoch: int) -> None:
         """Run the epochs start_epoch..max_epoch-1 (before_train may move start_epoch, to resume)."""
         self.start_epoch, self.max_epoch = start_epoch, max_epoch
-        self.phase = "train"
+        self.own_loop = False
+        self.begin_records()
         try:
-            self.call_hooks("start")
             copy_from_main(self._models.values(), frozen=True)
             self.before_train()
             self.progress.begin()
@@ -94,6 +153,12 @@ class TrainerBase:
             self.guard.end()
             self.call_hooks("close")
             self.close_writer()
+
+    def begin_records(self) -> None:
+        """Tell the hooks that training begins, unless they know."""
+        if self.phase == "idle":
+            self.phase = "train"
+            self.call_hooks("start")
 
     def has_training_step(self) -> bool:
         """False for methods that only evaluate; the loop then runs no epoch."""

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dassl.data.sharding import share_of
+from dassl.data.loaders import share_of
 from dassl.evaluation import HeadMetrics
+from dassl.evaluation.heads import macro_f1
 from dassl.utils import distributed
 from dassl.utils.console import Unbroken
 
@@ -45,7 +46,7 @@ class Evaluation:
     main: str = ""  # the head that counts as the method's accuracy; "": the first
     heads: dict[str, dict[str, float]] = field(default_factory=dict)
     heads_kway: dict[str, dict[str, float]] = field(default_factory=dict)  # see SimpleTrainer._heads_kway
-    n: int = 0  # images
+    n: int | None = 0  # images; None: not known, of a test that the method brings itself
     seconds: float = 0.0
     confusion: Tensor | None = None  # [C, C] counts of the main head, rows true
     examples: list[Example] = field(default_factory=list)
@@ -56,6 +57,24 @@ def spread(total: int, count: int) -> set[int]:
     """Up to ``count`` positions spread evenly over 0..total-1 (test sets are ordered by class)."""
     count = min(total, count)
     return {round(i * (total - 1) / max(count - 1, 1)) for i in range(count)}
+
+
+def of_own_test(split: str, result: Any, evaluator: Any) -> Evaluation | None:
+    """Tell what is known of a test that a method brings itself: what it returns, and what its evaluator counted.
+
+    Args:
+        split: "test" or "val".
+        result: accuracy in percent; None: nothing is known.
+        evaluator: the trainer's; another than ours may keep no counts.
+    """
+    if not isinstance(result, int | float):
+        return None
+    counts = getattr(evaluator, "counts", None)
+    confusion = None if counts is None else counts()
+    known = {"accuracy": float(result)}
+    if confusion is not None:
+        known["macro_f1"] = macro_f1(confusion)
+    return Evaluation(split, "main", heads={"main": known}, n=None if confusion is None else int(confusion.sum()))
 
 
 def progress_bar(iterable: Any = None, **kwargs: Any) -> tqdm:
@@ -102,7 +121,7 @@ def run_pass(
         if evaluation.main not in heads:
             raise ValueError(f'Expected main_head to be one of {", ".join(heads)} but got "{evaluation.main}"')
         share = share_of(loader, number)
-        offset = evaluation.n + (share.start if share else 0)
+        offset = (evaluation.n or 0) + (share.start if share else 0)
         rows = share.size if share else len(labels)
         evaluation.examples.extend(_examples(batch, heads, labels[:rows], offset, wanted))
         if share:
@@ -115,7 +134,7 @@ def run_pass(
             if name not in metrics:
                 metrics[name] = HeadMetrics(logits.shape[1], logits.device)
             metrics[name].update(logits, labels)
-        evaluation.n += len(labels)
+        evaluation.n = (evaluation.n or 0) + len(labels)
     if wanted and share_of(loader, 0):
         parts = distributed.gather_objects(evaluation.examples)
         evaluation.examples = sorted((x for part in parts for x in part), key=lambda example: example.position)

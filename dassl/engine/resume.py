@@ -183,7 +183,7 @@ def check_config(found: Found, cfg: Any) -> None:
     if not cfg.TRAIN.FORCE_RESUME:
         raise InputError(
             f'Expected to go on with the settings of "{path}" but some that change the result differ ({listed}): '
-            "choose another OUTPUT_DIR (--output-dir), or force it (--force-resume)"
+            "choose another OUTPUT_DIR (--output-dir), or force it (TRAIN.FORCE_RESUME True; train.py: --force-resume)"
         )
     logger.warning("Resuming is forced with other settings, so the result is not that of either run: %s", listed)
 

@@ -33,10 +33,12 @@ from torch import Tensor
 
 from dassl.data import DataManager
 from dassl.data.data_manager import data_digest
-from dassl.data.sharding import part_of, share_of
+from dassl.data.loaders import part_of, share_of
 from dassl.evaluation import build_evaluator, heads_table
 from dassl.optim import build_lr_scheduler, build_optimizer
+from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, check_availability, count_num_param, distributed, load_pretrained_weights, stopping
+from dassl.utils.logger import ensure_heard
 
 from .base import TrainerBase
 from .environment import why_no_gpu
@@ -62,6 +64,7 @@ class SimpleTrainer(TrainerBase):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__()
+        ensure_heard()
         self.check_cfg(cfg)
         self._check_run_cfg(cfg)
         self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.USE_CUDA else "cpu")
@@ -102,7 +105,6 @@ class SimpleTrainer(TrainerBase):
         for key, value, least in (
             ("OPTIM.MAX_EPOCH", cfg.OPTIM.MAX_EPOCH, 0),
             ("TRAIN.PRINT_FREQ", cfg.TRAIN.PRINT_FREQ, 1),
-            ("TRAIN.CHECKPOINT_FREQ", cfg.TRAIN.CHECKPOINT_FREQ, 0),
             ("TRAIN.ON_NAN_LIMIT", cfg.TRAIN.ON_NAN_LIMIT, 1),
             ("TRAIN.CHECKPOINT_STEPS", cfg.TRAIN.CHECKPOINT_STEPS, 0),
             ("TRAIN.CHECKPOINT_MINUTES", cfg.TRAIN.CHECKPOINT_MINUTES, 0),
@@ -183,6 +185,7 @@ class SimpleTrainer(TrainerBase):
 
     def before_train(self) -> None:
         """Resume if possible; open TensorBoard."""
+        self.begin_records()
         self.time_start = time.time()
         self.call_hooks("before_train")
         distributed.check_same("the epoch that checkpoints go on with", (self.start_epoch, self.progress.step))
@@ -424,3 +427,7 @@ class TrainerXU(SimpleTrainer):
     def parse_batch_train(self, batch_x: Any, batch_u: Any) -> Any:  # type: ignore[override]  # upstream's signature
         """Labelled images, their labels, unlabelled images, on the device."""
         return batch_x["img"].to(self.device), batch_x["label"].to(self.device), batch_u["img"].to(self.device)
+
+
+def __getattr__(name: str) -> Any:  # names that upstream's module offers, too
+    return upstream_name(__name__, name)

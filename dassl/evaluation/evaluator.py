@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, atomic_write, distributed
 
 from .build import EVALUATOR_REGISTRY
@@ -65,11 +66,15 @@ class Classification(EvaluatorBase):
             self._confusion = new_confusion(mo.shape[1], mo.device)
         self._confusion.update(mo.detach().argmax(1), gt)
 
+    def counts(self) -> Tensor | None:
+        """Return the confusion counts [C, C], rows true, of what was processed; None: nothing was."""
+        return None if self._confusion is None else self._confusion.compute().cpu()
+
     def evaluate(self) -> OrderedDict[str, float]:
         """Log the result block and return the unrounded percentages."""
-        if self._confusion is None:
+        counts = self.counts()
+        if counts is None:
             raise InputError("Expected at least one batch to evaluate but got none")
-        counts = self._confusion.compute().cpu()  # [C, C], rows true
         total, correct = int(counts.sum()), int(counts.diag().sum())
         accuracy = 100.0 * correct / total
         results = OrderedDict(accuracy=accuracy, error_rate=100.0 - accuracy, macro_f1=macro_f1(counts))
@@ -117,3 +122,7 @@ class Classification(EvaluatorBase):
         with atomic_write(path, "wb") as stream:
             torch.save(matrix / matrix.sum(1, keepdim=True).clamp(min=1), stream)
         logger.info("Confusion matrix is saved to %s", path)
+
+
+def __getattr__(name: str) -> Any:  # names that upstream's module offers, too
+    return upstream_name(__name__, name)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dassl.config import CfgNode
+from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, check_availability
 
 __all__ = ["AVAI_SCHEDS", "AVAI_UNITS", "AVAI_WARMUPS", "ClosedFormLR", "StepwiseLR", "build_lr_scheduler"]
@@ -56,6 +57,10 @@ class ClosedFormLR(LRScheduler):
         self.last_epoch = int(state_dict["last_epoch"])
         self._apply()
 
+    def go_to_epoch(self, epoch: int) -> None:
+        """Take up the position after so many epochs, of a schedule that counts epochs."""
+        self.load_state_dict({"last_epoch": epoch})
+
     def _apply(self) -> None:
         rates = self.get_lr()
         for group, base, rate in zip(self.optimizer.param_groups, self.base_lrs, rates, strict=True):
@@ -77,6 +82,7 @@ class StepwiseLR(ClosedFormLR):
     def __init__(self, optimizer: Optimizer, make_rate: Callable[[int], Rate]) -> None:
         self._make_rate = make_rate
         self._steps_per_epoch: int | None = None
+        self._epochs_before = 0  # of a checkpoint that told no position
         self._started = False
         super().__init__(optimizer, make_rate(1))  # position 0 is the same for every length
         self._started = True
@@ -88,7 +94,15 @@ class StepwiseLR(ClosedFormLR):
             raise ValueError(f"Expected at least one step per epoch but got {count}")
         self._steps_per_epoch = count
         self._rate = self._make_rate(count)
+        if self._epochs_before:
+            self.last_epoch, self._epochs_before = self._epochs_before * count, 0
         self._apply()
+
+    def go_to_epoch(self, epoch: int) -> None:
+        """Take up the position after so many epochs, once it is known how many steps one has."""
+        self._epochs_before = epoch
+        if self._steps_per_epoch is not None:
+            self.load_state_dict({"last_epoch": epoch * self._steps_per_epoch})
 
     def step(self, epoch: int | None = None) -> None:
         """Nothing: the optimiser's steps count."""
@@ -194,3 +208,7 @@ def _recounted(curve: Curve, warmup: int) -> Curve:
 def _continued(curve: Curve, warmup: int) -> Curve:
     begin = curve(warmup)
     return lambda t: curve(t) / begin if begin > 0 else 0.0
+
+
+def __getattr__(name: str) -> Any:  # names that upstream's module offers, too
+    return upstream_name(__name__, name)

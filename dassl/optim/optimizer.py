@@ -10,6 +10,7 @@ from torch import nn, optim
 from torch.optim import Optimizer
 
 from dassl.config import CfgNode
+from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, check_availability
 
 logger = logging.getLogger(__name__)
@@ -91,3 +92,7 @@ def _staged_groups(model: nn.Module | Iterable[Any], optim_cfg: CfgNode) -> list
     base = [p for p in model.parameters() if id(p) not in known]
     groups = [{"params": base, "lr": optim_cfg.LR * optim_cfg.BASE_LR_MULT}, {"params": new}]
     return [group for group in groups if group["params"]]
+
+
+def __getattr__(name: str) -> Any:  # names that upstream's module offers, too
+    return upstream_name(__name__, name)

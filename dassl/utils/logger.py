@@ -16,9 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from dassl.upstream_names import upstream_name
+
 from .console import silence, write_any_name
 
-__all__ = ["LOG_NAME", "Logger", "close_logger", "note_in_log", "setup_logger", "take_log_name"]
+__all__ = ["LOG_NAME", "Logger", "close_logger", "ensure_heard", "note_in_log", "setup_logger", "take_log_name"]
 
 LOG_NAME = "log.txt"
 
@@ -119,6 +121,46 @@ class _Handler(logging.StreamHandler):
             super().handleError(record)
 
 
+class _Fallback(logging.Handler):
+    """Shows this project's lines where nobody has set logging up, as upstream's prints are.
+
+    They go to ``sys.stdout`` as it is at that moment: others replace it to keep a log of their own.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if logging.getLogger().handlers:  # somebody has, meanwhile
+            drop_fallback()
+            return
+        try:
+            print(self.format(record), file=sys.stdout, flush=True)
+        except OSError as error:
+            _lose(sys.stdout, error, None)
+
+
+_PROJECT = ("dassl", "trainers", "datasets", "dlr_clip")  # names of our loggers
+_fallback: _Fallback | None = None
+
+
+def ensure_heard() -> None:
+    """Have the lines of this project reach stdout unless logging is set up. Whoever builds a run calls it."""
+    global _fallback
+    if _fallback is None and not logging.getLogger().handlers:
+        _fallback = _Fallback()
+        for name in _PROJECT:
+            logging.getLogger(name).addHandler(_fallback)
+            logging.getLogger(name).setLevel(logging.INFO)
+
+
+def drop_fallback() -> None:
+    """Undo ``ensure_heard``."""
+    global _fallback
+    if _fallback is not None:
+        for name in _PROJECT:
+            logging.getLogger(name).removeHandler(_fallback)
+            logging.getLogger(name).setLevel(logging.NOTSET)
+        _fallback = None
+
+
 class _Active:
     """What setup_logger changed, so that it can be put back."""
 
@@ -180,6 +222,7 @@ def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0) ->
     """
     global _active
     close_logger()
+    drop_fallback()
     active = _Active()
     console = sys.stderr if rank > 0 else sys.stdout
     write_any_name(console)
@@ -236,3 +279,7 @@ def close_logger() -> None:
             _active.tee.console.close()
         _active.tee.close()
     _active = None
+
+
+def __getattr__(name: str) -> Any:  # names that upstream's module offers, too
+    return upstream_name(__name__, name)

@@ -19,6 +19,8 @@ import numpy as np
 import PIL
 import torch
 
+from dassl.upstream_names import upstream_name
+
 from .errors import InputError
 from .files import atomic_write, file_digest
 from .images import read_image
@@ -186,3 +188,7 @@ def _check_sha256(path: Path, expected: str | None, url: str) -> None:
     digest = file_digest(path)
     if digest != expected.lower():
         raise InputError(f'Expected "{url}" to have the SHA-256 {expected} but got {digest}')
+
+
+def __getattr__(name: str) -> Any:  # names that upstream's module offers, too
+    return upstream_name(__name__, name)

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dassl.upstream_names import upstream_name
+
 from .errors import InputError
 from .files import atomic_write, check_sum, checked_write
 
@@ -240,14 +242,18 @@ def restore(
     """Put the parts of a checkpoint (as read by load_checkpoint from ``fpath``) back; returns its epoch."""
     load_into(model, checkpoint_entry(checkpoint, "state_dict", fpath), fpath, "model")
     logger.info("Loaded model weights")
+    epoch = int(checkpoint_entry(checkpoint, "epoch", fpath))
     for name, target in (("optimizer", optimizer), ("scheduler", scheduler)):
         state = checkpoint.get(name)
         if target is not None and state is not None:
             load_into(target, state, fpath, name)
             logger.info("Loaded %s", name)
+        elif name == "scheduler" and epoch and hasattr(scheduler, "go_to_epoch"):
+            # Upstream's warm-up saves itself as an object, whose position stands still once the warm-up is over.
+            scheduler.go_to_epoch(epoch)
+            logger.warning('No scheduler state in "%s": the schedule goes on after %d epochs', fpath, epoch)
         elif target is not None:
             logger.warning('No %s state in "%s": it starts afresh', name, fpath)
-    epoch = int(checkpoint_entry(checkpoint, "epoch", fpath))
     logger.info("Previous epoch: %d", epoch)
     return epoch
 
@@ -378,3 +384,32 @@ def init_network_weights(model: nn.Module, init_type: str = "normal", gain: floa
             continue
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def set_bn_to_eval(m: nn.Module) -> None:
+    """Put a batch normalization layer into eval mode, for ``model.apply``; its scale and shift still learn."""
+    if isinstance(m, nn.modules.batchnorm._BatchNorm):
+        m.eval()
+
+
+def adjust_learning_rate(
+    optimizer: Optimizer,
+    base_lr: float,
+    epoch: int,
+    stepsize: int = 20,
+    gamma: float = 0.1,
+    linear_decay: bool = False,
+    final_lr: float = 0,
+    max_epoch: int = 100,
+) -> None:
+    """Set all rates for an epoch: base_lr * gamma^(epoch // stepsize), or on the line from base_lr to final_lr."""
+    if linear_decay:
+        rate = base_lr + (final_lr - base_lr) * epoch / max_epoch
+    else:
+        rate = base_lr * gamma ** (epoch // stepsize)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def __getattr__(name: str) -> Any:  # names that upstream's module offers, too
+    return upstream_name(__name__, name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import RandomSampler, SequentialSampler
 
 from dassl.config import get_cfg_default
 from dassl.data import DataManager, DatasetWrapper
@@ -320,3 +322,49 @@ def test_negative_memory_is_named(cfg):
     cfg.DATALOADER.CACHE_IMAGES = -1
     with pytest.raises(InputError, match="DATALOADER.CACHE_IMAGES"):
         DataManager(cfg)
+
+
+# ---- what code written for upstream does with loaders
+
+
+class Shade:
+    """A transform that says which it is."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, image):
+        return torch.full((1, 2, 2), float(self.value))
+
+
+def shades(loader):
+    return {float(batch["img"].unique()) for batch in loader}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_read_and_act_as_upstreams(cfg, files, monkeypatch, workers):
+    cfg = with_unlabelled(cfg, files, monkeypatch)
+    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", workers, "DATALOADER.TRAIN_X.BATCH_SIZE", 4])
+    manager = DataManager(cfg, custom_tfm_train=Shade(1), custom_tfm_test=Shade(2))
+    train, val = manager.train_loader_x, manager.val_loader
+    assert type(train.dataset) is DatasetWrapper and train.dataset.data_source is manager.dataset.train_x
+    assert (train.batch_size, train.drop_last) == (4, True) and (val.drop_last, val.batch_size) == (False, 32)
+    assert isinstance(train.sampler, RandomSampler) and isinstance(val.sampler, SequentialSampler)
+    assert shades(train) == {1.0} and shades(val) == {2.0}
+    train.dataset.transform = val.dataset.transform  # acts at once, also on processes that are running
+    assert shades(train) == {2.0}
+    twin = copy.deepcopy(train)
+    twin.dataset.transform = Shade(3)
+    assert shades(twin) == {3.0} and shades(train) == {2.0}
+    again = torch.utils.data.DataLoader(
+        copy.deepcopy(train.dataset), batch_size=train.batch_size, sampler=train.sampler,
+        num_workers=train.num_workers, drop_last=False, pin_memory=train.pin_memory,
+    )  # fmt: skip
+    assert sum(len(batch["label"]) for batch in again) == len(manager.dataset.train_x) and shades(again) == {2.0}
+
+
+def test_a_copy_of_a_loader_gives_the_same_batches(cfg):
+    manager = DataManager(cfg)
+    manager.set_epoch(3)
+    twin = copy.deepcopy(manager.train_loader_x)
+    assert order(twin) == order(manager.train_loader_x)

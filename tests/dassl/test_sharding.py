@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from dassl.data.sharding import SeededItems, SharedBatches, part_of, share_of, split
+from dassl.data.loaders import part_of, share_of
+from dassl.data.sharding import SeededItems, SharedBatches, split
 from dassl.utils import distributed
 
 

@@ -7,6 +7,8 @@ import inspect
 
 import pytest
 
+from dassl.upstream_names import OFFERED
+
 SURFACE = {
     "dassl.config": "get_cfg_default clean_cfg",
     "dassl.data": "DataManager DatasetWrapper",
@@ -49,6 +51,25 @@ SIGNATURES = {
 }
 
 
+SURFACE |= {
+    "dassl.config.defaults": "build_defaults",
+    "dassl.data.transforms.autoaugment": "ImageNetPolicy CIFAR10Policy SVHNPolicy",
+    "dassl.modeling.backbone": "build_backbone BACKBONE_REGISTRY Backbone",
+    "dassl.modeling.backbone.backbone": "Backbone",
+    "dassl.modeling.backbone.build": "build_backbone BACKBONE_REGISTRY",
+    "dassl.modeling.head.build": "build_head HEAD_REGISTRY",
+    "dassl.modeling.head.mlp": "mlp MLP HEAD_REGISTRY",
+    "dassl.modeling.network.build": "build_network NETWORK_REGISTRY",
+    "dassl.modeling.ops": "mixup cross_entropy ReverseGrad sharpen_prob reverse_index shuffle_index create_onehot "
+    "sigmoid_rampup linear_rampup ema_model_update",
+    "dassl.modeling.ops.utils": "sharpen_prob reverse_index shuffle_index create_onehot sigmoid_rampup linear_rampup "
+    "ema_model_update",
+    "dassl.optim.radam": "RAdam PlainRAdam AdamW",
+    "dassl.utils.torchtools": "adjust_learning_rate set_bn_to_eval",
+    **{module: " ".join(names) for module, names in OFFERED.items() if module != "dassl.utils.torchtools"},
+}
+
+
 @pytest.mark.parametrize("module", SURFACE)
 def test_names(module):
     found = importlib.import_module(module)
@@ -61,3 +82,14 @@ def test_leading_parameters(target):
     parameters = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
     expected = SIGNATURES[target].split()
     assert parameters[: len(expected)] == expected  # more may follow, with defaults
+
+
+def test_what_others_import_from_the_trainer_module():
+    from dassl.engine.trainer import AverageMeter, MetricMeter, SummaryWriter
+    from dassl.utils import meters
+
+    assert (AverageMeter, MetricMeter) == (meters.AverageMeter, meters.MetricMeter)
+    assert SummaryWriter.__module__.startswith("torch.utils.tensorboard")
+    trainer = importlib.import_module("dassl.engine.trainer")
+    with pytest.raises(AttributeError, match="no attribute 'DANN'"):
+        trainer.DANN

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dassl.data.sharding import part_of
+from dassl.data.loaders import part_of
 from dassl.engine.evaluate import Evaluation, run_pass
 from dassl.engine.predictions import Recorder, save_predictions
 from dassl.utils import distributed

@@ -134,7 +134,7 @@ class ViewLoader:
     ) -> None:
         self.dataset = loader.dataset
         self.batch_size = loader.batch_size
-        self.batch_sampler = loader.batch_sampler
+        self.batch_sampler = getattr(loader, "shared_batches", None) or loader.batch_sampler
         self.batch_sampler.of_loader = False  # gone through here: what a loader draws first does not count
         self.items = items
         self.views = views

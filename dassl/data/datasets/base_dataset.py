@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, download_url
 
 logger = logging.getLogger(__name__)
@@ -353,3 +354,7 @@ class DatasetBase:
                     f"Expected the {split} labels of {name} to be among its {self._num_classes} training labels "
                     f"but got {extra[:10]}"
                 )
+
+
+def __getattr__(name: str) -> Any:  # names that upstream's module offers, too
+    return upstream_name(__name__, name)

@@ -6,10 +6,13 @@ Sources: RandAugment (Cubuk et al. 2020); FixMatch (Sohn et al. 2020), appendix 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as F
+
+from dassl.upstream_names import upstream_name
 
 Operation = Callable[[Image.Image, float], Image.Image]
 
@@ -91,3 +94,7 @@ class RandAugmentFixMatch:
 
     def __repr__(self) -> str:
         return f"RandAugmentFixMatch(n={self.n})"
+
+
+def __getattr__(name: str) -> Any:  # names that upstream's module offers, too
+    return upstream_name(__name__, name)

@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from dassl.config import CfgNode
+from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, check_availability
 
 from .randaugment import RandAugment2, RandAugmentFixMatch
@@ -233,3 +234,7 @@ def _test_steps(cfg: CfgNode, names: set[str]) -> Iterable[Any]:
         yield v2.Normalize(mean=list(node.PIXEL_MEAN), std=list(node.PIXEL_STD))
     if "instance_norm" in names:
         yield InstanceNormalization()
+
+
+def __getattr__(name: str) -> Any:  # names that upstream's module offers, too
+    return upstream_name(__name__, name)

@@ -179,7 +179,7 @@ def test_loader_that_cannot_skip(build, tmp_path):
     """A trainer with a loader of its own: its order follows from the generators at the beginning of the epoch."""
 
     def own_loader(trainer):
-        data = trainer.train_loader_x.dataset.dataset
+        data = trainer.train_loader_x.dataset
         trainer.train_loader_x = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, drop_last=True)
         return trainer
 

@@ -1,18 +1,15 @@
-"""Heads: features to features, between a backbone and the classifier."""
+"""The head called "mlp"."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from dassl.utils import InputError, Registry, check_availability
+from dassl.utils import InputError, check_availability
 
-logger = logging.getLogger(__name__)
-
-HEAD_REGISTRY = Registry("HEAD")
+from .build import HEAD_REGISTRY
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU}
 
@@ -62,11 +59,3 @@ class MLP(nn.Module):
 def mlp(**kwargs: Any) -> MLP:
     """The head called "mlp"."""
     return MLP(**kwargs)
-
-
-def build_head(name: str, verbose: bool = True, **kwargs: Any) -> Any:
-    """The registered head ``name``, called with the keyword arguments; KeyError when there is none."""
-    builder = HEAD_REGISTRY.get(name)
-    if verbose:
-        logger.info("Head: %s", name)
-    return builder(**kwargs)

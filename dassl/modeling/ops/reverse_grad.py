@@ -1,0 +1,27 @@
+"""A layer that turns gradients round (Ganin and Lempitsky, 2015)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd import Function
+
+
+class _Reverse(Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, scaling: float) -> Tensor:
+        ctx.scaling = scaling
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return -ctx.scaling * gradients[0], None
+
+
+class ReverseGrad(nn.Module):
+    """Identity whose gradient is multiplied by -scaling."""
+
+    def forward(self, x: Tensor, scaling: float = 1.0) -> Tensor:
+        """Any tensor -> the same."""
+        return _Reverse.apply(x, scaling)

@@ -91,5 +91,4 @@ def test_what_others_import_from_the_trainer_module():
     assert (AverageMeter, MetricMeter) == (meters.AverageMeter, meters.MetricMeter)
     assert SummaryWriter.__module__.startswith("torch.utils.tensorboard")
     trainer = importlib.import_module("dassl.engine.trainer")
-    with pytest.raises(AttributeError, match="no attribute 'DANN'"):
-        trainer.DANN
+    assert not hasattr(trainer, "DANN")  # out of scope

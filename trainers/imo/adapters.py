@@ -70,10 +70,10 @@ class IMOAdapters(nn.Module):
         bottleneck = self.blocks[str(block)]
         return bottleneck(h.movedim(1, -1)).movedim(-1, 1) if h.ndim == 4 else bottleneck(h)
 
-    def encode(self, clip: CLIP, images: Tensor) -> Tensor:
-        """Corrected features [B, E] of images [B, 3, S, S], normalised, fp32."""
-        features = clip.visual.suffix(clip.visual.prefix(images, 0), 1, after=self)
-        return F.normalize(features.float(), dim=-1)
+    def encode(self, clip: CLIP, images: Tensor, *, unit: bool = True) -> Tensor:
+        """Corrected features [B, E] of images [B, 3, S, S], fp32, L2-normalised if `unit`."""
+        features = clip.visual.suffix(clip.visual.prefix(images, 0), 1, after=self).float()
+        return F.normalize(features, dim=-1) if unit else features
 
     def digest(self) -> str:
         """SHA-256 (hex) of the weights."""
@@ -179,14 +179,11 @@ class CorrectedEncoder(ImageEncoder):
         adapters: on CLIP's device.
     """
 
+    parts = 2
+
     def __init__(self, clip: CLIP, precision: str, autocast: Callable[[], Any], adapters: IMOAdapters) -> None:
         super().__init__(clip, precision, autocast)
         self.adapters = adapters
-
-    @property
-    def width(self) -> int:
-        """2E."""
-        return 2 * self.clip.embed_dim
 
     @property
     def weights_digest(self) -> str:
@@ -195,10 +192,10 @@ class CorrectedEncoder(ImageEncoder):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> original and corrected features [B, 2E], each half L2-normalised, fp32."""
+        """Images [B, 3, H, W] -> original and corrected features [B, 2E], fp32, each half L2-normalised if `unit`."""
         original = super().__call__(images)
         with self.autocast():
-            corrected = self.adapters.encode(self.clip, images.to(self.clip.device))
+            corrected = self.adapters.encode(self.clip, images.to(self.clip.device), unit=self.unit)
         return torch.cat([original, corrected], dim=-1)
 
 

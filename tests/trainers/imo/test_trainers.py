@@ -95,16 +95,23 @@ def test_measures_are_in_tensorboard(name, make, tmp_path):
     assert "held_out/histograms" in events.Tags()["images"]
 
 
-@every
-def test_resuming_gives_the_uninterrupted_run(name, make, tmp_path):
-    whole = make(name, out="whole")
+AUTHORS = {  # what of their code a resumed run could lose
+    "IMO": ("TRAINER.IMO.FORM", "beside", "TRAINER.IMO.DROPOUT", 0.3),
+    "IMODINO": ("TRAINER.IMODINO.SCHEDULE", "dino", "OPTIM.WARMUP_EPOCH", 1, "TRAINER.IMODINO.WEIGHT_DECAY_END", 0.4),
+}
+
+
+@pytest.mark.parametrize(("name", "pairs"), [("IMO", ()), ("IMODINO", ()), *AUTHORS.items()])
+def test_resuming_gives_the_uninterrupted_run(name, pairs, make, tmp_path):
+    whole = make(name, *pairs, out="whole")
     whole.train()
-    half = make(name, "TRAIN.CHECKPOINT_FREQ", 1, out="half")
+    half = make(name, *pairs, "TRAIN.CHECKPOINT_FREQ", 1, out="half")
     half.train()
     (tmp_path / "half" / half.model_name / "checkpoint").write_text("model.pth.tar-1\n")
     torch.manual_seed(5)
-    again = make(name, out="half")
+    again = make(name, *pairs, out="half")
     again.train()
+    assert again.get_current_lr() == whole.get_current_lr()
     for key, value in whole.network.learner.state_dict().items():
         assert torch.equal(again.network.learner.state_dict()[key], value), key
 

@@ -297,7 +297,8 @@ class IMODINO(AdapterTrainer):
             {"params": [p for _, p in named if p.ndim > 1]},
             {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return build_optimizer(learner, optim_cfg, param_groups=groups)
+        self._student_optim: torch.optim.Optimizer = build_optimizer(learner, optim_cfg, param_groups=groups)
+        return self._student_optim
 
     def build_schedule(self, optim: Any) -> Any:
         """The schedule that TRAINER.IMODINO.SCHEDULE names."""
@@ -311,15 +312,16 @@ class IMODINO(AdapterTrainer):
 
     def _update_student(self, loss: Tensor, step: int, steps: int) -> None:
         """One step of the optimiser, with the step's weight decay and gradients of at most CLIP_GRAD."""
-        optim = self._optims[self.model_name]
+        optim = self._student_optim
         optim.param_groups[0]["weight_decay"] = cosine(
             step, steps, self.cfg.OPTIM.WEIGHT_DECAY, self.node.WEIGHT_DECAY_END
         )
         self.model_zero_grad()
         self.model_backward(loss)
         if self.node.CLIP_GRAD and not step_left_out(self):
-            if callable(getattr(self, "average_gradients", None)):  # of several processes
-                self.average_gradients()
+            average = getattr(self, "average_gradients", None)  # of several processes, which upstream does not have
+            if callable(average):
+                average()
             scaler = getattr(getattr(self, "precision", None), "scaler", None)
             if scaler is not None:
                 scaler.unscale_(optim)

@@ -35,11 +35,13 @@ from dassl.data.transforms import build_transform
 from dassl.utils.cli import run_main
 from trainers.clip import CLIP, load_clip, templates_for, zeroshot_weights
 from trainers.imo import IMOAdapters, load_adapters, measure, read_recipe
-from trainers.tip_adapter import search_grid, tip_logits
-from trainers.tip_adapter_pp import best_point, grid_accuracy
+from trainers.tip_adapter import tip_logits
+from trainers.tip_search import GRIDS, best_point, grid_accuracy, tip_values
 
 SOURCES = {"Digits": ("Digits",), "Shapes": ("Shapes", "ShapesV2", "ShapesSketch", "ShapesA", "ShapesR")}
-ALPHAS, BETAS = search_grid(3.0, 20), search_grid(7.0, 200)  # Tip-Adapter's published grid
+# Tip-Adapter's grid for both methods, so that only the features differ.
+ALPHAS = GRIDS["tip"].alpha._replace(end=tip_values("").alpha_end).values()
+BETAS = GRIDS["tip"].beta._replace(end=tip_values("").beta_end).values()
 
 
 class Known:

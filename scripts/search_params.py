@@ -30,7 +30,7 @@ from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.utils import InputError, did_you_mean, set_random_seed
 from dassl.utils.cli import run_main
 from trainers.imo import read_recipe
-from trainers.tip_adapter_pp import GridPoint, best_point
+from trainers.tip_search import GridPoint, best_point
 
 CONFIGS = {"TipAdapterPP": "tip_adapter_pp", "TipXPP": "tipx_pp"}
 FILES = {"tiny": "tiny.yaml", "RN50": "rn50.yaml"}  # other backbones: vit_b16.yaml
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> str:
         with tempfile.TemporaryDirectory() as folder:
             results = [fill_cache(args, shots, seed, folder) for seed in args.seeds]
             mean = torch.stack([result.accuracy for result in results]).mean(dim=0)
-            point = best_point(mean, **results[0].axes)
+            point = best_point(mean, **results[0].axes, first=results[0].trainer.search.first)
             tested = [test_accuracy(result.trainer, point) for result in results]
         main = results[0].trainer.main_head
         values = [one[main] for one in tested]

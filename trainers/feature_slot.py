@@ -67,6 +67,7 @@ class FeatureSlot:
             "shape": [max(1, self.views), len(self.images.data_source), self.encoder.width],
             "images": images,
             "weights": self.encoder.weights_digest,
+            **({} if self.encoder.unit else {"raw": True}),
             "transform": words,
             **({"views": self.views, "seed": self.seed} if self.views else {}),
             "precision": self.encoder.precision,

@@ -260,8 +260,11 @@ class FeatureTrainer(LearnerTrainer):
         loader = self.in_order(data)
         logger.info("Features of %d training images, %s", len(items), f"{views} views each" if views else "as they are")
         seeded = self.cfg.SEED >= 0 or not views  # else no later run would ask for these views
-        slot = feature_slot(self.cfg, self.network.encode, loader, "train") if seeded else None
-        return collect_features(loader, self.network.encode, max(views, 1), slot)
+        # Their lengths count where views are averaged.
+        encode = self.network.encode.raw() if views > 1 else self.network.encode
+        slot = feature_slot(self.cfg, encode, loader, "train") if seeded else None
+        features = collect_features(loader, encode, max(views, 1), slot)
+        return features if encode.unit else features.normalised(encode.parts)
 
     # One step
 

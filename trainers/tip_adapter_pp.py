@@ -3,21 +3,23 @@
 Kravets and Namboodiri, CLIP Adaptation by Intra-modal Overlap Reduction, 2024; Udandarao et al., SuS-X, 2023 (Tip-X).
 
     Tip-Adapter++   s f W^T + alpha exp(-beta (1 - f' K'^T)) V
-    Tip-X           s f W^T + alpha exp(-beta (1 - f K^T)) V + gamma psi(-KL(softmax(f W^T) || softmax(k W^T))) V
-    Tip-X++         Tip-X with f' and K' in the middle term
+    Tip-X           s f W^T + alpha exp(-beta (1 - f K^T)) V - gamma psi(KL(softmax(f W^T/t) || softmax(k W^T/t))) V
+    Tip-X++         Tip-X with f' and K' in the middle term, and in psi's range
 
 f is the image feature as CLIP gives it, which must still match text, f' the corrected one (MODEL.IMO_WEIGHTS); k and K'
-are means over the views of the training images. psi rescales linearly to the range of the cache's weights: 0 to 1 and
-the divergence of the two training images that are farthest from each other to the weight of the two least alike. (The
-source takes the extremes over all test images, so that a prediction depends on what else is tested.)
+are means over the views of the training images. t is a temperature, 0.5. psi rescales linearly such that the least and
+the largest divergence become the least and the largest cosine similarity: that range is taken over pairs of different
+training images. (The source takes it over the pairs of a training and a tested image, so that a prediction depends on
+what else is tested.)
 
 Legend: B images, N keys, C classes, E width of the joint embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +29,11 @@ from dassl.engine import TRAINER_REGISTRY
 
 from .clip import CLIP
 from .clip.features import FeatureSet
-from .common import check_number
+from .common import check_number, check_whole
 from .frozen import FeatureLearner
 from .imo.adapters import add_imo_weights
-from .tip_adapter import TipAdapter, TipLearner, add_tip_config, cache_logits, search_grid
+from .tip_adapter import TipAdapter, TipLearner, add_tip_config
+from .tip_search import GRIDS, grid_accuracy
 
 
 def divergences(queries: Tensor, keys: Tensor) -> Tensor:
@@ -40,64 +43,15 @@ def divergences(queries: Tensor, keys: Tensor) -> Tensor:
     return (p * log_p).sum(dim=-1, keepdim=True) - p @ log_q.t()
 
 
-def rescaled(kl: Tensor, farthest: float, least: float) -> Tensor:
-    """psi: -kl, linearly, such that 0 becomes 1 and `farthest` becomes `least`."""
-    return 1 - (1 - least) * kl / max(farthest, 1e-12)
-
-
-def grid_accuracy(
-    clip_logits: Tensor,
-    affinity: Tensor,
-    key_labels: Tensor,
-    labels: Tensor,
-    alphas: Sequence[float],
-    betas: Sequence[float],
-    kl: Tensor | None = None,
-    gammas: Sequence[float] = (0.0,),
-    farthest: tuple[float, float] = (1.0, 0.0),
-) -> Tensor:
-    """Accuracy (percent) at every point of the grid: [betas, gammas, alphas].
+def scaling(kl: tuple[float, float], cosine: tuple[float, float]) -> tuple[float, float]:
+    """psi as a line: the (c0, c1) with which -psi(x) = c0 - c1 x.
 
     Args:
-        clip_logits: [n, C]. affinity: [n, N], cosines. key_labels: [N]. labels: [n].
-        kl: [n, N], Tip-X's divergences; None: without that term.
-        farthest: largest divergence and least cosine among the keys.
+        kl: least and largest divergence.
+        cosine: least and largest cosine, which these become.
     """
-    out = torch.zeros(len(betas), len(gammas), len(alphas), dtype=torch.float64)
-    steps = torch.tensor(alphas, device=clip_logits.device)[:, None, None]
-    for i, beta in enumerate(betas):
-        cache = steps * cache_logits(affinity, key_labels, clip_logits.shape[1], beta)  # [alphas, n, C]
-        text: Tensor | float = 0.0
-        if kl is not None:
-            weights = rescaled(kl, farthest[0], _weight(farthest[1], beta))
-            text = torch.zeros_like(clip_logits).index_add(1, key_labels, weights)
-        for j, gamma in enumerate(gammas):
-            logits = clip_logits + gamma * text + cache
-            out[i, j] = 100.0 * (logits.argmax(dim=-1) == labels).double().mean(dim=-1).cpu()
-    return out
-
-
-def _weight(cosine: float, beta: float) -> float:
-    return float(torch.exp(torch.tensor(-beta * (1 - cosine), dtype=torch.float64)))
-
-
-class GridPoint(NamedTuple):
-    """A point of the grid, and its accuracy (percent) on the images it was chosen on."""
-
-    alpha: float
-    beta: float
-    gamma: float
-    accuracy: float
-
-
-def best_point(
-    accuracy: Tensor, alphas: Sequence[float], betas: Sequence[float], gammas: Sequence[float] = (0.0,)
-) -> GridPoint:
-    """The point with the highest accuracy [betas, gammas, alphas]; of equals the first."""
-    place = int((accuracy.flatten() == accuracy.max()).nonzero()[0])
-    i, rest = divmod(place, len(gammas) * len(alphas))
-    j, k = divmod(rest, len(alphas))
-    return GridPoint(alphas[k], betas[i], gammas[j], float(accuracy.max()))
+    slope = (cosine[1] - cosine[0]) / max(kl[1] - kl[0], 1e-12)
+    return slope * kl[0] - cosine[0], slope
 
 
 @TRAINER_REGISTRY.register()
@@ -112,23 +66,8 @@ class TipAdapterPP(TipAdapter):
     @staticmethod
     def add_config(cfg: Any) -> None:
         """Adds TRAINER.TIPADAPTERPP and MODEL.IMO_WEIGHTS to `cfg` unless they are there."""
-        add_tip_config(cfg, "TIPADAPTERPP")
+        add_tip_config(cfg, "TIPADAPTERPP", grid="overlap")
         add_imo_weights(cfg)
-
-    def axes(self) -> dict[str, Any]:
-        """The grid's values of alpha and beta."""
-        (beta_end, alpha_end), (betas, alphas) = self.node.SEARCH_SCALE, self.node.SEARCH_STEP
-        return {"alphas": search_grid(alpha_end, alphas), "betas": search_grid(beta_end, betas)}
-
-    def grid(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Accuracy (percent) at every point of the grid: [betas, gammas, alphas].
-
-        Args:
-            features: of validation images. labels: theirs.
-        """
-        learner: Any = self.network.learner
-        affinity = learner.compared(features) @ learner.keys.t()
-        return grid_accuracy(learner.clip_logits(features), affinity, learner.key_labels, labels, **self.axes())
 
 
 class TipXLearner(TipLearner):
@@ -137,13 +76,15 @@ class TipXLearner(TipLearner):
     Args:
         n, alpha, beta: see TipLearner.
         gamma: until another is chosen.
+        temperature: of the distributions, above 0.
     """
 
     SAMPLES = ("key_labels", "keys", "key_originals")
 
     key_originals: Tensor  # [N, E]
     gamma: Tensor
-    farthest: Tensor  # largest divergence and least cosine of two keys
+    temperature: Tensor
+    line: Tensor  # c0 and c1: a key's weight is c0 - c1 KL
 
     def __init__(
         self,
@@ -155,31 +96,59 @@ class TipXLearner(TipLearner):
         alpha: float,
         beta: float,
         gamma: float,
+        temperature: float = 0.5,
     ) -> None:
         super().__init__(clip, classnames, zeroshot, n=n, alpha=alpha, beta=beta, trained=False)
         self.register_buffer("key_originals", torch.zeros(n, zeroshot.shape[1]))
         self.register_buffer("gamma", torch.tensor(gamma, dtype=torch.float64))
-        self.register_buffer("farthest", torch.tensor([1.0, 0.0], dtype=torch.float64))
+        self.register_buffer("temperature", torch.tensor(temperature, dtype=torch.float64))
+        self.register_buffer("line", torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+    def take(self, state: Mapping[str, Tensor], indices: Sequence[int] | None = None) -> None:
+        """See Learner. Of an earlier version, whose weights were others, it computes what that version did."""
+        if (
+            "farthest" in state
+        ):  # largest divergence (t = 1), and least cosine; psi led to 1 and exp(-beta (1 - cosine))
+            state = dict(state)
+            kl, cosine = state.pop("farthest").tolist()
+            least = math.exp(-float(state["beta"]) * (1 - cosine))  # what psi led the largest divergence to; 0 to 1
+            state["line"] = torch.tensor([1.0, (1 - least) / max(kl, 1e-12)], dtype=torch.float64)
+            state["temperature"] = torch.tensor(1.0, dtype=torch.float64)
+        super().take(state, indices)
 
     def divergences(self, features: Tensor) -> Tensor:
         """Features of images -> their divergences from the keys, [B, N]."""
-        return divergences(self.original(features) @ self.zeroshot.t(), self.key_originals @ self.zeroshot.t())
+        t = float(self.temperature)
+        return divergences(self.original(features) @ self.zeroshot.t() / t, self._key_logits())
 
-    def find_farthest(self) -> None:
-        """Sets the range that divergences are rescaled from, and to."""
-        originals = self.key_originals @ self.zeroshot.t()
-        kl, cosine = 0.0, 1.0
-        for rows in torch.arange(len(self.keys), device=self.keys.device).split(1024):
-            kl = max(kl, float(divergences(originals[rows], originals).max()))
-            cosine = min(cosine, float((self.keys[rows] @ self.keys.t()).min()))
-        self.farthest.copy_(torch.tensor([kl, cosine]))
+    def text(self, features: Tensor) -> Tensor:
+        """Features of images -> the third term without gamma, [B, C]."""
+        c0, c1 = self.line.tolist()
+        weights = c0 - c1 * self.divergences(features)
+        return weights.new_zeros(len(weights), len(self.zeroshot)).index_add(1, self.key_labels, weights)
+
+    def find_range(self) -> None:
+        """Sets what divergences are rescaled from, and to: the ranges over pairs of different keys."""
+        logits, n = self._key_logits(), len(self.keys)
+        kl, cosine = (math.inf, -math.inf), (math.inf, -math.inf)
+        everyone = torch.arange(n, device=self.keys.device)
+        for rows in everyone.split(1024):
+            others = rows[:, None] != everyone
+            if n > 1:
+                kl = _extended(kl, divergences(logits[rows], logits)[others])
+                cosine = _extended(cosine, (self.keys[rows] @ self.keys.t())[others])
+        self.line.copy_(torch.tensor(scaling(kl, cosine) if n > 1 else (0.0, 0.0)))
+
+    def _key_logits(self) -> Tensor:
+        return self.key_originals @ self.zeroshot.t() / float(self.temperature)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features -> logits [B, C]."""
-        largest, least = self.farthest.tolist()
-        weights = rescaled(self.divergences(features), largest, _weight(least, float(self.beta)))
-        text = weights.new_zeros(len(weights), len(self.zeroshot)).index_add(1, self.key_labels, weights)
-        return super().forward(features) + float(self.gamma) * text
+        return super().forward(features) + float(self.gamma) * self.text(features)
+
+
+def _extended(bounds: tuple[float, float], values: Tensor) -> tuple[float, float]:
+    return min(bounds[0], float(values.min())), max(bounds[1], float(values.max()))
 
 
 @TRAINER_REGISTRY.register()
@@ -194,74 +163,63 @@ class TipX(TipAdapterPP):
     @staticmethod
     def add_config(cfg: Any) -> None:
         """Adds TRAINER.TIPX to `cfg` unless it is there."""
-        _add_tipx_config(cfg, "TIPX")
+        _add_tipx_config(cfg, "TIPX", "tipx")
 
     def check_node(self, cfg: Any) -> None:
         """See LearnerTrainer."""
         super().check_node(cfg)
         path = f"TRAINER.{self.node_name}"
         check_number(cfg, f"{path}.GAMMA", 0, 1e6)
-        check_number(cfg, f"{path}.GAMMA_SCALE", 0.1, 1e6, open_low=True)
-        steps = cfg.TRAINER[self.node_name].GAMMA_STEP
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"Expected {path}.GAMMA_STEP to be a whole number above 0 but got {steps!r}")
+        check_number(cfg, f"{path}.TEMPERATURE", 0, 1e3, open_low=True)
+        check_number(cfg, f"{path}.GAMMA_SCALE", 0, 1e6)
+        end, start = cfg.TRAINER[self.node_name].GAMMA_SCALE, GRIDS[cfg.TRAINER[self.node_name].GRID].gamma.start
+        if end and end <= start:
+            raise ValueError(f"Expected {path}.GAMMA_SCALE to be 0 or above {start:g} but got {end}")
+        check_whole(cfg, f"{path}.GAMMA_STEP", 0)
+
+    @property
+    def initial(self) -> dict[str, float]:
+        """See TipAdapter."""
+        return {**super().initial, "gamma": float(self.node.GAMMA)}
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The cache, empty until `prepare`."""
-        node, n = self.node, len(self.dm.dataset.train_x)
-        alpha, beta, gamma = float(node.ALPHA), float(node.BETA), float(node.GAMMA)
-        return TipXLearner(clip, classnames, zeroshot, n=n, alpha=alpha, beta=beta, gamma=gamma)
+        n, temperature = len(self.dm.dataset.train_x), float(self.node.TEMPERATURE)
+        return TipXLearner(clip, classnames, zeroshot, n=n, **self.initial, temperature=temperature)
 
     def prepare(self, features: FeatureSet) -> None:
         """Fills the cache."""
         super().prepare(features)
         learner: Any = self.network.learner
-        learner.key_originals.copy_(F.normalize(learner.original(features.values).mean(dim=0), dim=-1))
-        learner.find_farthest()
+        learner.key_originals.copy_(F.normalize(learner.original(features.mean()), dim=-1))
+        learner.find_range()
 
     def axes(self) -> dict[str, Any]:
         """The grid's values of alpha, beta and gamma."""
-        return {**super().axes(), "gammas": search_grid(self.node.GAMMA_SCALE, self.node.GAMMA_STEP)}
+        return {**super().axes(), "gammas": self.search.gamma.values()}
 
     def grid(self, features: Tensor, labels: Tensor) -> Tensor:
-        """See TipAdapterPP."""
+        """See TipAdapter."""
         learner: Any = self.network.learner
         return grid_accuracy(
             learner.clip_logits(features),
             learner.compared(features) @ learner.keys.t(),
             learner.key_labels,
             labels,
-            kl=learner.divergences(features),
-            farthest=tuple(learner.farthest.tolist()),
+            text=learner.text(features),
             **self.axes(),
         )
 
-    def choose(self) -> None:
-        """Searches alpha, beta and gamma on validation images; without such images they stay the configured ones."""
-        learner: Any = self.network.learner
-        known = self.validation_features()
-        if isinstance(known, str):
-            chosen = {name: float(getattr(learner, name)) for name in ("alpha", "beta", "gamma")}
-            self.note(chosen, f"TRAINER.{self.node_name}.ALPHA, .BETA and .GAMMA ({known})", 0)
-            return
-        features, labels = known
-        point = best_point(self.grid(features, labels), **self.axes())
-        chosen = {"alpha": point.alpha, "beta": point.beta, "gamma": point.gamma}
-        for name, value in chosen.items():
-            getattr(learner, name).fill_(value)
-        self.write_scalar("val/tipx_at_choice", point.accuracy, self.epoch)
-        self.note(chosen, "val", len(labels))
 
-
-def _add_tipx_config(cfg: Any, name: str) -> None:
+def _add_tipx_config(cfg: Any, name: str, grid: str) -> None:
     if name in cfg.TRAINER:
         return
-    add_tip_config(cfg, name)
+    add_tip_config(cfg, name, grid)
     node = cfg.TRAINER[name]
-    node.SEARCH_STEP = (50, 20)  # a grid of three: fewer values of beta than Tip-Adapter's 200
-    node.GAMMA = 0.1  # weight of the third term where it is not searched, at least 0 (our choice)
-    node.GAMMA_SCALE = 3.0  # upper end of its grid, which starts at 0.1 (our choice: as alpha's)
-    node.GAMMA_STEP = 20  # number of values in it, at least 1
+    node.GAMMA = 0.1  # weight of the third term where it is not searched, at least 0 (our choice: the source searches)
+    node.TEMPERATURE = 0.5  # t of the third term's distributions over cosines, above 0 (source: 0.5)
+    node.GAMMA_SCALE = 0.0  # upper end of gamma, above its lower one; 0: the grid's (source: 30)
+    node.GAMMA_STEP = 0  # number of values of gamma; 0: the grid's (source: 50)
 
 
 @TRAINER_REGISTRY.register()
@@ -276,5 +234,5 @@ class TipXPP(TipX):
     @staticmethod
     def add_config(cfg: Any) -> None:
         """Adds TRAINER.TIPXPP and MODEL.IMO_WEIGHTS to `cfg` unless they are there."""
-        _add_tipx_config(cfg, "TIPXPP")
+        _add_tipx_config(cfg, "TIPXPP", "overlap")
         add_imo_weights(cfg)

@@ -11,8 +11,9 @@ from trainers.clip.features import FeatureSet
 from trainers.imo import IMOAdapters
 from trainers.imo.adapters import CorrectedEncoder
 from trainers.linear_probe import ProbeLearner
-from trainers.tip_adapter import TipLearner, search_tip
-from trainers.tip_adapter_pp import TipXLearner, best_point, divergences, grid_accuracy, rescaled
+from trainers.tip_adapter import TipLearner
+from trainers.tip_adapter_pp import TipXLearner, TipXPP, divergences
+from trainers.tip_search import best_point, grid_accuracy, grid_of
 
 
 def unit(*shape, seed=0):
@@ -23,17 +24,19 @@ def kl(p, q):
     return sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p, q, strict=True))
 
 
-def naive(f, corrected, w, keys, originals, labels, alpha, beta, gamma, scale):
-    """The formulas, image by image and key by key."""
-    everyone = [(x @ w.t()).softmax(0) for x in originals]
-    farthest = max(kl(p, q) for p in everyone for q in everyone)
-    least = math.exp(-beta * (1 - min(float(a @ b) for a in keys for b in keys)))
+def naive(f, corrected, w, keys, originals, labels, alpha, beta, gamma, scale, t=0.5):
+    """The formulas, image by image and key by key: cosines over t, psi to the range of the cosines."""
+    everyone = [(x @ w.t() / t).softmax(0) for x in originals]
+    pairs = [(i, j) for i in range(len(keys)) for j in range(len(keys)) if i != j]
+    far = [kl(everyone[i], everyone[j]) for i, j in pairs]
+    alike = [float(keys[i] @ keys[j]) for i, j in pairs]
     rows = []
     for x, y in zip(f, corrected, strict=True):
         row = [scale * float(x @ c) for c in w]
         for key, q, label in zip(keys, everyone, labels.tolist(), strict=True):
             row[label] += alpha * math.exp(-beta * (1 - float(y @ key)))
-            row[label] += gamma * (1 - (1 - least) * kl((x @ w.t()).softmax(0), q) / farthest)
+            share = (kl((x @ w.t() / t).softmax(0), q) - min(far)) / (max(far) - min(far))
+            row[label] -= gamma * (min(alike) + (max(alike) - min(alike)) * share)
         rows.append(row)
     return torch.tensor(rows)
 
@@ -64,7 +67,7 @@ def test_tip_x(data, make_clip, names, pp):
     learner.keys.copy_(keys)
     learner.key_originals.copy_(originals)
     learner.key_labels.copy_(labels)
-    learner.find_farthest()
+    learner.find_range()
     want = naive(f, corrected, w, keys, originals, labels, 1.3, 4.2, 0.7, 100.0)
     torch.testing.assert_close(learner(torch.cat([f, corrected], dim=1) if pp else f), want, rtol=1e-4, atol=5e-3)
 
@@ -76,7 +79,44 @@ def test_divergences_and_their_range(data):
         for j in range(11):
             want = kl((f[i] @ w.t()).softmax(0), (originals[j] @ w.t()).softmax(0))
             assert float(got[i, j]) == pytest.approx(want, abs=1e-5)
-    assert rescaled(torch.tensor([0.0, 2.0]), 2.0, 0.3).tolist() == pytest.approx([1.0, 0.3])
+
+
+def test_a_checkpoint_of_the_earlier_third_term_computes_what_it_did(data, make_clip, names):
+    """t was 1 and psi(-KL) = 1 - (1 - exp(-beta (1 - least cosine))) KL / largest KL."""
+    f, _, w, _, originals, labels = data
+    state = TipXLearner(make_clip(), names, w, n=11, alpha=1.3, beta=4.2, gamma=0.7).state_dict()
+    for name in ("line", "temperature"):
+        del state[name]
+    state |= {"keys": originals, "key_originals": originals, "key_labels": labels}
+    state["farthest"] = torch.tensor([0.02, -0.5], dtype=torch.float64)
+    learner = TipXLearner(make_clip(), names, w, n=11, alpha=9.0, beta=9.0, gamma=9.0)
+    learner.take(state)
+    everyone = [(x @ w.t()).softmax(0) for x in originals]
+    want = []
+    for x in f:
+        row = [100 * float(x @ c) for c in w]
+        for key, q, label in zip(originals, everyone, labels.tolist(), strict=True):
+            row[label] += 1.3 * math.exp(-4.2 * (1 - float(x @ key)))
+            row[label] += 0.7 * (1 - (1 - math.exp(-4.2 * 1.5)) * kl((x @ w.t()).softmax(0), q) / 0.02)
+        want.append(row)
+    torch.testing.assert_close(learner(f), torch.tensor(want), rtol=1e-4, atol=5e-3)
+
+
+def test_grids_are_the_sources():
+    cfg = get_cfg_default()
+    trainers.extend_cfg(cfg)
+    for node, alphas, betas, gammas in (
+        ("TIPX", [0.1 + 49.9 * i / 20 for i in range(20)], [1 + 49 * i / 200 for i in range(200)],
+         [0.1 + 29.9 * i / 50 for i in range(50)]),
+        ("TIPXPP", [20 * i / 199 for i in range(200)], [20 * i / 19 for i in range(20)],
+         [30 * i / 49 for i in range(50)]),
+        ("TIPADAPTERPP", [20 * i / 199 for i in range(200)], [20 * i / 19 for i in range(20)], None),
+    ):  # fmt: skip
+        grid = grid_of(cfg.TRAINER[node], "Food101")
+        assert grid.alpha.values() == pytest.approx(alphas) and grid.beta.values() == pytest.approx(betas)
+        assert gammas is None or grid.gamma.values() == pytest.approx(gammas)
+        assert grid.first == "alpha"
+        assert node == "TIPADAPTERPP" or cfg.TRAINER[node].TEMPERATURE == 0.5
 
 
 def test_keys_are_means_of_corrected_views(make_clip, names):
@@ -86,8 +126,6 @@ def test_keys_are_means_of_corrected_views(make_clip, names):
 
     class Network:
         pass
-
-    from trainers.tip_adapter_pp import TipXPP
 
     trainer = TipXPP.__new__(TipXPP)
     trainer.network = Network()
@@ -101,37 +139,26 @@ def test_keys_are_means_of_corrected_views(make_clip, names):
     assert learner.key_labels.tolist() == [0, 1, 2, 3]
 
 
-def test_grid_is_brute_force(data):
-    _, _, w, keys, originals, key_labels = data
+@pytest.mark.parametrize("at_once", [1, 2**24])
+def test_grid_is_brute_force(data, monkeypatch, at_once):
+    _, _, w, keys, _, key_labels = data
+    monkeypatch.setattr("trainers.tip_search.GRID_NUMBERS", at_once)
     f, labels = unit(30, 24, seed=9), torch.arange(30) % 5
     alphas, betas, gammas = [0.5, 2.0, 9.0], [1.0, 6.0], [0.1, 3.0]
     clip_logits, affinity = 3 * f @ w.t(), f @ keys.t()
-    kl_all = divergences(f @ w.t(), originals @ w.t())
-    spread = divergences(originals @ w.t(), originals @ w.t()).max()
-    farthest = (float(spread), float((keys @ keys.t()).min()))
-    got = grid_accuracy(clip_logits, affinity, key_labels, labels, alphas, betas, kl_all, gammas, farthest)
+    text = torch.randn(30, 5, generator=torch.Generator().manual_seed(4))
+    got = grid_accuracy(clip_logits, affinity, key_labels, labels, alphas, betas, text, gammas)
     assert got.shape == (2, 2, 3)
     values = F.one_hot(key_labels, 5).float()
     for i, beta in enumerate(betas):
-        least = math.exp(-beta * (1 - farthest[1]))
         for j, gamma in enumerate(gammas):
             for k, alpha in enumerate(alphas):
-                logits = clip_logits + alpha * torch.exp(-beta * (1 - affinity)) @ values
-                logits = logits + gamma * (1 - (1 - least) * kl_all / farthest[0]) @ values
+                logits = clip_logits + alpha * torch.exp(-beta * (1 - affinity)) @ values + gamma * text
                 right = 100 * float((logits.argmax(1) == labels).double().mean())
                 assert float(got[i, j, k]) == pytest.approx(right)
     point = best_point(got, alphas, betas, gammas)
     assert point.accuracy == float(got.max())
     assert float(got[betas.index(point.beta), gammas.index(point.gamma), alphas.index(point.alpha)]) == point.accuracy
-
-
-def test_without_a_third_term_the_grid_finds_tip_adapter_s_choice(data):
-    _, _, w, keys, _, key_labels = data
-    f, labels = unit(30, 24, seed=9), torch.arange(30) % 5
-    alphas, betas = [0.5, 2.0, 9.0], [1.0, 6.0, 7.0]
-    arguments = (3 * f @ w.t(), f @ keys.t(), key_labels, labels, alphas, betas)
-    point, choice = best_point(grid_accuracy(*arguments), alphas, betas), search_tip(*arguments)
-    assert point[:2] == choice[:2] and point.accuracy == pytest.approx(choice.accuracy)
 
 
 @torch.no_grad()
@@ -146,6 +173,10 @@ def test_encoder_gives_both_features_and_a_digest_of_its_own(make_clip, images):
     assert both.shape == (6, encoder.width) == (6, 48)
     torch.testing.assert_close(both[:, :24], F.normalize(clip.encode_image(images), dim=-1))
     torch.testing.assert_close(both[:, 24:], adapters.encode(clip, images))
+    raw = encoder.raw()(images)
+    torch.testing.assert_close(raw[:, :24], clip.encode_image(images))
+    torch.testing.assert_close(F.normalize(raw[:, 24:], dim=-1), both[:, 24:])
+    assert encoder.unit and not torch.allclose(raw[:, 24:].norm(dim=-1), torch.ones(6))
     digest = encoder.weights_digest
     assert digest != clip.weights_digest
     adapters.blocks["2"].up.bias[0] += 1

@@ -139,16 +139,18 @@ def add_adapter(out: Tensor, adapter: Adapter | None, number: int, seen: Tensor)
     return out + extra.to(out.dtype)
 
 
-def finish_block(block: Any, x: Tensor, attended: Tensor) -> Tensor:
+def finish_block(block: Any, x: Tensor, attended: Tensor, beside: Adapter | None = None, number: int = 0) -> Tensor:
     """A block after its attention, without an adapter: ``x' = x + attn``, ``x' + mlp(ln_2(x'))``.
 
     Args:
         block: open_clip's ResidualAttentionBlock.
         x: tokens entering the block [B, L, D].
         attended: attention's output for the same tokens [B, L, D].
+        beside: ``beside(number, x')`` is added too.
+        number: of the block.
     """
     x = x + block.ls_1(attended)
-    return x + block.ls_2(feed_forward(block.mlp, layer_norm(block.ln_2, x)))
+    return add_adapter(x + block.ls_2(feed_forward(block.mlp, layer_norm(block.ln_2, x))), beside, number, x)
 
 
 def pick_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class VisionTower(nn.Module):
         projection: Projection | None = None,
         after: Adapter | None = None,
         checkpointing: bool = False,
+        beside: Adapter | None = None,
     ) -> Tensor:
         """Run blocks ``start``..depth and the head on what enters block ``start``.
 
@@ -90,6 +91,8 @@ class VisionTower(nn.Module):
             projection: see ``blocks.Projection``; for a ViT only.
             after: as ``adapter``, handed each block's output h, [B, N, D] (ResNet: [B, C, H, W]): h + after(h).
             checkpointing: keep only what enters each block, and compute it again in the backward pass.
+            beside: as ``after``, but handed what enters a ViT block's MLP before ln_2, x': x' + mlp(ln_2(x')) +
+                beside(x'). A ResNet's blocks have no MLP: there it is the same as ``after``.
 
         Returns:
             Image features [B, E], not normalised.
@@ -154,7 +157,12 @@ class ViTTower(VisionTower):
         return layer_norm(self.visual.ln_pre, x)
 
     def _plain(
-        self, number: int, hidden: Tensor, projection: Projection | None, read_out: bool
+        self,
+        number: int,
+        hidden: Tensor,
+        projection: Projection | None,
+        read_out: bool,
+        beside: Adapter | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Block ``number`` without its adapter -> (ln_1 of the tokens entering it, its output), [B, N, D] each.
 
@@ -168,7 +176,7 @@ class ViTTower(VisionTower):
             q = project_q(block.attn, normed[:, :1], number, projection)
             attended = mix(block.attn, q, *project_kv(block.attn, normed, number, projection))
             hidden, normed = hidden[:, :1], normed[:, :1]
-        return normed, finish_block(block, hidden, attended)
+        return normed, finish_block(block, hidden, attended, beside, number)
 
     def _block(
         self,
@@ -178,8 +186,9 @@ class ViTTower(VisionTower):
         projection: Projection | None = None,
         after: Adapter | None = None,
         read_out: bool = False,
+        beside: Adapter | None = None,
     ) -> Tensor:
-        normed, out = self._plain(number, hidden, projection, read_out)
+        normed, out = self._plain(number, hidden, projection, read_out, beside)
         out = add_adapter(out, adapter, number, normed)
         return add_adapter(out, after, number, out)
 
@@ -195,10 +204,11 @@ class ViTTower(VisionTower):
         projection: Projection | None = None,
         after: Adapter | None = None,
         checkpointing: bool = False,
+        beside: Adapter | None = None,
     ) -> Tensor:
         self._check_start(start, self.depth + 1)
         for number in range(start, self.depth + 1):
-            arguments = (number, hidden, adapter, projection, after, number == self.depth)
+            arguments = (number, hidden, adapter, projection, after, number == self.depth, beside)
             hidden = recompute(self._block, *arguments) if checkpointing else self._block(*arguments)
         return layer_norm(self.visual.ln_post, hidden[:, 0]) @ self.visual.proj
 
@@ -259,12 +269,15 @@ class ResNetTower(VisionTower):
         projection: Projection | None = None,
         after: Adapter | None = None,
         checkpointing: bool = False,
+        beside: Adapter | None = None,
     ) -> Tensor:
         self._check_start(start, self.depth + 1)
         if projection is not None:
             raise ValueError("Expected no projection for a ResNet, whose blocks have no queries, keys and values")
+        if after is not None and beside is not None:
+            raise ValueError("Expected one of after and beside for a ResNet, where they are the same, but got both")
         for number in range(start, self.depth + 1):
-            arguments = (number, hidden, adapter, after)
+            arguments = (number, hidden, adapter, after if beside is None else beside)
             hidden = recompute(self._block, *arguments) if checkpointing else self._block(*arguments)
         return self._pool(hidden)
 

@@ -1,6 +1,10 @@
 """The adapters that correct CLIP's image features for being compared with each other, and their file.
 
-    out = h + up( gelu( down(h) ) )        h the output of a visual block; D -> r -> D; up starts at zero
+    beside   out = x' + mlp(ln_2(x')) + s up( relu( down(x') ) )     x' what enters a block's MLP: the authors' code
+    after    out = h + up( gelu( down(h) ) )                         h the output of a visual block: ours
+
+D -> r -> D; up starts at zero. s is a fixed number, 0.03 with labels and 0.1 with DINO. On ResNets, which the authors
+do not have, both see h.
 
 CLIP is trained across modalities: cosine similarities of images of one class and of two classes overlap. The adapters
 are trained once on a generic image set, with CLIP frozen, and serve every method that compares images.
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,56 +33,129 @@ from ..clip.features import ImageEncoder
 from ..files import write_bytes
 
 FILE_NAME = "imo_adapters.safetensors"  # in the output folder of a run
-FORMAT = "imo-adapters-1"
+FORMAT = "imo-adapters-2"
+FORMATS = ("imo-adapters-1", FORMAT)  # the first has no form: it is "after"
+FORMS = ("beside", "after")
+
+
+class Dropout:
+    """Drops entries of a batch in training; which ones follows from a seed and an image's place in the whole batch.
+
+    Args:
+        share: of the entries that are dropped, in [0, 1); the others are enlarged to keep the mean.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.rank, self.world = 0, 1
+        self.generator: torch.Generator | None = None  # None: torch's own
+
+    def seed(self, seed: int, device: torch.device, rank: int, world: int) -> None:
+        """From now on what is dropped follows from `seed`; of `world` processes each has every world-th image."""
+        if self.generator is None or self.generator.device != device:
+            self.generator = torch.Generator(device)
+        self.generator.manual_seed(seed)
+        self.rank, self.world = rank, world
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """h [B, ...] -> the same, some entries zero."""
+        if not self.share:
+            return h
+        whole = torch.rand(len(h) * self.world, *h.shape[1:], device=h.device, generator=self.generator)
+        return h * (whole[self.rank :: self.world] >= self.share) / (1 - self.share)
 
 
 class Bottleneck(nn.Module):
-    """h -> up(gelu(down(h))), which is zero until `up` has been trained."""
+    """h -> s up(relu(down h)) or up(gelu(down h)), which is zero until `up` has been trained.
 
-    def __init__(self, width: int, dim: int) -> None:
+    Args:
+        width: D. dim: r. form: see IMOAdapters.
+    """
+
+    def __init__(self, width: int, dim: int, form: str) -> None:
         super().__init__()
         self.down = nn.Linear(width, dim)
         self.up = nn.Linear(dim, width)
+        if form == "beside":
+            nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """h [..., D] -> [..., D] in fp32, whatever the backbone's precision."""
+    def forward(self, h: Tensor, form: str, scale: float, dropout: Dropout | None) -> Tensor:
+        """h [B, ..., D] -> [B, ..., D] in fp32, whatever the backbone's precision."""
         with torch.autocast(device_type=h.device.type, enabled=False):
-            return self.up(F.gelu(self.down(h.float())))
+            inner = self.down(h.float())
+            inner = F.relu(inner) if form == "beside" else F.gelu(inner)
+            out = self.up(inner if dropout is None else dropout(inner))
+            return scale * out if form == "beside" else out
 
 
 class IMOAdapters(nn.Module):
-    """One bottleneck after each visual block; callable as the tower's `after`.
+    """One bottleneck for each visual block; callable as the tower's `beside` or `after`.
 
     Args:
         widths: width D of each block, by its number (from 1).
         dim: r.
+        form: "beside" or "after", see above.
+        scale: s, with "beside"; any finite number.
+        dropout: share of the inner entries that are dropped in training, in [0, 1); source: 0.1 with labels.
 
     Raises:
-        ValueError: no block, or r below 1.
+        ValueError: no block, r below 1, or another form.
     """
 
-    def __init__(self, widths: Mapping[int, int], dim: int = 64) -> None:
+    def __init__(
+        self,
+        widths: Mapping[int, int],
+        dim: int = 64,
+        *,
+        form: str = "beside",
+        scale: float = 0.03,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         if not widths or dim < 1:
             raise ValueError(f"Expected blocks to adapt and a bottleneck width of at least 1 but got {widths}, {dim}")
-        self.widths, self.dim = dict(widths), dim
-        self.blocks = nn.ModuleDict({str(i): Bottleneck(width, dim) for i, width in sorted(widths.items())})
+        self.widths, self.dim, self.dropout = dict(widths), dim, Dropout(dropout)
+        self.take_form({"form": form, "scale": scale})
+        self.blocks = nn.ModuleDict({str(i): Bottleneck(width, dim, form) for i, width in sorted(widths.items())})
+
+    @property
+    def made_as(self) -> dict[str, Any]:
+        """What beside the weights decides what is computed: "form" and "scale"."""
+        return {"form": self.form, "scale": self.scale}
+
+    def take_form(self, made_as: Mapping[str, Any]) -> None:
+        """Compute as the adapters that this describes; without "form" it is of an earlier version, which had "after".
+
+        Raises:
+            ValueError: another form, or a scale that is no finite number.
+        """
+        form, scale = made_as.get("form", "after"), made_as.get("scale", 1.0)
+        if form not in FORMS or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(
+                f"Expected adapters of the form {' or '.join(FORMS)} with a finite scale but got {form!r}, {scale!r}"
+            )
+        self.form, self.scale = str(form), float(scale) if form == "beside" else 1.0
 
     def forward(self, block: int, h: Tensor) -> Tensor:
-        """What is added to the output h of `block`: [B, N, D], or [B, D, H, W] (1x1 over channels) of a ResNet."""
-        bottleneck = self.blocks[str(block)]
-        return bottleneck(h.movedim(1, -1)).movedim(-1, 1) if h.ndim == 4 else bottleneck(h)
+        """What is added in `block`: [B, N, D], or [B, D, H, W] (1x1 over channels) of a ResNet."""
+        bottleneck, dropout = self.blocks[str(block)], self.dropout if self.training else None
+        if h.ndim != 4:
+            return bottleneck(h, self.form, self.scale, dropout)
+        return bottleneck(h.movedim(1, -1), self.form, self.scale, dropout).movedim(-1, 1)
 
-    def encode(self, clip: CLIP, images: Tensor) -> Tensor:
-        """Corrected features [B, E] of images [B, 3, S, S], normalised, fp32."""
-        features = clip.visual.suffix(clip.visual.prefix(images, 0), 1, after=self)
-        return F.normalize(features.float(), dim=-1)
+    def encode(self, clip: CLIP, images: Tensor, *, unit: bool = True) -> Tensor:
+        """Corrected features [B, E] of images [B, 3, S, S], fp32, L2-normalised if `unit`."""
+        hidden = clip.visual.prefix(images, 0)
+        beside, after = (self, None) if self.form == "beside" else (None, self)
+        features = clip.visual.suffix(hidden, 1, after=after, beside=beside).float()
+        return F.normalize(features, dim=-1) if unit else features
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the weights."""
-        return _digest({name: value.cpu() for name, value in self.state_dict().items()})
+        """SHA-256 (hex) of the weights, with what else decides what is computed."""
+        weights = _digest({name: value.cpu() for name, value in self.state_dict().items()})
+        return weights if self.form == "after" else f"{weights} {self.form} {self.scale!r}"
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
@@ -100,6 +178,7 @@ def save_adapters(path: str | os.PathLike[str], adapters: IMOAdapters, clip: CLI
         "backbone": clip.name,
         "weights_digest": clip.weights_digest,
         "dim": adapters.dim,
+        **adapters.made_as,
         "widths": {str(i): width for i, width in adapters.widths.items()},
         "digest": _digest(state),
     }
@@ -134,7 +213,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
             recipe = json.loads((opened.metadata() or {}).get("recipe", "{}"))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"Expected {file} to be a safetensors file of adapters but got: {error}") from error
-    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
+    if not isinstance(recipe, dict) or recipe.get("format") not in FORMATS:
         raise ValueError(f"Expected {file} to hold adapters that IMO or IMODINO saved but got tensors without a recipe")
     return recipe
 
@@ -162,6 +241,7 @@ def load_adapters(path: str | os.PathLike[str], clip: CLIP) -> IMOAdapters:
         if got != ours:
             raise ValueError(f"Expected adapters (MODEL.IMO_WEIGHTS) for {what} {ours} but {file} is for {got}")
     adapters = IMOAdapters(widths, recipe["dim"])
+    adapters.take_form(recipe)
     with safe_open(str(file), framework="pt") as opened:
         state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
     own = {name: value.shape for name, value in adapters.state_dict().items()}
@@ -179,14 +259,11 @@ class CorrectedEncoder(ImageEncoder):
         adapters: on CLIP's device.
     """
 
+    parts = 2
+
     def __init__(self, clip: CLIP, precision: str, autocast: Callable[[], Any], adapters: IMOAdapters) -> None:
         super().__init__(clip, precision, autocast)
         self.adapters = adapters
-
-    @property
-    def width(self) -> int:
-        """2E."""
-        return 2 * self.clip.embed_dim
 
     @property
     def weights_digest(self) -> str:
@@ -195,10 +272,10 @@ class CorrectedEncoder(ImageEncoder):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> original and corrected features [B, 2E], each half L2-normalised, fp32."""
+        """Images [B, 3, H, W] -> original and corrected features [B, 2E], fp32, each half L2-normalised if `unit`."""
         original = super().__call__(images)
         with self.autocast():
-            corrected = self.adapters.encode(self.clip, images.to(self.clip.device))
+            corrected = self.adapters.encode(self.clip, images.to(self.clip.device), unit=self.unit)
         return torch.cat([original, corrected], dim=-1)
 
 

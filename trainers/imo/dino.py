@@ -92,11 +92,34 @@ def update_teacher(teacher: Iterable[Tensor], student: Iterable[Tensor], momentu
         ours.mul_(momentum).add_(theirs.detach(), alpha=1 - momentum)
 
 
+def cosine(step: int, steps: int, start: float, end: float) -> float:
+    """From `start` at step 0 to `end` at step `steps`, along a cosine."""
+    return end + (start - end) * (math.cos(math.pi * step / max(1, steps)) + 1) / 2
+
+
 def cosine_momentum(step: int, steps: int, start: float = 0.9998) -> float:
     """The teacher's momentum: from `start` at step 0 to 1 at step `steps`, along a cosine."""
     return 1.0 - (1.0 - start) * (math.cos(math.pi * step / max(1, steps)) + 1) / 2
 
 
+def learning_rate(step: int, steps: int, warmup: int, full: float, least: float) -> float:
+    """From 0 in even steps to `full` at the last of `warmup` steps, then along a cosine over the others to `least`.
+
+    The cosine starts at `full` again, and ends one step before `least`.
+    """
+    if step < warmup:
+        return full * step / max(1, warmup - 1)
+    return cosine(min(step, steps) - warmup, steps - warmup, full, least)
+
+
 def teacher_temperature(epoch: int, start: float, end: float, warmup: int) -> float:
-    """From `start` in epoch 0 in even steps to `end` in epoch `warmup`, and `end` from then on."""
-    return end if epoch >= warmup else start + (end - start) * epoch / warmup
+    """`warmup` even steps from `start` in epoch 0 to `end` in epoch `warmup` - 1, and `end` from then on."""
+    return end if epoch >= warmup else start + (end - start) * epoch / max(1, warmup - 1)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], largest: float) -> None:
+    """Shortens the gradient of each parameter that is longer than `largest` to that length, in place."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_((largest / (parameter.grad.norm() + 1e-6)).clamp(max=1))

@@ -1,4 +1,4 @@
-"""The frozen CLIP with adapters behind its visual blocks, and what trains them: a classifier, or a teacher and heads.
+"""The frozen CLIP with adapters at its visual blocks, and what trains them: a classifier, or a teacher and heads.
 
 Legend: B images, V crops, C classes, E width of the joint embedding, K outputs of DINO's head.
 """
@@ -6,47 +6,84 @@ Legend: B images, V crops, C classes, E width of the joint embedding, K outputs 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..clip import CLIP
-from ..learner import Classifier, Learner
-from .adapters import IMOAdapters
+from ..learner import Classifier, Learner, pack_record, unpack_record
+from .adapters import Dropout, IMOAdapters
 from .dino import DINOHead, update_teacher
 
 
 class AdapterLearner(Learner):
-    """The adapters, and beside them what is thrown away after training.
+    """The adapters, and beside them what is thrown away after training. A checkpoint says in which form they compute.
 
     Args:
         clip: the frozen CLIP.
         classnames: of the generic set.
         dim: bottleneck width.
+        adapters: "form", "scale" and "dropout", see IMOAdapters.
+        raw: whether what is thrown away takes features as CLIP gives them; else normalised ones, times a scale.
     """
 
-    def __init__(self, clip: CLIP, classnames: Sequence[str], dim: int) -> None:
+    def __init__(
+        self, clip: CLIP, classnames: Sequence[str], dim: int, adapters: Mapping[str, Any], raw: bool = True
+    ) -> None:
         super().__init__(classnames, {"backbone": clip.name, "weights_digest": clip.weights_digest})
-        self.adapters = IMOAdapters(clip.visual.widths, dim)
+        self.adapters = IMOAdapters(clip.visual.widths, dim, **adapters)
+        self.raw = raw
 
     @property
     def result(self) -> IMOAdapters:
         """The adapters that are saved and evaluated."""
         return self.adapters
 
+    def trained_input(self, clip: CLIP, adapters: IMOAdapters, images: Tensor, scale: float) -> Tensor:
+        """Images -> what classifier or head takes [B, E]: raw features, or normalised ones times `scale`."""
+        features = adapters.encode(clip, images, unit=not self.raw)
+        return features if self.raw else scale * features
+
+    def take_form(self, record: Mapping[str, Any]) -> None:
+        """Has the adapters compute as those of a checkpoint with this record."""
+        self.adapters.take_form(record.get("adapters", {}))
+
+    def get_extra_state(self) -> Tensor:
+        """See Learner; and the form of the adapters."""
+        return pack_record({**unpack_record(super().get_extra_state()), "adapters": self.adapters.made_as})
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes the form."""
+        self.take_form(unpack_record(state))
+
+    def take(self, state: Mapping[str, Tensor], indices: Sequence[int] | None = None) -> None:
+        """See Learner; the adapters take the form of the checkpoint's."""
+        packed = state.get("_extra_state")
+        self.take_form({} if packed is None else unpack_record(packed))
+        super().take(state, indices)
+
 
 class SupervisedLearner(AdapterLearner):
     """Adapters and a linear classifier over the generic set's labels.
 
     Args:
-        clip, classnames, dim: see AdapterLearner.
-        scale: of the normalised features that the classifier takes; 0: CLIP's logit scale.
+        clip, classnames, dim, adapters, raw: see AdapterLearner.
+        scale: of normalised features that the classifier takes; 0: CLIP's logit scale.
     """
 
-    def __init__(self, clip: CLIP, classnames: Sequence[str], dim: int, scale: float = 0.0) -> None:
-        super().__init__(clip, classnames, dim)
+    def __init__(
+        self,
+        clip: CLIP,
+        classnames: Sequence[str],
+        dim: int,
+        adapters: Mapping[str, Any],
+        raw: bool = True,
+        scale: float = 0.0,
+    ) -> None:
+        super().__init__(clip, classnames, dim, adapters, raw)
         self.scale = scale or clip.logit_scale
         self.classifier = nn.Linear(clip.embed_dim, len(classnames))
 
@@ -70,9 +107,10 @@ class DINOLearner(AdapterLearner):
     """Adapters and projection head of a student and of its teacher, who follows it.
 
     Args:
-        clip, classnames, dim: see AdapterLearner.
+        clip, classnames, dim, adapters, raw: see AdapterLearner.
         hidden, bottleneck, out: see DINOHead.
         save: "teacher" or "student": whose adapters are the result.
+        train_head: whether the student's head is trained; else it stays as drawn, as the teacher's does.
     """
 
     centre: Tensor  # [K]
@@ -82,18 +120,32 @@ class DINOLearner(AdapterLearner):
         clip: CLIP,
         classnames: Sequence[str],
         dim: int,
+        adapters: Mapping[str, Any],
+        raw: bool = True,
         *,
         hidden: int,
         bottleneck: int,
         out: int,
         save: str = "teacher",
+        train_head: bool = False,
     ) -> None:
-        super().__init__(clip, classnames, dim)
+        super().__init__(clip, classnames, dim, adapters, raw)
         self.head = DINOHead(clip.embed_dim, hidden=hidden, bottleneck=bottleneck, out=out)
         self.teacher = nn.ModuleDict({"adapters": copy.deepcopy(self.adapters), "head": copy.deepcopy(self.head)})
         self.teacher.requires_grad_(False)
+        assert isinstance(self.teacher["adapters"], IMOAdapters)
+        self.teacher["adapters"].dropout = Dropout(0.0)
+        self.head.requires_grad_(train_head)
+        self.train_head = train_head
         self.register_buffer("centre", torch.zeros(out))
         self.save = save
+
+    def take_form(self, record: Mapping[str, Any]) -> None:
+        """See AdapterLearner."""
+        super().take_form(record)
+        teacher = self.teacher["adapters"]
+        assert isinstance(teacher, IMOAdapters)
+        teacher.take_form(record.get("adapters", {}))
 
     @property
     def result(self) -> IMOAdapters:
@@ -105,7 +157,8 @@ class DINOLearner(AdapterLearner):
     def follow(self, momentum: float) -> None:
         """Moves the teacher towards the student."""
         update_teacher(self.teacher["adapters"].parameters(), self.adapters.parameters(), momentum)
-        update_teacher(self.teacher["head"].parameters(), self.head.parameters(), momentum)
+        if self.train_head:  # else both heads are one, and a mean of equals would round
+            update_teacher(self.teacher["head"].parameters(), self.head.parameters(), momentum)
 
 
 class IMONetwork(Classifier):
@@ -121,15 +174,15 @@ class IMONetwork(Classifier):
         """Images [B, 3, H, W] -> the classifier's logits [B, C]."""
         learner = self.learner
         assert isinstance(learner, SupervisedLearner)
-        features = learner.adapters.encode(self.clip, images)
+        features = learner.trained_input(self.clip, learner.adapters, images, learner.scale)
         with torch.autocast(device_type=features.device.type, enabled=False):
-            return learner.classifier(learner.scale * features)
+            return learner.classifier(features)
 
     def student(self, crops: Tensor) -> Tensor:
         """Crops [n, 3, S, S] -> the student's outputs [n, K]."""
         learner = self.learner
         assert isinstance(learner, DINOLearner)
-        return learner.head(learner.adapters.encode(self.clip, crops) * self.clip.embed_dim**0.5)
+        return learner.head(learner.trained_input(self.clip, learner.adapters, crops, self.clip.embed_dim**0.5))
 
     @torch.no_grad()
     def teacher(self, crops: Tensor) -> Tensor:
@@ -138,7 +191,7 @@ class IMONetwork(Classifier):
         assert isinstance(learner, DINOLearner)
         adapters = learner.teacher["adapters"]
         assert isinstance(adapters, IMOAdapters)
-        return learner.teacher["head"](adapters.encode(self.clip, crops) * self.clip.embed_dim**0.5)
+        return learner.teacher["head"](learner.trained_input(self.clip, adapters, crops, self.clip.embed_dim**0.5))
 
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> logits [B, C] of zero-shot CLIP, and of corrected features with the same text."""

@@ -31,7 +31,16 @@ from ..files import write_png, write_text
 from .adapters import FILE_NAME, save_adapters
 from .config import add_imo_config, add_imodino_config, check_imo_config, check_imodino_config
 from .data import EpochBatches, MultiCrop, mean_of_processes, process_rank, training_loader
-from .dino import cosine_momentum, dino_loss, teacher_targets, teacher_temperature, update_centre
+from .dino import (
+    clip_gradients,
+    cosine,
+    cosine_momentum,
+    dino_loss,
+    learning_rate,
+    teacher_targets,
+    teacher_temperature,
+    update_centre,
+)
 from .measures import Measures, draw_histograms, measure
 from .network import AdapterLearner, DINOLearner, IMONetwork, SupervisedLearner
 
@@ -75,6 +84,13 @@ class AdapterTrainer(EncoderTrainer):
         """The trainer's own keys."""
         return self.cfg.TRAINER[self.node_name]
 
+    @property
+    def adapter_arguments(self) -> dict[str, Any]:
+        """What the learners of both trainers take."""
+        node = self.node
+        adapters = {"form": node.FORM, "scale": node.SCALE, "dropout": node.DROPOUT}
+        return {"dim": node.DIM, "adapters": adapters, "raw": node.FEATURES == "raw"}
+
     # Training
 
     def before_train(self) -> None:
@@ -93,6 +109,11 @@ class AdapterTrainer(EncoderTrainer):
 
     def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """One step, and the measures where they are due."""
+        rank, world = process_rank()
+        # What is dropped follows from the step, not from what was drawn before it: a resumed run does as an
+        # uninterrupted one, and several processes as one.
+        step = self.epoch * self.num_batches + self.batch_idx
+        self.network.learner.adapters.dropout.seed((1_000_003 * self._seed + step) % 2**63, self.device, rank, world)
         summary = mean_of_processes(self.step(batch))
         done, freq = self.epoch * self.num_batches + self.batch_idx + 1, self.node.MEASURE_FREQ
         if freq and done % freq == 0 and self.batch_idx + 1 < self.num_batches and self._held_out():
@@ -195,9 +216,16 @@ class IMO(AdapterTrainer):
         """See LearnerTrainer."""
         check_imo_config(cfg)
 
+    def training_transform(self) -> Any:
+        """See AdapterTrainer."""
+        view, names = self.node.VIEW, self.cfg.INPUT.TRANSFORMS
+        if view == "center_crop_unnormalized":
+            names = [name for name in ([names] if isinstance(names, str) else names) if name != "normalize"]
+        return build_transform(self.cfg, is_train=view == "augmented", choices=names)
+
     def build_learner(self, clip: CLIP, classnames: Sequence[str]) -> AdapterLearner:
         """Adapters and classifier."""
-        learner = SupervisedLearner(clip, classnames, self.node.DIM, self.node.LOGIT_SCALE)
+        learner = SupervisedLearner(clip, classnames, **self.adapter_arguments, scale=self.node.LOGIT_SCALE)
         if self.node.INIT_IMAGES and self.dm.dataset.train_x:
             learner.start_from(self._class_means(clip, len(classnames)))
         return learner
@@ -241,8 +269,8 @@ class IMODINO(AdapterTrainer):
             tuple(node.GLOBAL_SCALE),
             tuple(node.LOCAL_SCALE),
             node.AUGMENT,
-            self.cfg.INPUT.PIXEL_MEAN,
-            self.cfg.INPUT.PIXEL_STD,
+            node.CROP_MEAN or self.cfg.INPUT.PIXEL_MEAN,
+            node.CROP_STD or self.cfg.INPUT.PIXEL_STD,
         )
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str]) -> AdapterLearner:
@@ -251,11 +279,12 @@ class IMODINO(AdapterTrainer):
         return DINOLearner(
             clip,
             classnames,
-            node.DIM,
+            **self.adapter_arguments,
             hidden=node.HIDDEN_DIM,
             bottleneck=node.BOTTLENECK_DIM,
             out=node.OUT_DIM,
             save=node.SAVE,
+            train_head=node.TRAIN_HEAD,
         )
 
     def build_optimiser(self, learner: AdapterLearner) -> Any:
@@ -268,7 +297,36 @@ class IMODINO(AdapterTrainer):
             {"params": [p for _, p in named if p.ndim > 1]},
             {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return build_optimizer(learner, optim_cfg, param_groups=groups)
+        self._student_optim: torch.optim.Optimizer = build_optimizer(learner, optim_cfg, param_groups=groups)
+        return self._student_optim
+
+    def build_schedule(self, optim: Any) -> Any:
+        """The schedule that TRAINER.IMODINO.SCHEDULE names."""
+        if self.node.SCHEDULE == "optim":
+            return super().build_schedule(optim)
+        full, least = float(optim.param_groups[0]["lr"]), self.node.LR_MIN
+        per_epoch = len(self.train_loader_x)
+        steps, warmup = self.max_epoch * per_epoch, self.cfg.OPTIM.WARMUP_EPOCH * per_epoch
+        share = full or 1.0  # LambdaLR multiplies
+        return torch.optim.lr_scheduler.LambdaLR(optim, lambda t: learning_rate(t, steps, warmup, full, least) / share)
+
+    def _update_student(self, loss: Tensor, step: int, steps: int) -> None:
+        """One step of the optimiser, with the step's weight decay and gradients of at most CLIP_GRAD."""
+        optim = self._student_optim
+        optim.param_groups[0]["weight_decay"] = cosine(
+            step, steps, self.cfg.OPTIM.WEIGHT_DECAY, self.node.WEIGHT_DECAY_END
+        )
+        self.model_zero_grad()
+        self.model_backward(loss)
+        if self.node.CLIP_GRAD and not step_left_out(self):
+            average = getattr(self, "average_gradients", None)  # of several processes, which upstream does not have
+            if callable(average):
+                average()
+            scaler = getattr(getattr(self, "precision", None), "scaler", None)
+            if scaler is not None:
+                scaler.unscale_(optim)
+            clip_gradients(self.network.learner.parameters(), self.node.CLIP_GRAD)
+        self.model_update()
 
     def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """-> global crops [G, B, 3, S, S] and local ones [L, B, 3, S, S], on the device."""
@@ -289,10 +347,10 @@ class IMODINO(AdapterTrainer):
             seen = self.network.teacher(big.flatten(0, 1)).unflatten(0, big.shape[:2])  # [G, B, K]
             outputs = self.network.student(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # [V, B, K]
         loss = dino_loss(outputs, teacher_targets(seen, learner.centre, temperature), node.STUDENT_TEMP)
-        self.model_backward_and_update(loss)
+        step, steps = self.epoch * self.num_batches + self.batch_idx, self.max_epoch * self.num_batches
+        self._update_student(loss, step, steps)
         if not step_left_out(self):
             update_centre(learner.centre, seen, node.CENTRE_MOMENTUM)
-        step, steps = self.epoch * self.num_batches + self.batch_idx, self.max_epoch * self.num_batches
         momentum = cosine_momentum(step, steps, node.MOMENTUM)
         learner.follow(momentum)
         self.update_lr()

@@ -142,6 +142,15 @@ def test_adapters_after_the_blocks_equal_hooks_on_open_clip_s_own(oracle, build_
     assert not torch.allclose(got, clip.visual(images))
 
 
+def test_beside_and_after_are_the_same_for_a_resnet_which_takes_one_of_them(oracle, build_model, images):
+    clip = CLIP(build_model("resnet"))
+    adapters = oracle.Adapters(clip.visual.widths, tuple(clip.visual.widths))
+    hidden = clip.visual.prefix(images, 0)
+    assert torch.equal(clip.visual.suffix(hidden, 1, beside=adapters), clip.visual.suffix(hidden, 1, after=adapters))
+    with pytest.raises(ValueError, match="Expected one of after and beside for a ResNet"):
+        clip.visual.suffix(hidden, 1, beside=adapters, after=adapters)
+
+
 def test_adapter_sees_shared_tokens_once_and_one_token_in_the_last_block(oracle, build_model, images, prompts):
     clip = CLIP(build_model("vit"))
     adapters = oracle.Adapters(clip.text.widths, (3, 4))

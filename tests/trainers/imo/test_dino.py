@@ -5,8 +5,10 @@ import torch
 
 from trainers.imo.dino import (
     DINOHead,
+    clip_gradients,
     cosine_momentum,
     dino_loss,
+    learning_rate,
     teacher_targets,
     teacher_temperature,
     update_centre,
@@ -67,10 +69,27 @@ def test_momentum_goes_from_0_9998_to_1_along_a_cosine():
     assert values[25] == pytest.approx(1 - 0.0002 * (1 + math.cos(math.pi / 4)) / 2)
 
 
-def test_teacher_temperature_warms_up_in_three_epochs():
+def test_teacher_temperature_reaches_its_end_in_the_last_of_three_epochs():
     found = [teacher_temperature(epoch, 0.04, 0.07, 3) for epoch in range(5)]
-    assert found == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07])
+    assert found == pytest.approx([0.04, 0.055, 0.07, 0.07, 0.07])
     assert teacher_temperature(0, 0.04, 0.07, 0) == 0.07
+    assert [teacher_temperature(epoch, 0.04, 0.07, 1) for epoch in range(2)] == [0.04, 0.07]
+
+
+def test_learning_rate_warms_up_and_then_follows_a_cosine_over_what_is_left():
+    found = [learning_rate(step, 50, 10, 3e-4, 2e-6) for step in range(50)]
+    want = [3e-4 * i / 9 for i in range(10)]
+    want += [2e-6 + 0.5 * (3e-4 - 2e-6) * (1 + math.cos(math.pi * i / 40)) for i in range(40)]
+    assert found == pytest.approx(want)
+    assert [learning_rate(step, 4, 0, 1.0, 0.0) for step in (0, 2, 4, 9)] == pytest.approx([1, 0.5, 0, 0])
+
+
+def test_gradients_are_shortened_one_by_one():
+    long, short, none = torch.zeros(2), torch.zeros(2), torch.zeros(2)
+    long.grad, short.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.1, 0.2])
+    clip_gradients([long, short, none], 0.3)
+    torch.testing.assert_close(long.grad, torch.tensor([0.18, 0.24]))
+    assert short.grad.tolist() == pytest.approx([0.1, 0.2]) and none.grad is None
 
 
 def test_head_against_plain_layers():

@@ -17,6 +17,9 @@ from trainers.imo import read_recipe
 
 ROOT = Path(train.__file__).parent
 HELPER = str(ROOT / "tests" / "helpers" / "imo_two_processes.py")
+# Entries of the whole batch are dropped, and gradients of the whole batch shortened, as in one process.
+AUTHORS = ("TRAINER.IMO.FORM", "beside", "TRAINER.IMO.DROPOUT", "0.4", "TRAINER.IMO.SCALE", "1.0")
+SHORT_GRADIENTS = ("TRAINER.IMODINO.CLIP_GRAD", "0.01")
 TIMEOUT = 900  # seconds, for machines with other things to do
 
 
@@ -76,7 +79,9 @@ def test_two_processes_have_the_losses_of_one(folder, command):
     losses = {}
     for name in ("one", "two"):
         spec = folder / f"{name}.json"
-        spec.write_text(json.dumps([command("IMO", f"{name}/imo"), command("IMODINO", f"{name}/dino")]))
+        spec.write_text(
+            json.dumps([command("IMO", f"{name}/imo", *AUTHORS), command("IMODINO", f"{name}/dino", *SHORT_GRADIENTS)])
+        )
         if name == "one":
             imo_two_processes.main(str(spec))
         else:

@@ -374,6 +374,13 @@ def check_choice(cfg: Any, path: str, choices: Sequence[str]) -> None:
         raise ValueError(f"Expected {path} to be one of {', '.join(choices)} but got {value!r}")
 
 
+def check_bool(cfg: Any, path: str) -> None:
+    """ValueError unless the key at `path` is True or False."""
+    value = _value(cfg, path)
+    if not isinstance(value, bool):
+        raise ValueError(f"Expected {path} to be True or False but got {value!r}")
+
+
 def check_whole(cfg: Any, path: str, low: int = 1) -> None:
     """ValueError unless the key at `path` is a whole number of at least `low`."""
     value = _value(cfg, path)

@@ -169,6 +169,7 @@ WRONG = {
     "MMA": [
         ("MMADAPTER.TEXT_CTX_INIT", "a {}"), ("MMADAPTER.ADAPTER_START", 0), ("MMADAPTER.ADAPTER_DIM", 0),
         ("MMADAPTER.ADAPTER_END", 4), ("MMADAPTER.ADAPTER_SCALE", 0.0),
+        ("MMADAPTER.GRAD_SCALING", "yes"),
     ],
 }
 # fmt: on

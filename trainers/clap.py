@@ -7,6 +7,8 @@ set is used.
     loss = CE(logits) + mean_c lambda_c |P_c - T_c|^2
     lambda_c = mean over the training images of class c of their zero-shot probability of c
 
+An epoch takes as many batches as N images make whole ones, at least one, drawn from the 20 N features of all views.
+
 Legend: N training images, B images in a batch, C classes, E width of the joint embedding.
 """
 
@@ -83,7 +85,12 @@ class CLAP(FeatureTrainer):
     def add_config(cfg: Any) -> None:
         """Adds TRAINER.CLAP to `cfg` unless it is there."""
         if "CLAP" not in cfg.TRAINER:
-            cfg.TRAINER.CLAP = FeatureTrainer.new_node(cfg, views=20)  # source: 20; an epoch goes through all of them
+            # Source: 20. An epoch draws max(1, floor(N / batch size)) batches from the views of all N images.
+            cfg.TRAINER.CLAP = FeatureTrainer.new_node(cfg, views=20)
+
+    def epoch_steps(self) -> int:
+        """Whole batches of one view, at least 1: the source counts by its loader of images, which drops the last."""
+        return max(1, len(self.dm.dataset.train_x) // self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The prototypes, from the dataset's template, and on ImageNet from the seven selected ones too."""

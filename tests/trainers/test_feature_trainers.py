@@ -214,3 +214,22 @@ def test_wrong_settings_are_named_before_anything_is_loaded(name, make_cfg):
     node = TRAINER_REGISTRY.get(name).node_name
     with pytest.raises(ValueError, match=f"TRAINER.{node}.PREC"):
         build_trainer(make_cfg(name, f"TRAINER.{node}.PREC", "int8"))
+
+
+@pytest.mark.parametrize(("size", "steps"), [(8, 2), (20, 1), (21, 1), (256, 1)])
+def test_an_epoch_of_clap_draws_whole_batches_of_one_view_from_all_views(make, size, steps):
+    """max(1, floor(N / batch size)) batches for N = 20 images, from the features of all three views of them."""
+    loader = make("CLAP", "TRAINER.CLAP.VIEWS", 3, "DATALOADER.TRAIN_X.BATCH_SIZE", size).train_loader_x
+    known, drawn = loader.all(), set()
+    for epoch in range(50):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert [len(batch["label"]) for batch in batches] == [min(size, 60)] * steps
+        rows = []
+        for batch in batches:
+            for feature, image in zip(batch["feature"], batch["index"].tolist(), strict=True):
+                (view,) = (known.values[:, image] == feature).all(dim=1).nonzero().flatten().tolist()
+                rows.append((image, view))
+        assert len(set(rows)) == len(rows)  # none twice within an epoch
+        drawn.update(rows)
+    assert len(drawn) == 60

@@ -79,7 +79,6 @@ class CLAP(FeatureTrainer):
     main_head = "clap"
     of_each_class = "weights"
     per_step = False  # as published
-    every_view = True
 
     @staticmethod
     def add_config(cfg: Any) -> None:
@@ -91,6 +90,10 @@ class CLAP(FeatureTrainer):
     def epoch_steps(self) -> int:
         """Whole batches of one view, at least 1: the source counts by its loader of images, which drops the last."""
         return max(1, len(self.dm.dataset.train_x) // self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE)
+
+    def pooled_views(self) -> int:
+        """All of them."""
+        return max(1, self.node.VIEWS)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The prototypes, from the dataset's template, and on ImageNet from the seven selected ones too."""

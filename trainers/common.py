@@ -41,6 +41,9 @@ class CLIPTrainer(TrainerX):
     main_head = ""
     reference_head = "clip"
     of_each_class = ""  # what each class trained on has of its own, so that no other can be classified; "": nothing
+    # Whether an epoch leaves out its last, smaller batch, as the method's source does. On upstream Dassl, loaders of
+    # images always do.
+    drop_last = True
     adapters = "none"  # whether features are corrected by MODEL.IMO_WEIGHTS: none (refused) | optional | needed
 
     @property

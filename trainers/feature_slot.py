@@ -70,6 +70,7 @@ class FeatureSlot:
             "transform": words,
             **({"views": self.views, "seed": self.seed} if self.views else {}),
             "precision": self.encoder.precision,
+            **({"raw": True} if self.encoder.raw else {}),  # not normalised
             # Sums are formed in an order that depends on all of these.
             "batch_size": self.batch_size,
             "device": _device(clip.device),

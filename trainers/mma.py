@@ -1,7 +1,7 @@
 """MMA, the multi-modal adapter: DLR-CLIP's cross-modal adapter alone, trained by cross-entropy.
 
 Yang et al., MMA: Multi-Modal Adapter for Vision-Language Models, 2024. Unlike in DLR-CLIP the scale is fixed, and
-gradients are scaled (see dlrclip/cma.py). The blocks before the first adapted one are computed once for the prompts, and
+gradients are scaled (see dlrclip/cma.py). What precedes the first adapted block is computed once for the prompts, and
 without autograd for the images.
 
 Legend: B images, C classes.

@@ -220,6 +220,7 @@ class TipAdapterF(TipAdapter):
     model_name = "tip_f"
     main_head = "tip_f"
     trained = True
+    drop_last = False
 
     @staticmethod
     def add_config(cfg: Any) -> None:

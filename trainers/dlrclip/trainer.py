@@ -57,6 +57,7 @@ class DLRCLIP(CLIPTrainer):
 
     network: DLRCLIPNetwork
     node_name = "DLRCLIP"
+    drop_last = False
 
     # Configuration
 

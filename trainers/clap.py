@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .clip import CLIP, IMAGENET_TEMPLATES_SELECT, mean_text_features
+from .clip import CLIP, IMAGENET_TEMPLATES_SELECT_OWN, mean_text_features
 from .clip.features import FeatureSet
 from .frozen import FeatureLearner, FeatureTrainer
 
@@ -79,6 +79,8 @@ class CLAP(FeatureTrainer):
     main_head = "clap"
     of_each_class = "weights"
     per_step = False  # as published
+    imagenet_templates = IMAGENET_TEMPLATES_SELECT_OWN
+    raw_mean = True
 
     @staticmethod
     def add_config(cfg: Any) -> None:
@@ -96,11 +98,8 @@ class CLAP(FeatureTrainer):
         return max(1, self.node.VIEWS)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """The prototypes, from the dataset's template, and on ImageNet from the seven selected ones too."""
-        select = IMAGENET_TEMPLATES_SELECT if self.cfg.DATASET.NAME == "ImageNet" else ()
-        return CLAPLearner(
-            clip, classnames, zeroshot, mean_text_features(clip, classnames, [*select, *self.templates()])
-        )
+        """The prototypes."""
+        return CLAPLearner(clip, classnames, zeroshot, mean_text_features(clip, classnames, self.templates()))
 
     def prepare(self, features: FeatureSet) -> None:
         """The multipliers, from the zero-shot logits of all views."""

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .clip import CLIP, zeroshot_weights
+from .clip import CLIP, IMAGENET_TEMPLATES_SELECT, zeroshot_weights
 from .common import check_bool, check_choice, check_whole
 from .frozen import FeatureLearner, FeatureTrainer
 from .imo.adapters import add_imo_weights
@@ -64,6 +64,8 @@ class CrossModalProbe(FeatureTrainer):
     main_head = "probe"
     of_each_class = "weights"
     adapters = "optional"
+    imagenet_templates = IMAGENET_TEMPLATES_SELECT
+    raw_mean = True
 
     @property
     def mirror(self) -> bool:  # type: ignore[override]  # read from the configuration, never set
@@ -101,11 +103,12 @@ class CrossModalProbe(FeatureTrainer):
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The classifier; the features of the prompts are kept beside it."""
-        (own,) = self.templates()
-        templates = [own] if self.node.TEMPLATES == "dataset" else ensemble_templates(own, "select", "")
+        own = self.templates()
+        templates = own if self.node.TEMPLATES == "dataset" else ensemble_templates(own, "select", "")
         texts = torch.stack([zeroshot_weights(clip, classnames, [template]) for template in templates])
         self.texts = texts.flatten(0, 1)  # [T * C, E]
-        return CrossModalLearner(clip, classnames, zeroshot, F.normalize(texts.mean(dim=0), dim=-1))
+        start = zeroshot_weights(clip, classnames, templates, self.raw_mean)
+        return CrossModalLearner(clip, classnames, zeroshot, F.normalize(start, dim=-1))
 
     def sample_texts(self, n: int) -> tuple[Tensor, Tensor]:
         """n features [n, E] of prompts and their labels [n], drawn by seed and step.

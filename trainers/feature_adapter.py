@@ -205,9 +205,11 @@ class JCLIPAdapter(FeatureTrainer):
 
     def zeroshot(self, clip: CLIP, classnames: Sequence[str]) -> Tensor:
         """Weights [C, E] from the prompts by super-category, normalised."""
-        prompt_map, (default,) = parse_prompt_map(self.cfg.DATASET.PROMPT_MAP), self.templates()
-        prompts = [mapped_prompt(name, prompt_map, default) for name in classnames]
-        return zeroshot_weights(clip, prompts, ["{}"])
+        prompt_map, weights = parse_prompt_map(self.cfg.DATASET.PROMPT_MAP), []
+        for default in self.templates():
+            prompts = [mapped_prompt(name, prompt_map, default) for name in classnames]
+            weights.append(zeroshot_weights(clip, prompts, ["{}"]))
+        return weights[0] if len(weights) == 1 else F.normalize(torch.stack(weights).mean(dim=0), dim=-1)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The adapters."""

@@ -21,7 +21,7 @@ from dassl.data.transforms import build_transform
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 
-from .clip import CLIP, templates_for, zeroshot_weights
+from .clip import CLIP, zeroshot_weights
 from .clip.features import (
     FeatureLoader,
     FeatureSet,
@@ -150,6 +150,7 @@ class FeatureTrainer(LearnerTrainer):
     per_step = True
     views_key = True
     mirror = False  # whether a mirrored copy of each training image, as it is at test time, stands beside it
+    raw_mean = False  # whether text features of several templates are averaged as CLIP gives them, not normalised
     eps = 0.0  # of Adam-type optimisers; 0: their own
 
     # Configuration
@@ -186,13 +187,9 @@ class FeatureTrainer(LearnerTrainer):
 
     # Building
 
-    def templates(self) -> list[str]:
-        """Prompt templates of the zero-shot weights."""
-        return templates_for(self.cfg.DATASET.NAME, self.cfg.DATASET.TEMPLATE)
-
     def zeroshot(self, clip: CLIP, classnames: Sequence[str]) -> Tensor:
         """Zero-shot weights [C, E], normalised."""
-        return zeroshot_weights(clip, classnames, self.templates())
+        return zeroshot_weights(clip, classnames, self.templates(), self.raw_mean)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """What is to be trained or fitted."""

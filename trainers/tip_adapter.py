@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .clip import CLIP
+from .clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from .clip.features import FeatureSet
 from .common import check_number
 from .frozen import FeatureLearner, FeatureTrainer
@@ -152,6 +152,7 @@ class TipAdapter(FeatureTrainer):
     node_name = "TIPADAPTER"
     model_name = "tip"
     main_head = "tip"
+    imagenet_templates = IMAGENET_TEMPLATES_SELECT
     of_each_class = "images in the cache"
     eps = 1e-4
     trained = False

@@ -17,6 +17,7 @@ from dassl.utils.tools import did_you_mean
 BASE_KEY = "_BASE_"
 MAX_VALUES = 10_000  # of a file, what aliases repeat counted as often as it is repeated; the defaults have some 300
 _SEQUENCES = (list, tuple)
+_TEXT_OR_LIST: set[str] = set()  # settings, with dots, that are a text or a list of texts
 
 
 class CfgNode(YacsNode):
@@ -35,6 +36,11 @@ class CfgNode(YacsNode):
     def merge_from_other_cfg(self, cfg_other: Mapping[str, Any]) -> None:
         """Merge another tree."""
         _merge(self, cfg_other, ())
+
+    @staticmethod
+    def declare_text_or_list(name: str) -> None:
+        """Let the setting ``name`` (with dots) be a text or a list of texts, whichever its default is."""
+        _TEXT_OR_LIST.add(name)
 
     def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
         """Merge ``[key, value, key, value, ...]``, keys with dots: ``["OPTIM.LR", "1e-3"]``."""
@@ -140,7 +146,9 @@ def _merge(into: YacsNode, values: Mapping[str, Any], parents: tuple[str, ...]) 
                 raise InputError(f"Expected {name} to be a section with keys of its own but got {value!r}")
             _merge(old, value, path)
         else:
-            if isinstance(old, str) and isinstance(raw_value, str) and not isinstance(value, str):
+            a_list = name in _TEXT_OR_LIST and isinstance(value, _SEQUENCES)
+            may_be_text = isinstance(old, str) or name in _TEXT_OR_LIST
+            if may_be_text and isinstance(raw_value, str) and not isinstance(value, str) and not a_list:
                 value = raw_value  # a text setting whose text happens to read as a number or a list
             into[key] = _coerce(value, old, name)
 
@@ -148,6 +156,8 @@ def _merge(into: YacsNode, values: Mapping[str, Any], parents: tuple[str, ...]) 
 def _coerce(value: Any, old: Any, name: str) -> Any:
     """``value`` in the type of the default ``old``: int becomes float, list and tuple interchange, else InputError."""
     if old is None or value is None or type(value) is type(old):
+        return value
+    if name in _TEXT_OR_LIST and isinstance(value, (str, *_SEQUENCES)):
         return value
     if isinstance(old, float) and type(value) is int:
         return float(value)

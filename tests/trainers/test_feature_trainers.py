@@ -301,3 +301,17 @@ def test_the_rate_of_clip_adapter_changes_per_epoch(make):
     trainer.train()
     want = [0.05 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4) for _ in range(2)]
     assert rates == pytest.approx(want)
+
+
+@every
+def test_a_list_of_templates(name, make):
+    """The head clip is the mean over the templates, of raw features where the method's source averages those."""
+    trainer = make(name, "DATASET.TEMPLATE", "['a {}', '{} texture.']")
+    clip, names = trainer.network.clip, trainer.dm.dataset.classnames
+    with torch.no_grad():
+        rows = torch.stack([clip.encode_text([t.format(n) for n in names]) for t in ("a {}", "{} texture.")])
+    raw = name in ("TaskRes", "CLAP", "CrossModalProbe")
+    want = F.normalize((rows if raw else F.normalize(rows, dim=-1)).mean(0), dim=-1)
+    torch.testing.assert_close(trainer.network.learner.zeroshot, want, rtol=1e-4, atol=1e-5)
+    if raw and name != "CrossModalProbe":
+        torch.testing.assert_close(trainer.network.learner.base, rows.mean(0), rtol=1e-4, atol=1e-5)

@@ -10,8 +10,10 @@ from .load import load_clip
 from .model import CLIP
 from .templates import (
     DEFAULT_TEMPLATE,
+    IMAGENET_FAMILY,
     IMAGENET_TEMPLATES,
     IMAGENET_TEMPLATES_SELECT,
+    IMAGENET_TEMPLATES_SELECT_OWN,
     clean_classname,
     fill_template,
     mean_text_features,
@@ -26,8 +28,10 @@ __all__ = [
     "BACKBONES",
     "CLIP",
     "DEFAULT_TEMPLATE",
+    "IMAGENET_FAMILY",
     "IMAGENET_TEMPLATES",
     "IMAGENET_TEMPLATES_SELECT",
+    "IMAGENET_TEMPLATES_SELECT_OWN",
     "Adapter",
     "Projection",
     "PromptTokens",

@@ -21,7 +21,7 @@ from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler
 from dassl.utils import load_checkpoint
 
-from ..clip import CLIP, templates_for
+from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from ..clip.features import ImageEncoder, KnownFeatures, collect_features
 from ..common import CLIPTrainer, build_optimizer_with_eps, checkpoint_path, count_steps
 from ..feature_slot import feature_slot
@@ -58,6 +58,7 @@ class DLRCLIP(CLIPTrainer):
     network: DLRCLIPNetwork
     node_name = "DLRCLIP"
     drop_last = False
+    imagenet_templates = IMAGENET_TEMPLATES_SELECT
 
     # Configuration
 
@@ -90,7 +91,7 @@ class DLRCLIP(CLIPTrainer):
         self.network = DLRCLIPNetwork(
             clip,
             classnames,
-            templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE),
+            self.templates(),
             cma=node.CMA,
             glr=node.GLR,
             skd=node.SKD,

@@ -100,6 +100,8 @@ class DLRCLIP(CLIPTrainer):
             end=node.END,
             dim=node.DIM,
             scale=node.SCALE,
+            learn_scale=node.LEARN_SCALE,
+            grad_scaling=node.GRAD_SCALING,
             shared=node.GLR_MODE == "shared",
             glr_dim=node.GLR_DIM if node.GLR_MODE == "dense" else node.SHARED_DIM,
             res_scale=node.RES_SCALE,
@@ -260,7 +262,8 @@ class DLRCLIP(CLIPTrainer):
             value, n, on = mean, 0, f"mean learnt w ({reason})"
         else:
             logits, labels = self._collect(self.val_loader)
-            beta = best_beta(logits["cma"], logits["glr"], labels, prefer=mean)
+            prefer = mean if self.cfg.TRAINER.DLRCLIP.BETA_TIES == "weight" else 0.0
+            beta = best_beta(logits["cma"], logits["glr"], labels, prefer=prefer)
             value, n, on = beta.value, len(labels), "val"
             self.write_scalar("val/fused_at_beta", beta.accuracy, self.epoch)
         learner.beta.fill_(value)

@@ -39,7 +39,7 @@ NO_TEST = ("TEST.NO_TEST", True)
 
 
 def test_the_guesses_have_keys(make, monkeypatch):
-    """Fixed scales, scaled gradients as in MMA, fewer blocks, the smallest of equal betas: as the source may have it."""
+    """Fixed scales, scaled gradients, fewer blocks, the smallest of equal betas: as the source may have it."""
     node, grads = "TRAINER.DLRCLIP.", []
     open_ = (f"{node}LEARN_SCALE", False, f"{node}GRAD_SCALING", True, f"{node}BETA_TIES", "smallest")
     for pairs in ((), open_):

@@ -47,6 +47,13 @@ MUTATIONS = (
         ("tests/trainers/dlrclip/test_skd.py",),
     ),
     Mutation(
+        "the gradient of MMA's adapters is their own",
+        "trainers/dlrclip/cma.py",
+        "_ScaledGradient.apply(y, 1.0 / self.grad_factor)",
+        "y",
+        ("tests/trainers/dlrclip/test_cma.py",),
+    ),
+    Mutation(
         "order of the few-shot picks",
         "dassl/data/datasets/base_dataset.py",
         "picked.extend(draw.sample(items, num_shots))",

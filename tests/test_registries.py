@@ -111,6 +111,20 @@ def test_gradients_reach_exactly_what_the_trainer_tunes(name, build):
             assert thing.grad is None
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        *((name, [4, 4, 2]) for name in ("DLRCLIP", "CLIPLoRA", "TipAdapterF", "JCLIPAdapter")),
+        *((name, [4, 4]) for name in ("CoOp", "CoCoOp", "MMA", "CLIPAdapter", "TaskRes", "CLAP")),
+    ],
+)
+def test_the_last_smaller_batch_is_kept_or_left_out_as_in_the_source(name, sizes, build):
+    """Ten images in batches of four."""
+    loader = build(name).train_loader_x
+    assert [len(batch["label"]) for batch in loader] == sizes
+    assert len(loader) == len(sizes)
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_saved_and_loaded_gives_equal_logits(name, build, tmp_path):
     trainer = build(name)

@@ -7,6 +7,8 @@ set is used.
     loss = CE(logits) + mean_c lambda_c |P_c - T_c|^2
     lambda_c = mean over the training images of class c of their zero-shot probability of c
 
+An epoch takes as many batches as N images make whole ones, at least one, drawn from the 20 N features of all views.
+
 Legend: N training images, B images in a batch, C classes, E width of the joint embedding.
 """
 
@@ -21,7 +23,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .clip import CLIP, IMAGENET_TEMPLATES_SELECT, mean_text_features
+from .clip import CLIP, IMAGENET_TEMPLATES_SELECT_OWN, mean_text_features
 from .clip.features import FeatureSet
 from .frozen import FeatureLearner, FeatureTrainer
 
@@ -77,20 +79,27 @@ class CLAP(FeatureTrainer):
     main_head = "clap"
     of_each_class = "weights"
     per_step = False  # as published
-    every_view = True
+    imagenet_templates = IMAGENET_TEMPLATES_SELECT_OWN
+    raw_mean = True
 
     @staticmethod
     def add_config(cfg: Any) -> None:
         """Adds TRAINER.CLAP to `cfg` unless it is there."""
         if "CLAP" not in cfg.TRAINER:
-            cfg.TRAINER.CLAP = FeatureTrainer.new_node(cfg, views=20)  # source: 20; an epoch goes through all of them
+            # Source: 20. An epoch draws max(1, floor(N / batch size)) batches from the views of all N images.
+            cfg.TRAINER.CLAP = FeatureTrainer.new_node(cfg, views=20)
+
+    def epoch_steps(self) -> int:
+        """Whole batches of one view, at least 1: the source counts by its loader of images, which drops the last."""
+        return max(1, len(self.dm.dataset.train_x) // self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE)
+
+    def pooled_views(self) -> int:
+        """All of them."""
+        return max(1, self.node.VIEWS)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """The prototypes, from the dataset's template, and on ImageNet from the seven selected ones too."""
-        select = IMAGENET_TEMPLATES_SELECT if self.cfg.DATASET.NAME == "ImageNet" else ()
-        return CLAPLearner(
-            clip, classnames, zeroshot, mean_text_features(clip, classnames, [*select, *self.templates()])
-        )
+        """The prototypes."""
+        return CLAPLearner(clip, classnames, zeroshot, mean_text_features(clip, classnames, self.templates()))
 
     def prepare(self, features: FeatureSet) -> None:
         """The multipliers, from the zero-shot logits of all views."""

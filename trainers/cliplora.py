@@ -147,6 +147,7 @@ class CLIPLoRA(EncoderTrainer):
     model_name = "lora"
     main_head = "lora"
     per_step = True
+    drop_last = False
     network: LoRAClassifier
 
     @staticmethod

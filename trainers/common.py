@@ -23,7 +23,7 @@ from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint
 
-from .clip import CLIP, check_backbone, load_clip, tell_preprocessing, templates_for
+from .clip import CLIP, DEFAULT_TEMPLATE, check_backbone, load_clip, tell_preprocessing, templates_for
 from .learner import Classifier
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,11 @@ class CLIPTrainer(TrainerX):
     main_head = ""
     reference_head = "clip"
     of_each_class = ""  # what each class trained on has of its own, so that no other can be classified; "": nothing
+    # Prompts of zero-shot CLIP, the head `clip`, on ImageNet and its shifted test sets, unless DATASET.TEMPLATE is set.
+    imagenet_templates: tuple[str, ...] = (DEFAULT_TEMPLATE,)
+    # Whether an epoch leaves out its last, smaller batch, as the method's source does. On upstream Dassl, loaders of
+    # images always do.
+    drop_last = True
     adapters = "none"  # whether features are corrected by MODEL.IMO_WEIGHTS: none (refused) | optional | needed
 
     @property
@@ -71,7 +76,7 @@ class CLIPTrainer(TrainerX):
                 f"Expected MODEL.IMO_WEIGHTS to be '' for {type(self).__name__}, which uses no corrected features, "
                 f"but got {cfg.MODEL.IMO_WEIGHTS!r}"
             )
-        templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE)
+        templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE, self.imagenet_templates)
         check_number(cfg, "FEATURE_CACHE.LIMIT", 0, 1e6)
         check_backbone(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None)
 
@@ -90,6 +95,10 @@ class CLIPTrainer(TrainerX):
         return advice
 
     # Building
+
+    def templates(self) -> list[str]:
+        """Prompt templates of zero-shot CLIP."""
+        return templates_for(self.cfg.DATASET.NAME, self.cfg.DATASET.TEMPLATE, self.imagenet_templates)
 
     def load_frozen_clip(self, prec: str) -> tuple[CLIP, list[str]]:
         """The frozen CLIP that the configuration names, and the class names; the precision is set up too.
@@ -112,6 +121,7 @@ class CLIPTrainer(TrainerX):
             cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None, precision=precision, device=self.device
         )
         tell_preprocessing(cfg)
+        logger.info("Prompts of zero-shot CLIP: %s", " | ".join(self.templates()))
         size = (clip.image_size, clip.image_size)
         if tuple(cfg.INPUT.SIZE) != size:
             raise ValueError(f"Expected INPUT.SIZE to be {size} for {clip.name} but got {tuple(cfg.INPUT.SIZE)}")
@@ -270,7 +280,7 @@ class EncoderTrainer(LearnerTrainer):
         """CLIP, the classifier around it, and the optimiser of what is learnt."""
         cfg = self.cfg
         clip, classnames = self.load_frozen_clip(cfg.TRAINER[self.node_name].PREC)
-        self.network = self.build_network(clip, classnames, templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE))
+        self.network = self.build_network(clip, classnames, self.templates())
         learner = self.network.learner
         count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
         logger.info("Parameters to learn: %s", f"{count:,}")
@@ -373,6 +383,13 @@ def check_choice(cfg: Any, path: str, choices: Sequence[str]) -> None:
     value = _value(cfg, path)
     if value not in choices:
         raise ValueError(f"Expected {path} to be one of {', '.join(choices)} but got {value!r}")
+
+
+def check_bool(cfg: Any, path: str) -> None:
+    """ValueError unless the key at `path` is True or False."""
+    value = _value(cfg, path)
+    if not isinstance(value, bool):
+        raise ValueError(f"Expected {path} to be True or False but got {value!r}")
 
 
 def check_whole(cfg: Any, path: str, low: int = 1) -> None:

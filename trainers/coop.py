@@ -20,7 +20,7 @@ from dassl.engine import TRAINER_REGISTRY
 
 from .clip import CLIP
 from .clip.context import POSITIONS, ContextPrompts, word_vectors
-from .common import EncoderTrainer, check_choice, check_whole, check_words
+from .common import EncoderTrainer, check_bool, check_choice, check_whole, check_words
 from .learner import Classifier, Learner, class_rows
 
 logger = logging.getLogger(__name__)
@@ -138,8 +138,7 @@ class CoOp(EncoderTrainer):
     def check_node(self, cfg: Any) -> None:
         """Checks TRAINER.COOP."""
         check_whole(cfg, "TRAINER.COOP.N_CTX")
-        if not isinstance(cfg.TRAINER.COOP.CSC, bool):
-            raise ValueError(f"Expected TRAINER.COOP.CSC to be True or False but got {cfg.TRAINER.COOP.CSC!r}")
+        check_bool(cfg, "TRAINER.COOP.CSC")
         check_words(cfg, "TRAINER.COOP.CTX_INIT")
         check_choice(cfg, "TRAINER.COOP.CLASS_TOKEN_POSITION", POSITIONS)
 

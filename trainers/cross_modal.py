@@ -2,7 +2,8 @@
 
 Lin et al., Multimodality Helps Unimodality: Cross-Modal Few-Shot Learning with Multimodal Models, 2023. One linear
 classifier on features of unit length, of images and of class prompts; every batch is half images, half prompts. It
-starts as the prompts' features and keeps CLIP's temperature.
+starts as the prompts' features and keeps CLIP's temperature. With FLIP each image is there twice, as it is at test time
+and mirrored.
 
 Legend: B images (and as many prompts) in a batch, T templates, C classes, E width of the joint embedding.
 """
@@ -18,8 +19,8 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .clip import CLIP, zeroshot_weights
-from .common import check_choice, check_whole
+from .clip import CLIP, IMAGENET_TEMPLATES_SELECT, zeroshot_weights
+from .common import check_bool, check_choice, check_whole
 from .frozen import FeatureLearner, FeatureTrainer
 from .imo.adapters import add_imo_weights
 from .zsclip import ensemble_templates
@@ -28,6 +29,16 @@ from .zsclip import ensemble_templates
 def cross_modal_loss(image_logits: Tensor, image_labels: Tensor, text_logits: Tensor, text_labels: Tensor) -> Tensor:
     """Cross-entropy over the union of image and text examples: [B, C], [B], [B, C], [B]."""
     return F.cross_entropy(torch.cat([image_logits, text_logits]), torch.cat([image_labels, text_labels]))
+
+
+def text_rows(total: int, n: int, seed: int, step: int) -> Tensor:
+    """Rows [n] of `total` prompts in the batch of a step: see `CrossModalProbe.sample_texts`."""
+    batches = max(1, total // n)  # of a pass
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step // batches)
+    if total < n:
+        return torch.randint(total, (n,), generator=generator)
+    first = step % batches * n
+    return torch.randperm(total, generator=generator)[first : first + n]
 
 
 class CrossModalLearner(FeatureLearner):
@@ -53,6 +64,13 @@ class CrossModalProbe(FeatureTrainer):
     main_head = "probe"
     of_each_class = "weights"
     adapters = "optional"
+    imagenet_templates = IMAGENET_TEMPLATES_SELECT
+    raw_mean = True
+
+    @property
+    def mirror(self) -> bool:  # type: ignore[override]  # read from the configuration, never set
+        """See FeatureTrainer: FLIP."""
+        return bool(self.node.FLIP)
 
     @staticmethod
     def add_config(cfg: Any) -> None:
@@ -61,6 +79,9 @@ class CrossModalProbe(FeatureTrainer):
         if "CROSSMODAL" in cfg.TRAINER:
             return
         node = FeatureTrainer.new_node(cfg, views=0)
+        # A mirrored view of each training image beside it, as an example of its own; only with VIEWS 0 (source: in its
+        # published runs, and not where a mirrored object is another one).
+        node.FLIP = False
         node.TEMPLATES = "dataset"  # prompts: dataset (its own template) | select (with ImageNet's seven)
         node.STEPS = 50  # steps in an epoch, after which TEST.FINAL_MODEL best_val looks at validation; 0: one pass
         cfg.TRAINER.CROSSMODAL = node
@@ -69,6 +90,12 @@ class CrossModalProbe(FeatureTrainer):
         """See LearnerTrainer."""
         check_choice(cfg, "TRAINER.CROSSMODAL.TEMPLATES", ("dataset", "select"))
         check_whole(cfg, "TRAINER.CROSSMODAL.STEPS", 0)
+        check_bool(cfg, "TRAINER.CROSSMODAL.FLIP")
+        if cfg.TRAINER.CROSSMODAL.FLIP and cfg.TRAINER.CROSSMODAL.VIEWS:
+            raise ValueError(
+                "Expected TRAINER.CROSSMODAL.VIEWS to be 0 where .FLIP is True, which mirrors images as they are at "
+                f"test time, but got {cfg.TRAINER.CROSSMODAL.VIEWS!r}"
+            )
 
     def epoch_steps(self) -> int:
         """STEPS."""
@@ -76,17 +103,21 @@ class CrossModalProbe(FeatureTrainer):
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The classifier; the features of the prompts are kept beside it."""
-        (own,) = self.templates()
-        templates = [own] if self.node.TEMPLATES == "dataset" else ensemble_templates(own, "select", "")
+        own = self.templates()
+        templates = own if self.node.TEMPLATES == "dataset" else ensemble_templates(own, "select", "")
         texts = torch.stack([zeroshot_weights(clip, classnames, [template]) for template in templates])
         self.texts = texts.flatten(0, 1)  # [T * C, E]
-        return CrossModalLearner(clip, classnames, zeroshot, F.normalize(texts.mean(dim=0), dim=-1))
+        start = zeroshot_weights(clip, classnames, templates, self.raw_mean)
+        return CrossModalLearner(clip, classnames, zeroshot, F.normalize(start, dim=-1))
 
     def sample_texts(self, n: int) -> tuple[Tensor, Tensor]:
-        """n features [n, E] of prompts and their labels [n], drawn by seed and step."""
+        """n features [n, E] of prompts and their labels [n], drawn by seed and step.
+
+        Pass after pass over all prompts, each in an order of its own, without the last, smaller batch of a pass; where
+        there are fewer than n prompts, with repetitions.
+        """
         step = self.epoch * len(self.train_loader_x) + self.batch_idx
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step)
-        rows = torch.randint(len(self.texts), (n,), generator=generator).to(self.texts.device)
+        rows = text_rows(len(self.texts), n, self._seed, step).to(self.texts.device)
         return self.texts[rows], rows % len(self.network.learner.classnames)
 
     def loss(self, features: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:

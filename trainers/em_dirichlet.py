@@ -6,7 +6,8 @@ Dirichlet distribution over the simplex; assignments u, class shares pi and para
     - sum_n sum_k u_nk ln p(z_n | alpha_k) + sum_n sum_k u_nk ln u_nk - lambda sum_k pi_k ln pi_k,   pi_k = mean_n u_nk
 
 never increases; the sums over n run over the queries, and the first one over the supports too, whose u is their label.
-The last term favours few classes. The hard variant keeps u one-hot (the second term is then 0).
+The last term favours few classes. Both variants start from u = z. The hard one makes u one-hot from the first turn of u
+on, and leaves the second term out.
 
 Legend: Q queries, S supports, n images, C classes (also the dimension of the simplex).
 """
@@ -26,7 +27,7 @@ from dassl.engine import TRAINER_REGISTRY
 
 from .clip import CLIP
 from .clip.features import Batch, FeatureLoader, FeatureSet
-from .common import check_number, check_whole
+from .common import check_bool, check_number, check_whole
 from .frozen import FeatureLearner, FeatureTrainer
 
 logger = logging.getLogger(__name__)
@@ -100,15 +101,13 @@ def em_dirichlet(
         supports: z of the supports, [S, C], or None: zero-shot.
         support_labels: [S].
         strength: lambda / Q.
-        hard: one-hot assignments.
+        hard: one-hot assignments after the first fit of alpha, which is to the soft ones.
         iterations: turns of alpha, shares and assignments.
         mm_iterations, tolerance: see `fit_dirichlet`.
     """
     size, num_classes = queries.shape
     log_z = queries.double().clamp(min=TINY).log()
     u = queries.double()
-    if hard:
-        u = F.one_hot(u.argmax(dim=1), num_classes).double()
     if supports is None or support_labels is None:
         log_all, fixed = log_z, u[:0]
     else:
@@ -122,7 +121,8 @@ def em_dirichlet(
         likelihood = (torch.cat([u, fixed]) * dirichlet_log_likelihood(log_all, alpha)).sum()
         share = u.mean(dim=0)
         spread = strength * size * torch.xlogy(share, share).sum()
-        return float(torch.xlogy(u, u).sum() - likelihood - spread)
+        entropy = 0.0 if hard else torch.xlogy(u, u).sum()
+        return float(entropy - likelihood - spread)
 
     for _ in range(iterations):
         weights = torch.cat([u, fixed])  # [n, C]
@@ -264,9 +264,9 @@ class EMDirichlet(FeatureTrainer):
             return
         node = FeatureTrainer.new_node(cfg)
         node.SUPPORTS = True  # few-shot: the training images are supports; False: zero-shot
-        node.HARD = False  # the hard variant: one-hot assignments
+        node.HARD = False  # the hard variant: one-hot assignments, from the first turn on
         node.T = 30.0  # temperature of the simplex, above 0 (source: 30)
-        node.ITER = 20  # turns of alpha, pi and u, at least 1 (source: 20)
+        node.ITER = 0  # turns of alpha, pi and u; 0: as many as in the source, 20, or 10 of the hard variant
         node.ITER_MM = 1000  # inner steps for alpha, at most, at least 1 (source: 1000)
         # Test images that are classified together: 0 = all of them; else tasks of that size (source: 75), drawn with
         # TASK_CLASSES random classes each.
@@ -278,14 +278,12 @@ class EMDirichlet(FeatureTrainer):
     def check_node(self, cfg: Any) -> None:
         """See LearnerTrainer."""
         check_number(cfg, "TRAINER.EMDIRICHLET.T", 0, 1e6, open_low=True)
-        for key in ("ITER", "ITER_MM", "NUM_TASKS", "TASK_CLASSES"):
+        for key in ("ITER_MM", "NUM_TASKS", "TASK_CLASSES"):
             check_whole(cfg, f"TRAINER.EMDIRICHLET.{key}")
-        check_whole(cfg, "TRAINER.EMDIRICHLET.TASK_SIZE", 0)
+        for key in ("ITER", "TASK_SIZE"):
+            check_whole(cfg, f"TRAINER.EMDIRICHLET.{key}", 0)
         for key in ("SUPPORTS", "HARD"):
-            if not isinstance(cfg.TRAINER.EMDIRICHLET[key], bool):
-                raise ValueError(
-                    f"Expected TRAINER.EMDIRICHLET.{key} to be True or False but got {cfg.TRAINER.EMDIRICHLET[key]!r}"
-                )
+            check_bool(cfg, f"TRAINER.EMDIRICHLET.{key}")
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The supports' features, empty until the fit."""
@@ -299,7 +297,7 @@ class EMDirichlet(FeatureTrainer):
             temperature=float(node.T),
             effective=node.TASK_CLASSES if node.TASK_SIZE else 0,
             hard=node.HARD,
-            iterations=node.ITER,
+            iterations=node.ITER or (10 if node.HARD else 20),
             mm_iterations=node.ITER_MM,
         )
 

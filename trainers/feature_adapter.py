@@ -3,7 +3,7 @@
 Gao et al., CLIP-Adapter: Better Vision-Language Models with Feature Adapters, 2021, has one on the image side; the
 JCLIP-Adapter adds one on the text side, prompts by super-category, and reports the five best classes of each image.
 
-    f* = normalise(a A_v(f) + (1 - a) f)    A_v(f) = relu(f W1v) W2v
+    f* = normalise(a A_v(f) + (1 - a) f)    A_v(f) = relu(f W1v) W2v, in CLIP-Adapter's code relu(relu(f W1v) W2v)
     W* = normalise(b A_t(W) + (1 - b) W)    A_t(W) = relu(W W1t) W2t
     logits = s f* W*^T, cross-entropy; a = 0 or b = 0 switches a side off
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from dassl.engine import TRAINER_REGISTRY
 
 from .clip import CLIP, fill_template, zeroshot_weights
-from .common import check_number, check_whole, step_left_out
+from .common import check_bool, check_number, check_whole, step_left_out
 from .files import write_png, write_text
 from .frozen import FeatureLearner, FeatureTrainer
 
@@ -36,13 +36,16 @@ logger = logging.getLogger(__name__)
 RESULT_CLASSES = 5  # of result.txt
 
 
-def blend(features: Tensor, down: Tensor, up: Tensor, ratio: float) -> Tensor:
-    """normalise(ratio * relu(features down^T) up^T + (1 - ratio) * features).
+def blend(features: Tensor, down: Tensor, up: Tensor, ratio: float, final_relu: bool = False) -> Tensor:
+    """Return normalise(ratio * relu(features down^T) up^T + (1 - ratio) * features).
 
     Args:
         features: [n, E]. down: [r, E]. up: [E, r].
+        final_relu: a second ReLU, after up.
     """
     adapted = (features @ down.t()).relu() @ up.t()
+    if final_relu:
+        adapted = adapted.relu()
     return F.normalize(ratio * adapted + (1 - ratio) * features, dim=-1)
 
 
@@ -83,6 +86,7 @@ class AdapterLearner(FeatureLearner):
         image_ratio: a in [0, 1]; 0: no adapter on that side.
         text_ratio: b, the same.
         reduction: E over the width of the bottleneck.
+        final_relu: a second ReLU, after the bottleneck. A checkpoint keeps the form that it was trained in.
     """
 
     def __init__(
@@ -94,8 +98,10 @@ class AdapterLearner(FeatureLearner):
         image_ratio: float = 0.2,
         text_ratio: float = 0.0,
         reduction: int = 4,
+        final_relu: bool = False,
     ) -> None:
         super().__init__(clip, classnames, zeroshot)
+        self.facts["final_relu"] = final_relu
         width = max(1, clip.embed_dim // reduction)
         self.ratios = {"image": image_ratio, "text": text_ratio}
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
@@ -104,11 +110,18 @@ class AdapterLearner(FeatureLearner):
                 self.down[side] = nn.Linear(clip.embed_dim, width, bias=False).weight
                 self.up[side] = nn.Linear(width, clip.embed_dim, bias=False).weight
 
+    def adopt(self, facts: Mapping[str, Any]) -> None:
+        """Takes over the form of a checkpoint; those that do not say it were trained without the second ReLU."""
+        form = bool(facts.get("final_relu", False))
+        if form != self.facts["final_relu"]:
+            logger.info("The checkpoint was trained with FINAL_RELU %s, which counts", form)
+        self.facts["final_relu"] = form
+
     def adapt(self, features: Tensor, side: str) -> Tensor:
         """Features [n, E] of the "image" or "text" side -> the same, adapted and normalised."""
         if not self.ratios[side]:
             return features
-        return blend(features, self.down[side], self.up[side], self.ratios[side])
+        return blend(features, self.down[side], self.up[side], self.ratios[side], self.facts["final_relu"])
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, E] -> logits [B, C]."""
@@ -122,6 +135,7 @@ class CLIPAdapter(FeatureTrainer):
     node_name = "CLIPADAPTER"
     model_name = "adapter"
     main_head = "adapter"
+    per_step = False  # as published
 
     @staticmethod
     def add_config(cfg: Any) -> None:
@@ -130,17 +144,26 @@ class CLIPAdapter(FeatureTrainer):
             node = FeatureTrainer.new_node(cfg, views=10)
             node.RATIO = 0.2  # a, share of the adapted image feature, in (0, 1] (source: 0.2)
             node.REDUCTION = 4  # E over the bottleneck's width, at least 1 (source: 4)
+            node.FINAL_RELU = True  # a second ReLU, after the bottleneck (source: in its code, not in the paper)
             cfg.TRAINER.CLIPADAPTER = node
 
     def check_node(self, cfg: Any) -> None:
         """See LearnerTrainer."""
         check_number(cfg, "TRAINER.CLIPADAPTER.RATIO", 0, 1, open_low=True)
         check_whole(cfg, "TRAINER.CLIPADAPTER.REDUCTION")
+        check_bool(cfg, "TRAINER.CLIPADAPTER.FINAL_RELU")
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The adapter on the image side."""
         node = self.node
-        return AdapterLearner(clip, classnames, zeroshot, image_ratio=node.RATIO, reduction=node.REDUCTION)
+        return AdapterLearner(
+            clip,
+            classnames,
+            zeroshot,
+            image_ratio=node.RATIO,
+            reduction=node.REDUCTION,
+            final_relu=node.FINAL_RELU,
+        )
 
 
 @TRAINER_REGISTRY.register()
@@ -150,6 +173,7 @@ class JCLIPAdapter(FeatureTrainer):
     node_name = "JCLIPADAPTER"
     model_name = "jclip"
     main_head = "jclip"
+    drop_last = False
     _sums: tuple[float, float, int] = (0.0, 0.0, 0)  # loss, accuracy (each times images) and images of this epoch
 
     @staticmethod
@@ -163,6 +187,7 @@ class JCLIPAdapter(FeatureTrainer):
             node.IMAGE_RATIO = 0.2  # a, share of the adapted image feature, in [0, 1]; 0: no adapter there
             node.TEXT_RATIO = 0.2  # b, share of the adapted text feature, in [0, 1]; 0: no adapter there
             node.REDUCTION = 4  # E over the bottlenecks' width, at least 1
+            node.FINAL_RELU = False  # a second ReLU after each bottleneck, as in CLIP-Adapter's code
             cfg.TRAINER.JCLIPADAPTER = node
 
     def check_node(self, cfg: Any) -> None:
@@ -170,6 +195,7 @@ class JCLIPAdapter(FeatureTrainer):
         check_number(cfg, "TRAINER.JCLIPADAPTER.IMAGE_RATIO", 0, 1)
         check_number(cfg, "TRAINER.JCLIPADAPTER.TEXT_RATIO", 0, 1)
         check_whole(cfg, "TRAINER.JCLIPADAPTER.REDUCTION")
+        check_bool(cfg, "TRAINER.JCLIPADAPTER.FINAL_RELU")
         if not (cfg.TRAINER.JCLIPADAPTER.IMAGE_RATIO or cfg.TRAINER.JCLIPADAPTER.TEXT_RATIO):
             raise ValueError(
                 "Expected TRAINER.JCLIPADAPTER.IMAGE_RATIO or .TEXT_RATIO to be above 0 but got 0 for both: "
@@ -179,9 +205,11 @@ class JCLIPAdapter(FeatureTrainer):
 
     def zeroshot(self, clip: CLIP, classnames: Sequence[str]) -> Tensor:
         """Weights [C, E] from the prompts by super-category, normalised."""
-        prompt_map, (default,) = parse_prompt_map(self.cfg.DATASET.PROMPT_MAP), self.templates()
-        prompts = [mapped_prompt(name, prompt_map, default) for name in classnames]
-        return zeroshot_weights(clip, prompts, ["{}"])
+        prompt_map, weights = parse_prompt_map(self.cfg.DATASET.PROMPT_MAP), []
+        for default in self.templates():
+            prompts = [mapped_prompt(name, prompt_map, default) for name in classnames]
+            weights.append(zeroshot_weights(clip, prompts, ["{}"]))
+        return weights[0] if len(weights) == 1 else F.normalize(torch.stack(weights).mean(dim=0), dim=-1)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The adapters."""
@@ -193,6 +221,7 @@ class JCLIPAdapter(FeatureTrainer):
             image_ratio=node.IMAGE_RATIO,
             text_ratio=node.TEXT_RATIO,
             reduction=node.REDUCTION,
+            final_relu=node.FINAL_RELU,
         )
 
     # Curves

@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import Compose
 
 from dassl.data import DatasetWrapper
 from dassl.data.transforms import build_transform
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 
-from .clip import CLIP, templates_for, zeroshot_weights
+from .clip import CLIP, zeroshot_weights
 from .clip.features import (
     FeatureLoader,
     FeatureSet,
     ImageEncoder,
+    Mirror,
     OneStep,
     SeededViews,
     TrainingFeatures,
@@ -147,7 +149,8 @@ class FeatureTrainer(LearnerTrainer):
     test_loader: Any
     per_step = True
     views_key = True
-    every_view = False  # whether an epoch goes through all views, not one of them
+    mirror = False  # whether a mirrored copy of each training image, as it is at test time, stands beside it
+    raw_mean = False  # whether text features of several templates are averaged as CLIP gives them, not normalised
     eps = 0.0  # of Adam-type optimisers; 0: their own
 
     # Configuration
@@ -184,13 +187,9 @@ class FeatureTrainer(LearnerTrainer):
 
     # Building
 
-    def templates(self) -> list[str]:
-        """Prompt templates of the zero-shot weights."""
-        return templates_for(self.cfg.DATASET.NAME, self.cfg.DATASET.TEMPLATE)
-
     def zeroshot(self, clip: CLIP, classnames: Sequence[str]) -> Tensor:
         """Zero-shot weights [C, E], normalised."""
-        return zeroshot_weights(clip, classnames, self.templates())
+        return zeroshot_weights(clip, classnames, self.templates(), self.raw_mean)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """What is to be trained or fitted."""
@@ -217,9 +216,14 @@ class FeatureTrainer(LearnerTrainer):
         cfg = self.cfg
         self._seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
         n, size = len(self.dm.dataset.train_x), cfg.DATALOADER.TRAIN_X.BATCH_SIZE
-        views = max(1, int(self.node.get("VIEWS", 0))) if self.every_view else 0
         self.train_features = TrainingFeatures(
-            self._encode_training_images, n, size, self._seed, self.epoch_steps(), views
+            self._encode_training_images,
+            n,
+            size,
+            self._seed,
+            steps=self.epoch_steps(),
+            every_view=self.pooled_views(),
+            drop_last=self.drop_last,
         )
         self.train_loader_x = self.train_features
         if self.val_loader is not None:
@@ -233,6 +237,10 @@ class FeatureTrainer(LearnerTrainer):
     def epoch_steps(self) -> int:
         """Steps in an epoch; 0: one pass over the training images."""
         return 0
+
+    def pooled_views(self) -> int:
+        """Views of each training image that count as images of their own in every epoch; 0: an epoch sees one view."""
+        return 2 if self.mirror else 0
 
     def _register(self, learner: FeatureLearner, optim_cfg: Any) -> None:
         count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
@@ -253,8 +261,15 @@ class FeatureTrainer(LearnerTrainer):
     def _encode_training_images(self) -> FeatureSet:
         """Features of the training images, in all views."""
         views = int(self.node.get("VIEWS", 0))
+        known = self._encode_views(build_transform(self.cfg, is_train=views > 0), views)
+        if not self.mirror:
+            return known
+        mirrored = self._encode_views(Compose([build_transform(self.cfg, is_train=False), Mirror()]), 0)
+        return FeatureSet(torch.cat([known.values, mirrored.values]), known.labels, known.paths)
+
+    def _encode_views(self, transform: Any, views: int) -> FeatureSet:
+        """Features of the training images under a transform; with `views` above 0 it is random, and seeded."""
         items = self.dm.dataset.train_x
-        transform = build_transform(self.cfg, is_train=views > 0)
         images = DatasetWrapper(self.cfg, items, transform=transform)
         data = SeededViews(images, views, self._seed) if views else images
         loader = self.in_order(data)
@@ -264,7 +279,8 @@ class FeatureTrainer(LearnerTrainer):
         encode = self.network.encode.raw() if views > 1 else self.network.encode
         slot = feature_slot(self.cfg, encode, loader, "train") if seeded else None
         features = collect_features(loader, encode, max(views, 1), slot)
-        return features if encode.unit else features.normalised(encode.parts)
+        wanted = self.network.encode.unit
+        return features.normalised(encode.parts) if wanted and not encode.unit else features
 
     # One step
 

@@ -21,6 +21,7 @@ FACTS = {
     "weights_digest": "CLIP weights with sha256",
     "context": "the prompt context",
     "glr_mode": "TRAINER.DLRCLIP.GLR_MODE",
+    "features": "TRAINER.LINEARPROBE.FEATURES",
 }
 
 
@@ -90,7 +91,12 @@ class Learner(nn.Module):
         return pack_record({"classnames": self.classnames, "facts": self.facts})
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Nothing: the class list stays the present one; `take` has checked the facts."""
+        """`adopt` alone: the class list stays the present one; `take` has checked the facts."""
+        facts = unpack_record(state).get("facts", {})
+        self.adopt(facts if isinstance(facts, Mapping) else {})
+
+    def adopt(self, facts: Mapping[str, Any]) -> None:
+        """Takes over what a checkpoint's facts, or their absence, say of the learner's own form; here nothing."""
 
     def take(self, state: Mapping[str, Tensor], indices: Sequence[int] | None = None) -> None:
         """Loads a checkpoint's state; its class list may be another one.
@@ -112,6 +118,7 @@ class Learner(nn.Module):
         other = [name for name, value in state.items() if not isinstance(value, Tensor)]
         if other:
             raise ValueError(f"Expected every entry of a checkpoint to be a tensor but {other[0]!r} is not")
+        self.adopt(facts)
         for name, ours in self.facts.items():
             if name in facts and facts[name] != ours:
                 raise ValueError(f"Expected a checkpoint for {FACTS.get(name, name)} {ours!r} but got {facts[name]!r}")

@@ -1,8 +1,8 @@
 """Linear probe: logistic regression on the frozen CLIP's image features.
 
 Radford et al., 2021: L-BFGS, and the strength of the regularisation by a binary search on validation images (the search
-that CoOp's comparison runs). Or a linear classifier that starts as the zero-shot weights and is trained by gradient
-descent with CLIP's temperature.
+that CoOp's comparison runs, on features as CLIP gives them, not normalised). Or a linear classifier that starts as the
+zero-shot weights and is trained by gradient descent with CLIP's temperature.
 
 Legend: N training images, n validation images, B images in a batch, C classes, E width of the joint embedding.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +20,12 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
 from .clip import CLIP
-from .clip.features import FeatureSet
+from .clip.features import FeatureSet, ImageEncoder
 from .common import check_choice, check_number, check_whole
 from .frozen import FeatureLearner, FeatureTrainer
 from .imo.adapters import add_imo_weights
@@ -95,21 +96,43 @@ class ProbeLearner(FeatureLearner):
     Args:
         trained: start as the zero-shot weights, without a bias and with CLIP's temperature, and be trained; else zeros
             with a bias, to be fitted.
+        raw: features come as CLIP gives them, and are classified so. A checkpoint of features of unit length, as all
+            were that do not say it, keeps to these.
     """
 
     CLASS_ROWS: tuple[str, ...] = ("weight",)
 
     weight: Tensor  # [C, E]
 
-    def __init__(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor, *, trained: bool) -> None:
+    def __init__(
+        self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor, *, trained: bool, raw: bool = False
+    ) -> None:
         super().__init__(clip, classnames, zeroshot)
         self.trained = trained
+        self.raw = raw
+        self.facts["features"] = "raw" if raw else "unit"
         if trained:
             self.weight = nn.Parameter(zeroshot.clone())
         else:
             self.CLASS_ROWS = ("weight", "bias")
             self.register_buffer("weight", torch.zeros_like(zeroshot))
             self.register_buffer("bias", torch.zeros(len(zeroshot)))
+
+    def adopt(self, facts: Mapping[str, Any]) -> None:
+        """Takes over a checkpoint's unit length, which features can be given here; raw ones must have come so."""
+        if self.raw and facts.get("features", "unit") == "unit":
+            logger.info("The checkpoint classifies features of unit length, which counts")
+            self.facts["features"] = "unit"
+
+    def original(self, features: Tensor) -> Tensor:
+        """See FeatureLearner; of unit length."""
+        features = super().original(features)
+        return F.normalize(features, dim=-1) if self.raw else features
+
+    def compared(self, features: Tensor) -> Tensor:
+        """See FeatureLearner; what is classified."""
+        features = super().compared(features)
+        return F.normalize(features, dim=-1) if self.raw and self.facts["features"] == "unit" else features
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, E] -> logits [B, C]."""
@@ -128,6 +151,7 @@ class LinearProbe(FeatureTrainer):
     main_head = "probe"
     of_each_class = "weights"
     adapters = "optional"
+    drop_last = False  # of INIT text, which is ours
     eps = 1e-4
 
     @property
@@ -146,21 +170,36 @@ class LinearProbe(FeatureTrainer):
         # zeros: logistic regression by L-BFGS; text: start at the zero-shot weights, trained with CLIP's temperature
         # by the optimiser of OPTIM.
         node.INIT = "zeros"
+        # What is fitted (zeros): raw features, as CLIP gives them (source), or unit ones, of length 1. Features that
+        # MODEL.IMO_WEIGHTS corrects, and those of INIT text, have unit length.
+        node.FEATURES = "raw"
         # Inverse strength of the penalty (zeros), above 0, where there are no validation images to search on. CLIP's
-        # authors use 0.316 for features of length about 10; ours have length 1.
-        node.C = 31.6
+        # authors use 0.316 for features of length about 10; for unit ones that is 31.6.
+        node.C = 0.316
         node.MAX_ITER = 1000  # iterations of L-BFGS (zeros), at least 1 (source: 1000)
         cfg.TRAINER.LINEARPROBE = node
 
     def check_node(self, cfg: Any) -> None:
         """See LearnerTrainer."""
         check_choice(cfg, "TRAINER.LINEARPROBE.INIT", ("zeros", "text"))
+        check_choice(cfg, "TRAINER.LINEARPROBE.FEATURES", ("raw", "unit"))
         check_number(cfg, "TRAINER.LINEARPROBE.C", 0, 1e12, open_low=True)
         check_whole(cfg, "TRAINER.LINEARPROBE.MAX_ITER")
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The linear classifier."""
-        return ProbeLearner(clip, classnames, zeroshot, trained=self.node.INIT == "text")
+        return ProbeLearner(clip, classnames, zeroshot, trained=self.node.INIT == "text", raw=self.raw)
+
+    @property
+    def raw(self) -> bool:
+        """Whether features come as CLIP gives them."""
+        node, corrected = self.node, self.cfg.MODEL.get("IMO_WEIGHTS", "")
+        return bool(node.INIT == "zeros" and node.FEATURES == "raw" and not corrected)
+
+    def build_encoder(self, clip: CLIP) -> ImageEncoder:
+        """See FeatureTrainer."""
+        encoder = super().build_encoder(clip)
+        return encoder.raw() if self.raw else encoder
 
     def fit(self, features: FeatureSet) -> dict[str, float]:
         """Searches C on validation images and fits -> accuracy (percent) on training images."""

@@ -1,7 +1,8 @@
 """MMA, the multi-modal adapter: DLR-CLIP's cross-modal adapter alone, trained by cross-entropy.
 
-Yang et al., MMA: Multi-Modal Adapter for Vision-Language Models, 2024. Unlike in DLR-CLIP the scale is fixed. The
-blocks before the first adapted one are computed once for the prompts, and without autograd for the images.
+Yang et al., MMA: Multi-Modal Adapter for Vision-Language Models, 2024. Unlike in DLR-CLIP the scale is fixed, and
+gradients are scaled (see dlrclip/cma.py). What precedes the first adapted block is computed once for the prompts, and
+without autograd for the images.
 
 Legend: B images, C classes.
 """
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from dassl.engine import TRAINER_REGISTRY
 
 from .clip import CLIP, clean_classname
-from .common import EncoderTrainer, check_number, check_whole, check_words
+from .common import EncoderTrainer, check_bool, check_number, check_whole, check_words
 from .dlrclip.cma import CrossModalAdapter, build_adapter
 from .learner import Classifier, Learner
 
@@ -43,7 +44,7 @@ class MMAClassifier(Classifier):
     Args:
         clip, classnames, templates: see Classifier.
         context: words before the class name in the adapted branch's prompt "<context> <class>."; "": none.
-        start, end, dim, scale: see `build_adapter`.
+        start, end, dim, scale, grad_scaling: see `build_adapter`.
     """
 
     learner: AdapterLearner
@@ -59,8 +60,9 @@ class MMAClassifier(Classifier):
         end: int = 12,
         dim: int = 32,
         scale: float = 0.001,
+        grad_scaling: bool = True,
     ) -> None:
-        adapter = build_adapter(clip, start, end, dim, scale, learn_scale=False)
+        adapter = build_adapter(clip, start, end, dim, scale, learn_scale=False, grad_scaling=grad_scaling)
         context = context.replace("_", " ").strip()
         facts = {"backbone": clip.name, "weights_digest": clip.weights_digest, "context": context}
         super().__init__(clip, classnames, templates, AdapterLearner(adapter, classnames, facts))
@@ -104,7 +106,11 @@ class MMA(EncoderTrainer):
 
     @staticmethod
     def add_config(cfg: Any) -> None:
-        """Adds TRAINER.MMADAPTER to `cfg` unless it is there; keys and defaults as published."""
+        """Adds TRAINER.MMADAPTER to `cfg` unless it is there.
+
+        The defaults are those of the source's train.py, so that its own YAML files mean here what they mean there. Its
+        experiments set other values in these files: ADAPTER_START 5, ADAPTER_SCALE 0.001 (configs/trainers/mma).
+        """
         if "MMADAPTER" in cfg.TRAINER:
             return
         node = type(cfg)()
@@ -114,6 +120,8 @@ class MMA(EncoderTrainer):
         node.ADAPTER_END = 12  # last adapted block, at least ADAPTER_START; clipped to each encoder's depth
         node.ADAPTER_DIM = 32  # bottleneck width, at least 1
         node.ADAPTER_SCALE = 0.1  # factor of what an adapter adds, above 0; not learnt
+        # Adapters' weights get 1 / ADAPTER_SCALE times their gradient, as in the source; False: their own gradient.
+        node.GRAD_SCALING = True
         cfg.TRAINER.MMADAPTER = node
 
     def check_node(self, cfg: Any) -> None:
@@ -123,6 +131,7 @@ class MMA(EncoderTrainer):
             check_whole(cfg, f"TRAINER.MMADAPTER.{key}")
         check_whole(cfg, "TRAINER.MMADAPTER.ADAPTER_END", cfg.TRAINER.MMADAPTER.ADAPTER_START)
         check_number(cfg, "TRAINER.MMADAPTER.ADAPTER_SCALE", 0, 1e6, open_low=True)
+        check_bool(cfg, "TRAINER.MMADAPTER.GRAD_SCALING")
 
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> MMAClassifier:
         """CLIP with adapters."""
@@ -136,4 +145,5 @@ class MMA(EncoderTrainer):
             end=node.ADAPTER_END,
             dim=node.ADAPTER_DIM,
             scale=node.ADAPTER_SCALE,
+            grad_scaling=node.GRAD_SCALING,
         )

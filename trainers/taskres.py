@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .clip import CLIP, mean_text_features
+from .clip import CLIP, IMAGENET_TEMPLATES_SELECT_OWN, mean_text_features
 from .common import check_number
 from .frozen import FeatureLearner, FeatureTrainer
 
@@ -58,6 +58,8 @@ class TaskRes(FeatureTrainer):
     main_head = "taskres"
     of_each_class = "weights"
     per_step = False  # as published
+    imagenet_templates = IMAGENET_TEMPLATES_SELECT_OWN
+    raw_mean = True
 
     @staticmethod
     def add_config(cfg: Any) -> None:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .clip import CLIP
+from .clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from .clip.features import FeatureSet
 from .common import check_choice, check_number, check_whole
 from .frozen import FeatureLearner, FeatureTrainer
@@ -110,6 +110,7 @@ class TipAdapter(FeatureTrainer):
     node_name = "TIPADAPTER"
     model_name = "tip"
     main_head = "tip"
+    imagenet_templates = IMAGENET_TEMPLATES_SELECT
     of_each_class = "images in the cache"
     eps = 1e-4
     trained = False
@@ -228,6 +229,7 @@ class TipAdapterF(TipAdapter):
     model_name = "tip_f"
     main_head = "tip_f"
     trained = True
+    drop_last = False
 
     @staticmethod
     def add_config(cfg: Any) -> None:

@@ -21,16 +21,16 @@ from .common import check_choice
 from .frozen import FeatureLearner, FeatureTrainer
 
 
-def ensemble_templates(own: str, which: str, dataset: str) -> list[str]:
-    """The templates of the ensemble: ImageNet's, and for any other dataset its own one, unless it is among them.
+def ensemble_templates(own: Sequence[str], which: str, dataset: str) -> list[str]:
+    """The templates of the ensemble: ImageNet's, and for any other dataset its own ones, unless they are among them.
 
     Args:
-        own: the dataset's template.
+        own: the dataset's templates.
         which: "select": seven of ImageNet's; "all": all eighty.
         dataset: the dataset's name.
     """
     templates = list(IMAGENET_TEMPLATES_SELECT if which == "select" else IMAGENET_TEMPLATES)
-    return templates if dataset == "ImageNet" or own in templates else [*templates, own]
+    return templates if dataset == "ImageNet" else [*templates, *(one for one in own if one not in templates)]
 
 
 @TRAINER_REGISTRY.register()
@@ -103,8 +103,7 @@ class ZeroshotCLIP2(ZeroshotCLIP):
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """Logits by the ensemble."""
-        (own,) = self.templates()
-        templates = ensemble_templates(own, self.node.TEMPLATES, self.cfg.DATASET.NAME)
+        templates = ensemble_templates(self.templates(), self.node.TEMPLATES, self.cfg.DATASET.NAME)
         return EnsembleLearner(clip, classnames, zeroshot, zeroshot_weights(clip, classnames, templates))
 
     @torch.no_grad()

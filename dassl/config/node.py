@@ -17,6 +17,7 @@ from dassl.utils.tools import did_you_mean
 BASE_KEY = "_BASE_"
 MAX_VALUES = 10_000  # of a file, what aliases repeat counted as often as it is repeated; the defaults have some 300
 _SEQUENCES = (list, tuple)
+_TEXT_OR_LIST: set[str] = set()  # settings, with dots, that are a text or a list of texts
 
 
 class CfgNode(YacsNode):
@@ -40,6 +41,11 @@ class CfgNode(YacsNode):
     def merge_from_other_cfg(self, cfg_other: Mapping[str, Any]) -> None:
         """Merge another tree."""
         _merge(self, cfg_other, ())
+
+    @staticmethod
+    def declare_text_or_list(name: str) -> None:
+        """Let the setting ``name`` (with dots) be a text or a list of texts, whichever its default is."""
+        _TEXT_OR_LIST.add(name)
 
     def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
         """Merge ``[key, value, key, value, ...]``, keys with dots: ``["OPTIM.LR", "1e-3"]``."""
@@ -188,7 +194,10 @@ def _merge(into: YacsNode, values: Mapping[str, Any], parents: tuple[str, ...]) 
                 raise InputError(f"Expected {name} to be a section with keys of its own but got {value!r}")
             _merge(old, value, path)
         else:
-            if isinstance(old, str) and isinstance(raw_value, str) and not isinstance(value, str | None):
+            a_list = name in _TEXT_OR_LIST and isinstance(value, _SEQUENCES)
+            may_be_text = isinstance(old, str) or name in _TEXT_OR_LIST
+            kept = value is None or isinstance(value, str) or a_list
+            if may_be_text and isinstance(raw_value, str) and not kept:
                 value = raw_value  # a text setting whose text happens to read as a number or a list
             into[key] = _coerce(value, old, name)
 
@@ -202,6 +211,8 @@ def _coerce(value: Any, old: Any, name: str) -> Any:
             f"Expected {name} to have a value of type {type(old).__name__} (like its default {old!r}) but got none "
             "(null, None or nothing after the colon): leave the key out to take the default"
         )
+    if name in _TEXT_OR_LIST and isinstance(value, (str, *_SEQUENCES)):
+        return value
     if isinstance(old, float) and type(value) is int:
         return float(value)
     for wanted, given in (_SEQUENCES, _SEQUENCES[::-1]):

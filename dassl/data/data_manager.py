@@ -72,6 +72,7 @@ def build_data_loader(
     is_train: bool = True,
     dataset_wrapper: Callable[..., Dataset[Any]] | None = None,
     seed: int | None = None,
+    drop_last: bool = True,
 ) -> RunLoader:
     """A loader over ``data_source``.
 
@@ -82,10 +83,11 @@ def build_data_loader(
         cfg: the run's config.
         sampler_type, data_source, batch_size, n_domain, n_ins: as ``build_sampler``'s; the batch of the whole job.
         tfm: transform, or a list of them (then items hold img, img2, ...).
-        is_train: drop the last, smaller batch, provided there is a full one.
+        is_train: whether it is for training, see also ``drop_last``.
         dataset_wrapper: class to use instead of DatasetWrapper.
         seed: seed of the loader's own generators, one that orders the items and one that seeds the workers; None:
             drawn from torch's default generator. Other random draws of the program change neither.
+        drop_last: drop the last, smaller batch of a pass in training, provided there is a full one.
     """
     if batch_size < 1:
         raise InputError(f"Expected the batch size to be at least 1 but got {batch_size}")
@@ -96,7 +98,7 @@ def build_data_loader(
     sampler = build_sampler(sampler_type, cfg, data_source, batch_size, n_domain, n_ins, generator)
     wrapper = DatasetWrapper if dataset_wrapper is None else dataset_wrapper
     dataset = wrapper(cfg, data_source, transform=tfm, is_train=is_train)
-    drop_last = is_train and len(data_source) >= batch_size
+    drop_last = drop_last and is_train and len(data_source) >= batch_size
     shared = None
     if is_train:
         shared = SharedBatches(sampler, batch_size, drop_last, generator)
@@ -133,6 +135,7 @@ class DataManager:
         custom_tfm_train: transform to use in training instead of the config's.
         custom_tfm_test: the same for validation and test.
         dataset_wrapper: class to use instead of DatasetWrapper.
+        drop_last: see ``build_data_loader``.
     """
 
     def __init__(
@@ -141,6 +144,7 @@ class DataManager:
         custom_tfm_train: Transform | Sequence[Transform] | None = None,
         custom_tfm_test: Transform | None = None,
         dataset_wrapper: Callable[..., Dataset[Any]] | None = None,
+        drop_last: bool = True,
     ) -> None:
         dataset = build_dataset(cfg)
         # path -> reason, of the images that were skipped
@@ -165,6 +169,7 @@ class DataManager:
                 is_train=is_train,
                 dataset_wrapper=dataset_wrapper,
                 seed=self._loader_seed(which, 0),
+                drop_last=drop_last,
             )
 
         loaders = cfg.DATALOADER

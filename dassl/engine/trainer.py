@@ -60,7 +60,13 @@ NUM_EXAMPLES = 8  # test images shown in TensorBoard
 
 
 class SimpleTrainer(TrainerBase):
-    """Data, model, evaluator and hooks from a config; how batches are drawn is left to TrainerX and TrainerXU."""
+    """Data, model, evaluator and hooks from a config; how batches are drawn is left to TrainerX and TrainerXU.
+
+    Attributes:
+        drop_last: whether a training epoch leaves out its last, smaller batch; a method may say otherwise.
+    """
+
+    drop_last = True
 
     def __init__(self, cfg: Any) -> None:
         super().__init__()
@@ -140,7 +146,7 @@ class SimpleTrainer(TrainerBase):
 
     def build_data_loader(self) -> None:
         """Make the data manager and take over what it offers."""
-        dm = DataManager(self.cfg)
+        dm = DataManager(self.cfg, drop_last=self.drop_last)
         self.train_loader_x = dm.train_loader_x
         self.train_loader_u = dm.train_loader_u  # None when there is no such data, as the next
         self.val_loader = dm.val_loader

@@ -324,6 +324,14 @@ def test_negative_memory_is_named(cfg):
         DataManager(cfg)
 
 
+@pytest.mark.parametrize(("drop_last", "sizes"), [(True, [4, 4]), (False, [4, 4, 2])])
+def test_the_last_smaller_batch_is_dropped_unless_it_is_to_be_kept(cfg, drop_last, sizes):
+    loader = DataManager(cfg, drop_last=drop_last).train_loader_x
+    assert [len(batch["label"]) for batch in loader] == sizes and len(loader) == len(sizes)
+    cfg.DATALOADER.TRAIN_X.BATCH_SIZE = 16
+    assert [len(batch["label"]) for batch in DataManager(cfg, drop_last=drop_last).train_loader_x] == [10]
+
+
 # ---- what code written for upstream does with loaders
 
 

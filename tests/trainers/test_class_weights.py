@@ -7,7 +7,7 @@ import torch
 
 from trainers.clap import CLAPLearner, clap_penalty, class_multipliers
 from trainers.clip import mean_text_features
-from trainers.cross_modal import CrossModalLearner, cross_modal_loss
+from trainers.cross_modal import CrossModalLearner, cross_modal_loss, text_rows
 from trainers.taskres import TaskResLearner, taskres_logits
 
 
@@ -32,6 +32,15 @@ def test_cross_modal_loss_is_over_the_union():
     logits, labels = normal(6, 5), torch.tensor([0, 4, 2, 2, 1, 3])
     got = cross_modal_loss(logits[:4], labels[:4], logits[4:], labels[4:])
     assert float(got) == pytest.approx(naive_cross_entropy(logits, labels), rel=1e-5)
+
+
+def test_prompts_come_in_passes_without_the_last_smaller_batch():
+    passes = [[text_rows(10, 4, seed=1, step=2 * k + i).tolist() for i in range(2)] for k in range(3)]
+    assert all(len(set(first + second)) == 8 and max(first + second) < 10 for first, second in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert passes[0][0] == text_rows(10, 4, seed=1, step=0).tolist() != text_rows(10, 4, seed=2, step=0).tolist()
+    assert len(text_rows(3, 8, seed=1, step=5)) == 8  # fewer prompts than asked for
+    assert len(set(text_rows(8, 8, seed=1, step=5).tolist())) == 8
 
 
 def test_cross_modal_logits(make_clip, names):

@@ -47,7 +47,7 @@ def naive_em(z, strength, hard, supports=None, labels=None, turns=3):
     """Turn by turn and number by number; the inner maximum by gradient ascent in ln alpha."""
     q, c = z.shape
     z, log = z.double(), z.double().log()
-    u = torch.eye(c, dtype=torch.float64)[z.argmax(1)] if hard else z
+    u = z  # also where assignments are hard: the first Dirichlets are fitted to the soft ones
     every = log if supports is None else torch.cat([log, supports.double().log()])
     for _ in range(turns):
         weights = u if supports is None else torch.cat([u, torch.eye(c, dtype=torch.float64)[labels]])
@@ -82,6 +82,16 @@ def test_against_naive(hard, few_shot):
     given = (supports, labels) if few_shot else (None, None)
     got = em_dirichlet(z, *given, strength=1.0, hard=hard, iterations=3, mm_iterations=20000, tolerance=1e-20)
     torch.testing.assert_close(got.assignments, naive_em(z, 1.0, hard, *given), rtol=1e-5, atol=1e-5)
+
+
+def test_the_hard_variant_starts_from_soft_assignments():
+    """Its first Dirichlets are those of the soft variant; a one-hot start has others."""
+    z, _ = data(3, 30)
+    soft, hard = (em_dirichlet(z, strength=1.0, hard=hard, iterations=1) for hard in (False, True))
+    assert torch.equal(soft.alpha, hard.alpha)
+    one_hot = torch.eye(3, dtype=torch.float64)[z.argmax(1)]
+    statistic = one_hot.t() @ z.double().log() / one_hot.sum(0)[:, None]
+    assert not torch.allclose(fit_dirichlet(torch.ones(3, 3, dtype=torch.float64), statistic), hard.alpha, rtol=0.05)
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -172,6 +182,10 @@ def test_tasks_of_a_run(tmp_path, random_tiny, supports):
         return build_trainer(cfg)
 
     trainer = build("TRAINER.EMDIRICHLET.TASK_SIZE", 75)
+    assert trainer.network.learner.options["iterations"] == 20
+    hard = build("TRAINER.EMDIRICHLET.HARD", True).network.learner.options
+    assert (hard["hard"], hard["iterations"]) == (True, 10)
+    assert build("TRAINER.EMDIRICHLET.ITER", 3).network.learner.options["iterations"] == 3
     assert trainer.get_model_names() == (["em_dirichlet"] if supports else [])
     trainer.train()
     results = json.loads((tmp_path / "metrics.json").read_text())

@@ -169,6 +169,7 @@ WRONG = {
     "MMA": [
         ("MMADAPTER.TEXT_CTX_INIT", "a {}"), ("MMADAPTER.ADAPTER_START", 0), ("MMADAPTER.ADAPTER_DIM", 0),
         ("MMADAPTER.ADAPTER_END", 4), ("MMADAPTER.ADAPTER_SCALE", 0.0),
+        ("MMADAPTER.GRAD_SCALING", "yes"),
     ],
 }
 # fmt: on
@@ -235,3 +236,14 @@ def test_published_checkpoint_file(name, make, tmp_path):
     trainer.load_model(str(tmp_path), epoch=50)
     assert all(torch.equal(p, state[key].float()) for key, p in learner.named_parameters())
     assert torch.isfinite(heads(trainer)[trainer.main_head]).all()
+
+
+@every
+def test_a_list_of_templates(name, make):
+    """The head clip is the mean over the templates."""
+    trainer = make(name, "DATASET.TEMPLATE", ["a {}", "{} texture."])
+    clip, names = trainer.network.clip, trainer.dm.dataset.classnames
+    with torch.no_grad():
+        rows = torch.stack([clip.encode_text([t.format(n) for n in names]) for t in ("a {}", "{} texture.")])
+    want = torch.nn.functional.normalize(torch.nn.functional.normalize(rows, dim=-1).mean(0), dim=-1)
+    torch.testing.assert_close(trainer.network.zeroshot, want, rtol=1e-4, atol=1e-5)

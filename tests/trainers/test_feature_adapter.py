@@ -12,9 +12,10 @@ from trainers.feature_adapter import (
     parse_prompt_map,
     result_lines,
 )
+from trainers.learner import pack_record, unpack_record
 
 
-def naive_logits(f, w, learner, a, b, scale):
+def naive_logits(f, w, learner, a, b, scale, final_relu):
     """The method's formulas, image by image and class by class."""
 
     def adapted(x, side, ratio):
@@ -22,6 +23,8 @@ def naive_logits(f, w, learner, a, b, scale):
             return x
         hidden = [max(0.0, float(row @ x)) for row in learner.down[side]]
         y = sum(h * column for h, column in zip(hidden, learner.up[side].t(), strict=True))
+        if final_relu:
+            y = torch.tensor([max(0.0, float(number)) for number in y])
         z = ratio * y + (1 - ratio) * x
         return z / z.norm()
 
@@ -30,17 +33,38 @@ def naive_logits(f, w, learner, a, b, scale):
 
 
 @pytest.mark.parametrize(("a", "b"), [(0.2, 0.0), (0.6, 0.3), (0.0, 0.5)])
+@pytest.mark.parametrize("final_relu", [False, True])
 @torch.no_grad()
-def test_logits(make_clip, names, a, b):
+def test_logits(make_clip, names, a, b, final_relu):
     torch.manual_seed(0)
     f, w = (torch.nn.functional.normalize(torch.randn(n, 24), dim=1) for n in (6, 5))
     clip = make_clip()
-    learner = AdapterLearner(clip, names, w, image_ratio=a, text_ratio=b, reduction=4)
-    want = naive_logits(f, w, learner, a, b, clip.logit_scale)
+    learner = AdapterLearner(clip, names, w, image_ratio=a, text_ratio=b, reduction=4, final_relu=final_relu)
+    want = naive_logits(f, w, learner, a, b, clip.logit_scale, final_relu)
     torch.testing.assert_close(learner(f), want, rtol=1e-5, atol=2e-3)
     sides = {"image"} if b == 0 else {"text"} if a == 0 else {"image", "text"}
     assert {name for name, _ in learner.named_parameters()} == {f"{p}.{s}" for p in ("down", "up") for s in sides}
     assert all(p.shape in ((6, 24), (24, 6)) for p in learner.parameters())
+
+
+def test_a_checkpoint_keeps_the_form_that_it_was_trained_in(make_clip, names, caplog):
+    caplog.set_level("INFO")
+    w, f = (torch.nn.functional.normalize(torch.randn(n, 24), dim=1) for n in (5, 6))
+    make = lambda form: AdapterLearner(make_clip(), names, w, final_relu=form)  # noqa: E731
+    for form in (False, True):
+        trained, other = make(form), make(not form)
+        other.take(trained.state_dict())
+        assert torch.equal(other(f), trained(f)) and f"FINAL_RELU {form}, which counts" in caplog.text
+        resumed = make(not form)
+        resumed.load_state_dict(trained.state_dict())
+        assert torch.equal(resumed(f), trained(f))
+        assert unpack_record(other.get_extra_state())["facts"]["final_relu"] is form
+    record = unpack_record(trained.get_extra_state())
+    del record["facts"]["final_relu"]  # as checkpoints were before there was a choice: without the second ReLU
+    now, plain = make(True), make(False)
+    now.take({**make(False).state_dict(), "_extra_state": pack_record(record)})
+    plain.take(now.state_dict())
+    assert torch.equal(now(f), plain(f))
 
 
 def test_blend_with_ratio_zero_changes_nothing():

@@ -1,6 +1,7 @@
 """Every trainer on features of the frozen CLIP, through configuration, engine, checkpoints and predict.py."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,10 @@ import trainers
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
+from dassl.utils import read_image
 from trainers.frozen import FeatureTrainer
+from trainers.learner import pack_record, unpack_record
+from trainers.linear_probe import fit_logistic
 
 ROOT = Path(__file__).parents[2]
 TRAINERS = [n for n in TRAINER_REGISTRY.registered_names() if issubclass(TRAINER_REGISTRY.get(n), FeatureTrainer)]
@@ -214,3 +218,100 @@ def test_wrong_settings_are_named_before_anything_is_loaded(name, make_cfg):
     node = TRAINER_REGISTRY.get(name).node_name
     with pytest.raises(ValueError, match=f"TRAINER.{node}.PREC"):
         build_trainer(make_cfg(name, f"TRAINER.{node}.PREC", "int8"))
+
+
+@pytest.mark.parametrize(("size", "steps"), [(8, 2), (20, 1), (21, 1), (256, 1)])
+def test_an_epoch_of_clap_draws_whole_batches_of_one_view_from_all_views(make, size, steps):
+    """max(1, floor(N / batch size)) batches for N = 20 images, from the features of all three views of them."""
+    loader = make("CLAP", "TRAINER.CLAP.VIEWS", 3, "DATALOADER.TRAIN_X.BATCH_SIZE", size).train_loader_x
+    known, drawn = loader.all(), set()
+    for epoch in range(50):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert [len(batch["label"]) for batch in batches] == [min(size, 60)] * steps
+        rows = []
+        for batch in batches:
+            for feature, image in zip(batch["feature"], batch["index"].tolist(), strict=True):
+                (view,) = (known.values[:, image] == feature).all(dim=1).nonzero().flatten().tolist()
+                rows.append((image, view))
+        assert len(set(rows)) == len(rows)  # none twice within an epoch
+        drawn.update(rows)
+    assert len(drawn) == 60
+
+
+def test_mirrored_views_of_the_cross_modal_probe(make, make_cfg):
+    """Each image as it is at test time and its mirror image, as two examples; none mirrored where FLIP is off."""
+    plain, trainer = make("CrossModalProbe"), make("CrossModalProbe", "TRAINER.CROSSMODAL.FLIP", True)
+    known = trainer.train_loader_x.all()
+    pixels = torch.stack([trainer.dm.test_loader.dataset.transform(read_image(path)) for path in known.paths])
+    with torch.no_grad():
+        for view, images in zip(known.values, (pixels, pixels.flip(-1)), strict=True):
+            torch.testing.assert_close(view, F.normalize(trainer.network.clip.encode_image(images), dim=1))
+    assert torch.equal(plain.train_loader_x.all().values, known.values[:1])
+    assert len(trainer.train_loader_x.dataset) == 2 * len(plain.train_loader_x.dataset)
+    batches = list(
+        make("CrossModalProbe", "TRAINER.CROSSMODAL.FLIP", True, "TRAINER.CROSSMODAL.STEPS", 0).train_loader_x
+    )
+    assert len(batches) == 5 and sum(len(batch["label"]) for batch in batches) == 40
+    with pytest.raises(ValueError, match="Expected TRAINER.CROSSMODAL.VIEWS to be 0 where .FLIP is True"):
+        build_trainer(make_cfg("CrossModalProbe", "TRAINER.CROSSMODAL.FLIP", True, "TRAINER.CROSSMODAL.VIEWS", 2))
+    cfg = get_cfg_default()
+    datasets.extend_cfg(cfg)
+    trainers.extend_cfg(cfg)
+    cfg.merge_from_file(CONFIGS["CrossModalProbe"] / "vit_b16.yaml")
+    assert cfg.TRAINER.CROSSMODAL.FLIP is True
+
+
+def test_the_linear_probe_fits_raw_features(make):
+    """The published penalty is on features as CLIP gives them; those of unit length are another fit."""
+    fits = {}
+    for kind in ("raw", "unit"):
+        trainer = make("LinearProbe", "TRAINER.LINEARPROBE.FEATURES", kind, out=kind)
+        trainer.train()
+        known = trainer.train_features.all()
+        pixels = torch.stack([trainer.dm.test_loader.dataset.transform(read_image(path)) for path in known.paths])
+        with torch.no_grad():
+            x = trainer.network.clip.encode_image(pixels)
+        x = x if kind == "raw" else F.normalize(x, dim=1)
+        torch.testing.assert_close(known.values[0], x, rtol=1e-4, atol=1e-5)
+        c = trainer.selected["C"]["value"]
+        weight, bias = fit_logistic(x, known.labels, 10, c)
+        learner = trainer.network.learner
+        torch.testing.assert_close(learner(known.values[0]), x @ weight.t() + bias, rtol=1e-2, atol=1e-2)
+        zero = trainer.network.clip.logit_scale * F.normalize(x, dim=1) @ learner.zeroshot.t()
+        torch.testing.assert_close(learner.clip_logits(known.values[0]), zero, rtol=1e-4, atol=1e-3)
+        fits[kind] = learner.state_dict()
+    raw, unit = make("LinearProbe"), make("LinearProbe", "TRAINER.LINEARPROBE.FEATURES", "unit")
+    raw.load_model("", None)
+    old = {name: value for name, value in fits["unit"].items() if name != "_extra_state"}
+    record = unpack_record(fits["unit"]["_extra_state"])
+    del record["facts"]["features"]  # as checkpoints were before raw features came
+    raw.network.learner.take({**old, "_extra_state": pack_record(record)})
+    unit.network.learner.take(fits["unit"])
+    images = next(iter(raw.test_loader.loader))["img"]
+    torch.testing.assert_close(raw.model_heads(images)["probe"], unit.model_heads(images)["probe"])
+    with pytest.raises(ValueError, match="TRAINER.LINEARPROBE.FEATURES 'unit' but got 'raw'"):
+        unit.network.learner.take(fits["raw"])
+
+
+def test_the_rate_of_clip_adapter_changes_per_epoch(make):
+    trainer = make("CLIPAdapter", "OPTIM.LR", 0.1, "OPTIM.MAX_EPOCH", 4)
+    rates, step = [], trainer.model_update
+    trainer.model_update = lambda *args: (rates.append(trainer.get_current_lr()), step(*args))
+    trainer.train()
+    want = [0.05 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4) for _ in range(2)]
+    assert rates == pytest.approx(want)
+
+
+@every
+def test_a_list_of_templates(name, make):
+    """The head clip is the mean over the templates, of raw features where the method's source averages those."""
+    trainer = make(name, "DATASET.TEMPLATE", "['a {}', '{} texture.']")
+    clip, names = trainer.network.clip, trainer.dm.dataset.classnames
+    with torch.no_grad():
+        rows = torch.stack([clip.encode_text([t.format(n) for n in names]) for t in ("a {}", "{} texture.")])
+    raw = name in ("TaskRes", "CLAP", "CrossModalProbe")
+    want = F.normalize((rows if raw else F.normalize(rows, dim=-1)).mean(0), dim=-1)
+    torch.testing.assert_close(trainer.network.learner.zeroshot, want, rtol=1e-4, atol=1e-5)
+    if raw and name != "CrossModalProbe":
+        torch.testing.assert_close(trainer.network.learner.base, rows.mean(0), rtol=1e-4, atol=1e-5)

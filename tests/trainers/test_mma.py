@@ -59,8 +59,9 @@ def make(make_clip, names):
 
 @pytest.mark.parametrize("context", ["a photo of a", "a_photo of a", ""])
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_logits_and_gradients_are_the_naive_ones(make, images, labels, names, kind, context):
-    classifier = make(kind, context=context)
+@pytest.mark.parametrize("grad_scaling", [True, False])
+def test_logits_and_gradients_are_the_naive_ones(make, images, labels, names, kind, context, grad_scaling):
+    classifier = make(kind, context=context, grad_scaling=grad_scaling)
     classifier.train()
     model, cma = random_open_clip(kind), classifier.learner.cma
     words = context.replace("_", " ")
@@ -73,9 +74,34 @@ def test_logits_and_gradients_are_the_naive_ones(make, images, labels, names, ki
     want_grads = torch.autograd.grad(F.cross_entropy(want, labels), learnt, allow_unused=True)
     got_grads = torch.autograd.grad(F.cross_entropy(got, labels), learnt, allow_unused=True)
     for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
+        if want_grad is not None and grad_scaling:
+            want_grad = want_grad / 0.5  # the adapter's scale
         torch.testing.assert_close(got_grad, want_grad, rtol=1e-3, atol=1e-4)
     classifier.eval()
     torch.testing.assert_close(classifier.both(images)[1], got, rtol=1e-5, atol=1e-4)
+
+
+def test_five_published_steps_move_the_adapters_as_if_their_scale_were_one(make, images, labels):
+    """SGD as published (momentum 0.9, decay 5e-4, rate 0.0015) on weights that get 1 / scale times their gradient.
+
+    The oracle steps on plain gradients: with rate r / s and decay d * s, buf = 0.9 buf + g + d s w and w -= r / s buf.
+    """
+    scale, moved = 0.001, {}
+    for grad_scaling, rate, decay in ((True, 0.0015, 5e-4), (False, 0.0015 / scale, 5e-4 * scale)):
+        classifier = make(scale=scale, grad_scaling=grad_scaling)
+        classifier.train()
+        learnt = {name: p for name, p in classifier.learner.named_parameters() if p.requires_grad}
+        start = {name: p.detach().clone() for name, p in learnt.items()}
+        buffers = {name: torch.zeros_like(p) for name, p in learnt.items()}
+        for _ in range(5):
+            grads = torch.autograd.grad(F.cross_entropy(classifier(images), labels), list(learnt.values()))
+            with torch.no_grad():
+                for (name, p), grad in zip(learnt.items(), grads, strict=True):
+                    buffers[name] = 0.9 * buffers[name] + grad + decay * p
+                    p -= rate * buffers[name]
+        moved[grad_scaling] = torch.cat([(p.detach() - start[name]).flatten() for name, p in learnt.items()])
+    assert moved[True].abs().max() > 0.01
+    torch.testing.assert_close(moved[True], moved[False], rtol=1e-2, atol=1e-4)
 
 
 def test_it_is_the_adapter_of_dlr_clip_with_a_fixed_scale(make):

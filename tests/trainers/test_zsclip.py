@@ -20,11 +20,11 @@ def test_eighty_templates_of_which_seven_are_selected():
 
 def test_ensemble_adds_the_dataset_s_own_template_each_time_anew():
     for _ in range(2):  # nothing is appended to a shared list
-        assert ensemble_templates(OWN, "select", "EuroSAT") == [*IMAGENET_TEMPLATES_SELECT, OWN]
-    assert ensemble_templates(OWN, "all", "EuroSAT") == [*IMAGENET_TEMPLATES, OWN]
-    assert ensemble_templates("a photo of a {}.", "select", "ImageNet") == list(IMAGENET_TEMPLATES_SELECT)
-    assert len(ensemble_templates("a photo of a {}.", "select", "ImageNetV2")) == 8
-    assert len(ensemble_templates("a photo of a {}.", "all", "ImageNetV2")) == 80
+        assert ensemble_templates([OWN], "select", "EuroSAT") == [*IMAGENET_TEMPLATES_SELECT, OWN]
+    assert ensemble_templates([OWN], "all", "EuroSAT") == [*IMAGENET_TEMPLATES, OWN]
+    assert ensemble_templates(["a photo of a {}."], "select", "ImageNet") == list(IMAGENET_TEMPLATES_SELECT)
+    assert len(ensemble_templates(["a photo of a {}."], "select", "ImageNetV2")) == 8
+    assert len(ensemble_templates(["a photo of a {}."], "all", "ImageNetV2")) == 80
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
@@ -33,7 +33,7 @@ def test_logits_against_open_clip(kind, make_clip, images, names):
     from random_clip import random_open_clip
 
     model, clip = random_open_clip(kind), make_clip(kind)
-    templates = ensemble_templates(OWN, "select", "EuroSAT")
+    templates = ensemble_templates([OWN], "select", "EuroSAT")
     weights = zeroshot_weights(clip, names, templates)
     learner = EnsembleLearner(clip, names, zeroshot_weights(clip, names, [OWN]), weights)
     clip_logits, logits = FeatureNetwork(ImageEncoder(clip, "fp32", torch.no_grad), learner).both(images)

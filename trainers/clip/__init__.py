@@ -11,8 +11,10 @@ from .model import CLIP
 from .preprocess import complete_input, preprocessing_of, tell_preprocessing
 from .templates import (
     DEFAULT_TEMPLATE,
+    IMAGENET_FAMILY,
     IMAGENET_TEMPLATES,
     IMAGENET_TEMPLATES_SELECT,
+    IMAGENET_TEMPLATES_SELECT_OWN,
     clean_classname,
     fill_template,
     mean_text_features,
@@ -27,8 +29,10 @@ __all__ = [
     "BACKBONES",
     "CLIP",
     "DEFAULT_TEMPLATE",
+    "IMAGENET_FAMILY",
     "IMAGENET_TEMPLATES",
     "IMAGENET_TEMPLATES_SELECT",
+    "IMAGENET_TEMPLATES_SELECT_OWN",
     "Adapter",
     "Projection",
     "PromptTokens",

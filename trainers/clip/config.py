@@ -16,8 +16,12 @@ def add_clip_config(cfg: Any) -> None:
         # from the cache folder or downloaded once. For "tiny": folder or .safetensors file of another tiny CLIP.
         cfg.MODEL.BACKBONE.WEIGHTS = ""
     if "TEMPLATE" not in cfg.DATASET:
-        # Zero-shot prompt with exactly one "{}" for the class name; "" = the dataset's own (see templates.py).
+        # Zero-shot prompt with exactly one "{}" for the class name, or a list of such prompts, whose mean counts;
+        # "" = the dataset's own, and on ImageNet those of the method's source (see templates.py).
         cfg.DATASET.TEMPLATE = ""
+    declare = getattr(cfg, "declare_text_or_list", None)
+    if callable(declare):  # elsewhere a list is written as a text: "['a photo of a {}.', 'art of the {}.']"
+        declare("DATASET.TEMPLATE")
     if "FEATURE_CACHE" not in cfg:
         node = type(cfg)()
         node.USE = True  # keep features of frozen backbones on disk, and take them from there; the numbers are the same

@@ -28,7 +28,7 @@ Encode = Callable[[Tensor], Tensor]
 
 
 class ImageEncoder:
-    """Images -> normalised features of a frozen CLIP: one encoder for all trainers, so that they can share features.
+    """Images -> features of a frozen CLIP: one encoder for all trainers, so that they can share features.
 
     Args:
         clip: the frozen CLIP.
@@ -151,6 +151,16 @@ class SeededViews(Dataset[Any]):
             finally:
                 random.setstate(states[0])
                 np.random.set_state(states[1])
+
+
+class Mirror:
+    """The mirror image of an image tensor [..., H, W]."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return image.flip(-1)
+
+    def __repr__(self) -> str:
+        return "Mirror()"
 
 
 def encode_batch(batch: Batch, encode: Encode) -> Tensor:
@@ -289,10 +299,11 @@ class TrainingFeatures:
     Args:
         compute: gives the features; called when the first batch is asked for.
         n: number of images.
-        batch_size: B; the last batch of a pass may be smaller.
+        batch_size: B; without `drop_last` the last batch of a pass may be smaller.
         seed: of the order.
         steps: batches in an epoch, taken from as many passes as it needs; 0: one pass.
         every_view: V where every view is an image of its own, so that a pass has V * N; 0: one view per epoch.
+        drop_last: leave the last, smaller batch of a pass out, provided there is a full one.
     """
 
     def __init__(
@@ -303,19 +314,23 @@ class TrainingFeatures:
         seed: int,
         steps: int = 0,
         every_view: int = 0,
+        drop_last: bool = False,
     ) -> None:
         self.dataset = range(n * max(every_view, 1))
         self.every_view = every_view
         self.batch_size = batch_size
         self.seed = seed
         self.steps = steps
+        self._used = n * max(every_view, 1)  # images of a pass
+        if drop_last and self._used >= batch_size:
+            self._used -= self._used % batch_size
         self.epoch = 0
         self._compute = compute
         self._known: FeatureSet | None = None
         self._skipped = 0
 
     def __len__(self) -> int:
-        return self.steps or max(1, math.ceil(len(self.dataset) / self.batch_size))
+        return self.steps or max(1, math.ceil(self._used / self.batch_size))
 
     def all(self) -> FeatureSet:
         """The features of all images."""
@@ -338,7 +353,7 @@ class TrainingFeatures:
         done = 0
         while done < len(self):
             order = torch.randperm(len(self.dataset), generator=generator).to(known.labels.device)
-            for rows in order.split(self.batch_size):
+            for rows in order[: self._used].split(self.batch_size):
                 if skipped <= done < len(self):
                     views = rows // len(known) if self.every_view else self.epoch % len(known.values)
                     yield _pick(known, rows % len(known), views)

@@ -1,11 +1,14 @@
 """Prompt templates per dataset and zero-shot weights.
 
-The templates are those of the few-shot CLIP literature (CoOp's zero-shot CLIP; Tip-Adapter uses the same strings).
+The templates are those of the few-shot CLIP literature (CoOp's zero-shot CLIP; Tip-Adapter uses the same strings). On
+ImageNet and its shifted test sets methods differ; each trainer says which it takes (`imagenet_templates`).
 """
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
+from typing import Any
 
 import open_clip
 import torch
@@ -51,8 +54,13 @@ IMAGENET_TEMPLATES_SELECT: tuple[str, ...] = (
     "a photo of the small {}.",
 )
 
+# These and the usual one, as TaskRes and CLAP take them.
+IMAGENET_TEMPLATES_SELECT_OWN: tuple[str, ...] = (*IMAGENET_TEMPLATES_SELECT, DEFAULT_TEMPLATE)
+
 # All eighty of them.
 IMAGENET_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
+
+IMAGENET_FAMILY = ("ImageNet", "ImageNetV2", "ImageNetSketch", "ImageNetA", "ImageNetR")
 
 _CHUNK = 512  # prompts encoded at once: bounds memory at thousands of classes
 
@@ -69,31 +77,56 @@ def fill_template(template: str, classname: str) -> str:
     return template.replace("{}", clean_classname(classname))
 
 
-def templates_for(dataset_name: str, override: str = "") -> list[str]:
-    """Zero-shot templates of a dataset.
+def parse_templates(value: Any) -> list[str]:
+    """Return the templates that DATASET.TEMPLATE gives: a text, a list of texts, or such a list written as a text.
+
+    Raises:
+        ValueError: anything else, or a template without exactly one ``{}``.
+    """
+    given = value
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "("):
+        try:
+            given = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            given = value  # a template that begins with a bracket
+    templates = [given] if isinstance(given, str) else given
+    if not isinstance(templates, (list, tuple)) or not all(isinstance(template, str) for template in templates):
+        raise ValueError(f"Expected DATASET.TEMPLATE to be a prompt template or a list of them but got {value!r}")
+    if list(templates) == [""]:
+        return []
+    for template in templates:
+        fill_template(template, "")
+    return list(templates)
+
+
+def templates_for(dataset_name: str, override: Any = "", imagenet: Sequence[str] = (DEFAULT_TEMPLATE,)) -> list[str]:
+    """Return the zero-shot templates of a dataset.
 
     Args:
         dataset_name: the dataset's registry name; an unknown one gets the general template.
-        override: used instead when not empty (DATASET.TEMPLATE).
+        override: used instead when not empty (DATASET.TEMPLATE): see `parse_templates`.
+        imagenet: those that a method takes on ImageNet and its shifted test sets.
     """
-    template = override or TEMPLATES.get(dataset_name, DEFAULT_TEMPLATE)
-    fill_template(template, "")
-    return [template]
+    own = imagenet if dataset_name in IMAGENET_FAMILY else [TEMPLATES.get(dataset_name, DEFAULT_TEMPLATE)]
+    return parse_templates(override) or list(own)
 
 
 @torch.no_grad()
-def zeroshot_weights(clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+def zeroshot_weights(clip: CLIP, classnames: Sequence[str], templates: Sequence[str], raw_mean: bool = False) -> Tensor:
     """Zero-shot classifier: each prompt normalised, mean over templates, normalised again.
 
     Args:
         classnames: C names as the dataset spells them.
         templates: at least one template with one ``{}`` each.
+        raw_mean: the mean of several templates is of features as CLIP gives them.
 
     Returns:
         fp32 weights [C, E] with unit rows, on CLIP's device.
     """
     if not classnames or not templates:
         raise ValueError(f"Expected at least one class and one template but got {len(classnames)} and {len(templates)}")
+    if raw_mean and len(templates) > 1:
+        return F.normalize(mean_text_features(clip, classnames, templates), dim=-1)
     total = torch.zeros(len(classnames), clip.embed_dim, device=clip.device)
     for template in templates:  # one template at a time: its leading words are then shared by all prompts
         prompts = [fill_template(template, name) for name in classnames]

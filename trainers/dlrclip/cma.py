@@ -8,11 +8,16 @@ Block i of an encoder, which without the adapter gives x' + mlp(ln_2(x')) with x
 
 `down_i`, `up_i` and `scale_i` belong to one encoder; `shared_i` is ONE module that both encoders use, and is what
 makes the adapter cross-modal. Every token is adapted.
+
+Gradient scaling (Yang et al., MMA, 2024; optional here): in the backward pass the gradient of an adapter's output is
+multiplied by 1 / scale when it enters the adapter and by scale when it leaves it. What lies before the adapter gets the
+true gradient; the adapter's own weights, shared ones included, get 1 / scale times theirs, as if scale were 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +44,34 @@ def _linear(n_in: int, n_out: int) -> nn.Linear:
     return layer
 
 
-class Bottleneck(nn.Module):
-    """One encoder's own half of the adapter of one block: down, up and the scale, learnt or fixed."""
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number."""
 
-    def __init__(self, width: int, dim: int, scale: float, learn_scale: bool = True) -> None:
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+class Bottleneck(nn.Module):
+    """One encoder's own half of the adapter of one block: down, up and the scale, learnt or fixed.
+
+    Raises:
+        ValueError: gradient scaling with a scale of 0.
+    """
+
+    def __init__(
+        self, width: int, dim: int, scale: float, learn_scale: bool = True, grad_scaling: bool = False
+    ) -> None:
         super().__init__()
+        if grad_scaling and scale == 0:
+            raise ValueError("Expected gradient scaling to come with an adapter scale other than 0 but got 0")
+        # The initial scale, not the learnt one: then what lies before always gets its true gradient.
+        self.grad_factor = float(scale) if grad_scaling else None
         self.down = _linear(width, dim)
         self.up = _linear(dim, width)
         self.scale = nn.Parameter(torch.tensor(float(scale)), requires_grad=learn_scale)
@@ -51,10 +79,14 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor, shared: nn.Module) -> Tensor:
         """x [..., D] -> [..., D] in fp32, whatever the backbone's precision."""
         with torch.autocast(device_type=x.device.type, enabled=False):  # fp32 master weights compute in fp32
-            y = F.relu(self.down(x.float()))
+            x = x.float()
+            if self.grad_factor is not None:
+                x = _ScaledGradient.apply(x, self.grad_factor)
+            y = F.relu(self.down(x))
             y = F.relu(shared(y))
             # scale * up(y), with the scale on r numbers a token and not on D: its gradient then needs y [..., r] only.
-            return F.linear(self.scale * y, self.up.weight, self.scale * self.up.bias)
+            y = F.linear(self.scale * y, self.up.weight, self.scale * self.up.bias)
+            return y if self.grad_factor is None else _ScaledGradient.apply(y, 1.0 / self.grad_factor)
 
 
 class CrossModalAdapter(nn.Module):
@@ -68,9 +100,10 @@ class CrossModalAdapter(nn.Module):
         share: for a visual block, the number of the shared middle layer it uses; by default its own number. Text
             blocks always use the layer of their own number.
         learn_scale: whether the scales are learnt (DLR-CLIP) or stay what they are (MMA).
+        grad_scaling: see the head of this file; the factor is `scale`, also where scales are learnt.
 
     Raises:
-        ValueError: no block to adapt in an encoder, or a bottleneck width below 1.
+        ValueError: no block to adapt in an encoder, a bottleneck width below 1, or gradient scaling with scale 0.
     """
 
     def __init__(
@@ -82,6 +115,7 @@ class CrossModalAdapter(nn.Module):
         scale: float = 0.01,
         share: Mapping[int, int] | None = None,
         learn_scale: bool = True,
+        grad_scaling: bool = False,
     ) -> None:
         super().__init__()
         if dim < 1:
@@ -93,8 +127,9 @@ class CrossModalAdapter(nn.Module):
             )
         self.share = {block: (share or {}).get(block, block) for block in visual}
         self.shared = nn.ModuleDict({str(i): _linear(dim, dim) for i in sorted({*self.share.values(), *text})})
-        self.visual = nn.ModuleDict({str(i): Bottleneck(visual[i], dim, scale, learn_scale) for i in sorted(visual)})
-        self.text = nn.ModuleDict({str(i): Bottleneck(text[i], dim, scale, learn_scale) for i in sorted(text)})
+        own = (dim, scale, learn_scale, grad_scaling)
+        self.visual = nn.ModuleDict({str(i): Bottleneck(visual[i], *own) for i in sorted(visual)})
+        self.text = nn.ModuleDict({str(i): Bottleneck(text[i], *own) for i in sorted(text)})
 
     def adapt_tokens(self, block: int, x: Tensor) -> Tensor | None:
         """Visual transformer: ln_1(x) [B, N, D] entering `block` -> what is added to its output; None: not adapted."""
@@ -123,9 +158,15 @@ class CrossModalAdapter(nn.Module):
 
 
 def build_adapter(
-    clip: CLIP, start: int, end: int, dim: int, scale: float, learn_scale: bool = True
+    clip: CLIP,
+    start: int,
+    end: int,
+    dim: int,
+    scale: float,
+    learn_scale: bool = True,
+    grad_scaling: bool = False,
 ) -> CrossModalAdapter:
-    """The cross-modal adapter for blocks `start` to `end` of both encoders, `end` clipped to each one's depth.
+    """Return the cross-modal adapter for blocks `start` to `end` of both encoders, `end` clipped to each one's depth.
 
     A ResNet's residual blocks do not count like transformer blocks: there, all blocks of the last two stages are
     adapted and their middle layers are tied to the last text blocks in order; `start` and `end` act on the text.
@@ -138,11 +179,12 @@ def build_adapter(
         raise ValueError(
             f"Expected the first adapted block (START) to be at most {depth}, the depth of {clip.name}, but got {start}"
         )
+    kinds: dict[str, Any] = {"dim": dim, "scale": scale, "learn_scale": learn_scale, "grad_scaling": grad_scaling}
     text = {i: clip.text.widths[i] for i in range(start, min(end, clip.text.depth) + 1)}
     if clip.visual.kind == "vit":
         visual = {i: clip.visual.widths[i] for i in range(start, min(end, clip.visual.depth) + 1)}
-        return CrossModalAdapter(visual, text, dim=dim, scale=scale, learn_scale=learn_scale)
+        return CrossModalAdapter(visual, text, **kinds)
     blocks = list(clip.visual.adaptable)
     visual = {i: clip.visual.widths[i] for i in blocks}
     share = share_in_order(blocks, list(text))
-    return CrossModalAdapter(visual, text, dim=dim, scale=scale, share=share, learn_scale=learn_scale)
+    return CrossModalAdapter(visual, text, share=share, **kinds)

@@ -10,6 +10,7 @@ ROBUST_HEAD = "robust"  # the sixth, where TRAINER.DLRCLIP.FUSION is robust
 FUSIONS = ("learned", "robust")
 PRECISIONS = ("fp32", "fp16", "amp", "bf16")
 GLR_MODES = ("dense", "shared")
+BETA_TIES = ("weight", "smallest")
 
 
 def add_dlrclip_config(cfg: Any) -> None:
@@ -40,10 +41,17 @@ def add_dlrclip_config(cfg: Any) -> None:
 
     # CMA
     node.TEXT_CTX_INIT = "a photo of a"  # prompt of the adapted text branch: "<this> <class>."
+    # The source's encoder, which applies the adapters, is not public: what is marked "guess" may be other there.
     node.START = 5  # first adapted block, counted from 1 (source: 5)
-    node.END = 12  # last adapted block, at least START; clipped to each encoder's depth (source: 12)
+    # Last adapted block, at least START; clipped to each encoder's depth (source: 12). Guess: that this means eight
+    # blocks, 5 to 12. The source's cma.py builds seven adapters, numbered 5 to 11, of encoders with 12 blocks: END 11
+    # where blocks are counted from 1 there, as its "index 0" suggests, START 6 where they are counted from 0.
+    node.END = 12
     node.DIM = 32  # bottleneck width r, at least 1 (source: 32)
-    node.SCALE = 0.01  # initial value of the learnable scale of each block's adapter, finite (source: 0.01)
+    node.SCALE = 0.01  # (initial) value of the scale of each block's adapter, finite (source: 0.01)
+    node.LEARN_SCALE = True  # guess: the scales are learnt (source: its README says so, its cma.py keeps a number)
+    # Adapters' weights get 1 / SCALE times their gradient, as in MMA, whose adapters these are. Guess: they do not.
+    node.GRAD_SCALING = False
 
     # GLR
     # dense: layers of the size of the class list, as in the source; on other classes GLR passes zero-shot logits on.
@@ -56,8 +64,10 @@ def add_dlrclip_config(cfg: Any) -> None:
     node.FIXED_ALPHA = None  # in [0, 1]: replaces the gate alpha; None: learnt
 
     # Fusion
-    node.FUSION_DIM = 128  # hidden width of the fusion gate, at least 1 (our choice: the source leaves it open)
+    node.FUSION_DIM = 128  # hidden width of the fusion gate, at least 1 (guess: the source's gate is not public)
     node.FIXED_WEIGHT = None  # in [0, 1]: replaces the fusion weight w; None: learnt
+    # Which of equally good betas is taken: weight (the one nearest to the mean learnt w; ours) | smallest (source).
+    node.BETA_TIES = "weight"
 
     # learned: the five heads. robust: a sixth head beside them, which leans to zero-shot CLIP where signs that need no
     # label speak against the adapted branch; fitted after training to validation images and corruptions of them (ours).
@@ -128,7 +138,7 @@ def check_dlrclip_config(cfg: Any) -> None:
         _check_whole(cfg.INPUT, "VIEWS", 0, path="INPUT")
         _check_number(cfg.INPUT, "VIEWS_MEMORY", 0, path="INPUT")
     node = cfg.TRAINER.DLRCLIP
-    for key in ("CMA", "GLR", "SKD", "CHECKPOINTING", "COMPILE"):
+    for key in ("CMA", "GLR", "SKD", "CHECKPOINTING", "COMPILE", "LEARN_SCALE", "GRAD_SCALING"):
         if not isinstance(node[key], bool):
             raise ValueError(f"Expected TRAINER.DLRCLIP.{key} to be True or False but got {node[key]!r}")
     if not (node.CMA or node.GLR):
@@ -137,6 +147,7 @@ def check_dlrclip_config(cfg: Any) -> None:
     _check_choice(node, "FUSION", FUSIONS)
     _check_choice(node, "HEAD", HEADS if node.FUSION == "learned" else (*HEADS, ROBUST_HEAD))
     _check_choice(node, "GLR_MODE", GLR_MODES)
+    _check_choice(node, "BETA_TIES", BETA_TIES)
     if not isinstance(node.TEXT_CTX_INIT, str) or not node.TEXT_CTX_INIT.strip() or "{" in node.TEXT_CTX_INIT:
         raise ValueError(
             "Expected TRAINER.DLRCLIP.TEXT_CTX_INIT to be the words before the class name, such as 'a photo of a', "
@@ -151,6 +162,8 @@ def check_dlrclip_config(cfg: Any) -> None:
         )
     for key in ("SCALE", "RES_SCALE"):
         _check_number(node, key, -math.inf)
+    if node.GRAD_SCALING and node.SCALE == 0:
+        raise ValueError("Expected TRAINER.DLRCLIP.SCALE not to be 0 where .GRAD_SCALING is True but got 0")
     for key in ("FIXED_ALPHA", "FIXED_WEIGHT"):
         if node[key] is not None:
             _check_number(node, key, 0, 1)

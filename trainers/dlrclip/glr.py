@@ -125,7 +125,7 @@ def best_beta(
     Args:
         cma_logits, glr_logits: [B, C].
         labels: [B], class numbers.
-        prefer: the mean learnt fusion weight.
+        prefer: the mean learnt fusion weight; or 0, for the smallest.
     """
     if len(labels) == 0:
         raise ValueError("Expected at least one image to choose beta on but got none")

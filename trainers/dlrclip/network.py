@@ -158,7 +158,7 @@ class DLRCLIPNetwork(nn.Module):
         templates: zero-shot prompt templates, each with one "{}".
         cma, glr, skd: switches.
         context: words before the class name in the prompt of the adapted branch.
-        start, end, dim, scale: see `build_adapter` and CrossModalAdapter.
+        start, end, dim, scale, learn_scale, grad_scaling: see `build_adapter` and CrossModalAdapter.
         shared: see DLRCLIPLearner.
         glr_dim, res_scale, fixed_alpha: see GateLogitRefiner and SharedRefiner.
         fusion_dim, fixed_weight: see DLRCLIPLearner.
@@ -189,6 +189,8 @@ class DLRCLIPNetwork(nn.Module):
         end: int = 12,
         dim: int = 32,
         scale: float = 0.01,
+        learn_scale: bool = True,
+        grad_scaling: bool = False,
         shared: bool = False,
         glr_dim: int = 512,
         res_scale: float = 0.01,
@@ -210,7 +212,7 @@ class DLRCLIPNetwork(nn.Module):
         self.clip = clip
         self.templates = list(templates)
         self.context = context.strip()
-        adapter = build_adapter(clip, start, end, dim, scale) if cma else None
+        adapter = build_adapter(clip, start, end, dim, scale, learn_scale, grad_scaling) if cma else None
         facts: dict[str, Any] = {"backbone": clip.name, "weights_digest": clip.weights_digest}
         if cma:
             facts["context"] = self.context

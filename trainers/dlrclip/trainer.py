@@ -21,7 +21,7 @@ from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler
 from dassl.utils import load_checkpoint
 
-from ..clip import CLIP, templates_for
+from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from ..clip.features import ImageEncoder, KnownFeatures, collect_features
 from ..common import CLIPTrainer, build_optimizer_with_eps, checkpoint_path, count_steps
 from ..feature_slot import feature_slot
@@ -57,6 +57,8 @@ class DLRCLIP(CLIPTrainer):
 
     network: DLRCLIPNetwork
     node_name = "DLRCLIP"
+    drop_last = False
+    imagenet_templates = IMAGENET_TEMPLATES_SELECT
 
     # Configuration
 
@@ -89,7 +91,7 @@ class DLRCLIP(CLIPTrainer):
         self.network = DLRCLIPNetwork(
             clip,
             classnames,
-            templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE),
+            self.templates(),
             cma=node.CMA,
             glr=node.GLR,
             skd=node.SKD,
@@ -98,6 +100,8 @@ class DLRCLIP(CLIPTrainer):
             end=node.END,
             dim=node.DIM,
             scale=node.SCALE,
+            learn_scale=node.LEARN_SCALE,
+            grad_scaling=node.GRAD_SCALING,
             shared=node.GLR_MODE == "shared",
             glr_dim=node.GLR_DIM if node.GLR_MODE == "dense" else node.SHARED_DIM,
             res_scale=node.RES_SCALE,
@@ -258,7 +262,8 @@ class DLRCLIP(CLIPTrainer):
             value, n, on = mean, 0, f"mean learnt w ({reason})"
         else:
             logits, labels = self._collect(self.val_loader)
-            beta = best_beta(logits["cma"], logits["glr"], labels, prefer=mean)
+            prefer = mean if self.cfg.TRAINER.DLRCLIP.BETA_TIES == "weight" else 0.0
+            beta = best_beta(logits["cma"], logits["glr"], labels, prefer=prefer)
             value, n, on = beta.value, len(labels), "val"
             self.write_scalar("val/fused_at_beta", beta.accuracy, self.epoch)
         learner.beta.fill_(value)

@@ -25,7 +25,7 @@ from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY
 from dassl.optim import build_optimizer
 
-from ..clip import CLIP
+from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from ..common import EncoderTrainer, step_left_out
 from ..files import write_png, write_text
 from .adapters import FILE_NAME, save_adapters
@@ -54,6 +54,7 @@ class AdapterTrainer(EncoderTrainer):
     train_loader_x: Any
     model_name = "imo"
     main_head = "adapted"
+    imagenet_templates = IMAGENET_TEMPLATES_SELECT
     per_step = True
 
     # Building

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -6,7 +8,9 @@ from torch.utils.data import DataLoader
 from trainers.clip.features import (
     FeatureLoader,
     FeatureSet,
+    ImageEncoder,
     KnownFeatures,
+    Mirror,
     OneStep,
     SeededViews,
     TrainingFeatures,
@@ -169,3 +173,31 @@ def test_every_view_in_one_pass():
 def test_one_step():
     (batch,) = OneStep(make_training())
     assert batch["label"].tolist() == list(range(7))
+
+
+@pytest.mark.parametrize(("steps", "sizes"), [(0, [3, 3]), (5, [3, 3, 3, 3, 3])])
+def test_the_last_batch_of_a_pass_may_be_left_out(steps, sizes):
+    training = make_training(steps=steps, drop_last=True)
+    batches = list(training)
+    assert [len(batch["label"]) for batch in batches] == sizes and len(training) == len(sizes)
+    rows = torch.cat([batch["index"] for batch in batches[:2]]).tolist()
+    assert len(set(rows)) == 6
+    known = FeatureSet(torch.zeros(1, 2, 1), torch.arange(2), ())
+    assert [len(b["label"]) for b in TrainingFeatures(lambda: known, 2, 3, seed=1, drop_last=True)] == [2]
+
+
+def test_mirror():
+    image = torch.arange(24.0).view(2, 3, 4)
+    want = torch.stack([torch.stack([torch.tensor(row.tolist()[::-1]) for row in channel]) for channel in image])
+    assert torch.equal(Mirror()(image), want)
+    assert "0x" not in repr(Mirror())
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_encoder(make_clip, raw):
+    clip = make_clip()
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    encoder = ImageEncoder(clip, "fp32", contextlib.nullcontext)
+    got = (encoder.raw() if raw else encoder)(images)
+    want = clip.encode_image(images)
+    torch.testing.assert_close(got, want if raw else want / want.pow(2).sum(1, keepdim=True).sqrt())

@@ -26,6 +26,38 @@ def test_formula_on_both_sides():
     assert adapter.adapt_text(4, text) is None
 
 
+@pytest.mark.parametrize("scale", [0.001, 0.1, 3.0, -0.5])
+@pytest.mark.parametrize("learn_scale", [True, False])
+def test_gradient_scaling(scale, learn_scale):
+    """What lies before gets the true gradient, what the adapter learns 1 / scale times its own; the output is equal."""
+
+    def run(grad_scaling):
+        torch.manual_seed(0)
+        adapter = CrossModalAdapter(
+            {2: 10, 3: 10}, {2: 6, 3: 6}, dim=4, scale=scale, learn_scale=learn_scale, grad_scaling=grad_scaling
+        )
+        for parameter in adapter.parameters():  # a scale that has been learnt on: the factor stays the initial one
+            if learn_scale and parameter.ndim == 0:
+                parameter.data *= 1.5
+        image, text = torch.randn(2, 5, 10).requires_grad_(), torch.randn(3, 7, 6).requires_grad_()
+        out = torch.cat(
+            [
+                adapter.adapt_tokens(3, adapter.adapt_tokens(2, image)).flatten(),
+                adapter.adapt_text(3, adapter.adapt_text(2, text)).flatten(),
+            ]
+        )
+        learnt = [p for p in adapter.parameters() if p.requires_grad]
+        grads = torch.autograd.grad((out * torch.linspace(-1, 2, len(out))).sum(), [image, text, *learnt])
+        return out, grads[:2], grads[2:]
+
+    (plain, before, own), (out, scaled_before, scaled_own) = run(False), run(True)
+    assert torch.equal(plain, out)
+    for want, got in zip(before, scaled_before, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    for want, got in zip(own, scaled_own, strict=True):
+        torch.testing.assert_close(got, want / scale, rtol=1e-4, atol=1e-5 * float((want / scale).abs().max()))
+
+
 def test_middle_layer_is_one_for_both_encoders():
     adapter = CrossModalAdapter({2: 10}, {2: 6}, dim=4, scale=1.0)
     assert set(adapter.shared) == {"2"}
@@ -86,3 +118,5 @@ def test_errors():
         CrossModalAdapter({1: 8}, {1: 8}, dim=0)
     with pytest.raises(ValueError, match="at least one block"):
         CrossModalAdapter({}, {1: 8})
+    with pytest.raises(ValueError, match="scale other than 0 but got 0"):
+        CrossModalAdapter({1: 8}, {1: 8}, scale=0.0, grad_scaling=True)

@@ -2,6 +2,7 @@
 
 import shutil
 
+import pytest
 import torch
 from random_clip import NAMES
 
@@ -9,7 +10,8 @@ from trainers.dlrclip import network
 from trainers.dlrclip.network import DLRCLIPNetwork
 
 
-def test_compiled_training_step_is_the_plain_one(make_clip, images, labels, monkeypatch):
+@pytest.mark.parametrize("grad_scaling", [False, True])
+def test_compiled_training_step_is_the_plain_one(make_clip, images, labels, monkeypatch, grad_scaling):
     if not any(map(shutil.which, ("g++", "clang++", "cl"))):  # then all but the code generator
         compile = torch.compile
         monkeypatch.setattr(network.torch, "compile", lambda function: compile(function, backend="aot_eager"))
@@ -17,7 +19,7 @@ def test_compiled_training_step_is_the_plain_one(make_clip, images, labels, monk
     for compiled in (False, True):
         torch.manual_seed(0)
         clip = make_clip(vision_layers=1, text_layers=1)
-        settings = {"start": 1, "end": 1, "dim": 8, "scale": 0.5, "glr_dim": 8}
+        settings = {"start": 1, "end": 1, "dim": 8, "scale": 0.5, "glr_dim": 8, "grad_scaling": grad_scaling}
         net = DLRCLIPNetwork(clip, NAMES, ["a photo of a {}."], **settings, compile=compiled).train()
         loss = sum(net.losses(net(images), labels).values())
         loss.backward()

@@ -63,6 +63,9 @@ def test_plain_yacs_nodes_are_extended_in_kind():
         (("FUSION_DIM", 0), "FUSION_DIM to be a whole number"),
         (("SCALE", float("nan")), "SCALE to be a number, finite, but got nan"),
         (("RES_SCALE", float("inf")), "RES_SCALE to be a number"),
+        (("LEARN_SCALE", 0), "LEARN_SCALE to be True or False but got 0"),
+        (("GRAD_SCALING", "on"), "GRAD_SCALING to be True or False but got 'on'"),
+        (("BETA_TIES", "largest"), "BETA_TIES to be one of weight, smallest but got 'largest'"),
         (("FIXED_ALPHA", 1.5), "FIXED_ALPHA to be a number, at least 0 and at most 1, but got 1.5"),
         (("FIXED_WEIGHT", "half"), "FIXED_WEIGHT to be a number, at least 0 and at most 1, but got 'half'"),
         (("LAMBDA", -0.1), "LAMBDA to be a number, at least 0, but got -0.1"),
@@ -79,6 +82,14 @@ def test_each_key_is_checked(cfg, pair, message):
         node = node[name]
     node[last] = pair[1]
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        check_dlrclip_config(cfg)
+
+
+def test_gradient_scaling_needs_a_scale(cfg):
+    cfg.TRAINER.DLRCLIP.GRAD_SCALING = True
+    check_dlrclip_config(cfg)
+    cfg.TRAINER.DLRCLIP.SCALE = 0.0
+    with pytest.raises(ValueError, match="SCALE not to be 0 where .GRAD_SCALING is True"):
         check_dlrclip_config(cfg)
 
 

@@ -123,6 +123,17 @@ class TestBestBeta:
             value = best_beta(same, same, torch.arange(3), prefer=prefer).value
             assert abs(value - prefer) == pytest.approx(min(abs(b - prefer) for b in BETA_GRID))
 
+    def test_ties_as_in_the_source(self):
+        """A loop over the betas from 0 that keeps the first of the best."""
+        torch.manual_seed(1)
+        cma, glr, labels = torch.randn(8, 3), torch.randn(8, 3), torch.randint(3, (8,))
+        first, most = 0.0, -1
+        for b in BETA_GRID:
+            correct = int(((b * cma + (1 - b) * glr).argmax(1) == labels).sum())
+            if correct > most:
+                first, most = b, correct
+        assert best_beta(cma, glr, labels, prefer=0.0).value == first
+
     def test_brute_force(self):
         torch.manual_seed(0)
         cma, glr, labels = torch.randn(30, 4), torch.randn(30, 4), torch.randint(4, (30,))

@@ -38,6 +38,28 @@ def steps(trainer, before=lambda: None):
 NO_TEST = ("TEST.NO_TEST", True)
 
 
+def test_the_guesses_have_keys(make, monkeypatch):
+    """Fixed scales, scaled gradients, fewer blocks, the smallest of equal betas: as the source may have it."""
+    node, grads = "TRAINER.DLRCLIP.", []
+    open_ = (f"{node}LEARN_SCALE", False, f"{node}GRAD_SCALING", True, f"{node}BETA_TIES", "smallest")
+    for pairs in ((), open_):
+        trainer = make(*NO_TEST, *pairs, f"{node}SCALE", 0.1)
+        network = trainer.network.train()
+        images, labels = trainer.parse_batch_train(next(iter(trainer.train_loader_x)))
+        torch.stack(list(network.losses(network(images), labels).values())).sum().backward()
+        grads.append({name: p.grad for name, p in network.learner.cma.named_parameters() if p.requires_grad})
+    plain, scaled = grads
+    assert {name for name in plain if name not in scaled} == {name for name in plain if name.endswith(".scale")}
+    for name, grad in scaled.items():
+        torch.testing.assert_close(grad, plain[name] / 0.1, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
+    preferred = []
+    chosen = lambda *logits, prefer: preferred.append(prefer) or best_beta(*logits, prefer=prefer)  # noqa: E731
+    monkeypatch.setattr("trainers.dlrclip.trainer.best_beta", chosen)
+    trainer.choose_beta()
+    assert preferred == [0.0]
+    assert set(make(f"{node}END", 2).network.learner.cma.shared) == {"2"}
+
+
 class TestTraining:
     def test_a_run(self, make, tmp_path, monkeypatch):
         scalars = {}

@@ -28,6 +28,7 @@ import train
 import trainers
 from dassl.config import differing, get_cfg_default, plain_config
 from dassl.data.datasets import build_dataset
+from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError
 from scripts.jobs import CONSOLE, NOT_STARTED, Step, claimed, finished, open_console
 
@@ -82,6 +83,7 @@ class Run:
         self._check_settings(cfg)
         metrics: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
         self._check_data(cfg, metrics)
+        self._check_recipe(cfg, metrics)
         return metrics
 
     def cfg(self) -> Any:
@@ -96,6 +98,14 @@ class Run:
             raise InputError(
                 f'Expected the finished run in "{self.folder}" to have the settings asked for but it has other values '
                 f"of {', '.join(others)}: move it away, or choose another output folder"
+            )
+
+    def _check_recipe(self, cfg: Any, metrics: dict[str, Any]) -> None:
+        there, here = int(metrics.get("recipe", 1)), int(TRAINER_REGISTRY.get(cfg.TRAINER.NAME).recipe)
+        if there != here:
+            raise InputError(
+                f'Expected the finished run in "{self.folder}" to be of recipe {here} of {cfg.TRAINER.NAME} but it is '
+                f"of recipe {there}, whose numbers were others: move it away, or choose another output folder"
             )
 
     def _check_data(self, cfg: Any, metrics: dict[str, Any]) -> None:

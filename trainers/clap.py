@@ -74,6 +74,7 @@ class CLAPLearner(FeatureLearner):
 class CLAP(FeatureTrainer):
     """The class-adaptive linear probe."""
 
+    recipe = 2
     node_name = "CLAP"
     model_name = "clap"
     main_head = "clap"

@@ -143,6 +143,7 @@ class LoRAClassifier(Classifier):
 class CLIPLoRA(EncoderTrainer):
     """Low-rank few-shot adaptation. Training is counted in steps: the number of epochs follows from it."""
 
+    recipe = 2
     node_name = "CLIPLORA"
     model_name = "lora"
     main_head = "lora"

@@ -37,6 +37,7 @@ class CLIPTrainer(TrainerX):
     What the engine may ask for beside the usual methods: `model_heads`, `main_head`, `reference_head`, `selected`.
     """
 
+    recipe = 1  # raised when the same settings give other numbers than before; the engine then tells runs apart
     node_name = ""
     main_head = ""
     reference_head = "clip"

@@ -59,6 +59,7 @@ class CrossModalLearner(FeatureLearner):
 class CrossModalProbe(FeatureTrainer):
     """A linear classifier trained on image and text features."""
 
+    recipe = 2
     node_name = "CROSSMODAL"
     model_name = "cross_modal"
     main_head = "probe"

@@ -247,6 +247,7 @@ class DirichletLearner(FeatureLearner):
 class EMDirichlet(FeatureTrainer):
     """Transductive: every set of test images (all of them, or tasks) is classified as a whole."""
 
+    recipe = 2
     node_name = "EMDIRICHLET"
     model_name = "em_dirichlet"
     main_head = "em"

@@ -132,6 +132,7 @@ class AdapterLearner(FeatureLearner):
 class CLIPAdapter(FeatureTrainer):
     """A bottleneck on image features."""
 
+    recipe = 2
     node_name = "CLIPADAPTER"
     model_name = "adapter"
     main_head = "adapter"

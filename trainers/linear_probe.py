@@ -146,6 +146,7 @@ class ProbeLearner(FeatureLearner):
 class LinearProbe(FeatureTrainer):
     """Logistic regression on image features, or the zero-shot weights trained further."""
 
+    recipe = 2
     node_name = "LINEARPROBE"
     model_name = "probe"
     main_head = "probe"

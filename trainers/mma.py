@@ -100,6 +100,7 @@ class MMAClassifier(Classifier):
 class MMA(EncoderTrainer):
     """Multi-modal adapter."""
 
+    recipe = 2
     node_name = "MMADAPTER"
     model_name = "adapter_learner"  # as published
     main_head = "mma"

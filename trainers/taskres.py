@@ -53,6 +53,7 @@ class TaskResLearner(FeatureLearner):
 class TaskRes(FeatureTrainer):
     """A residual on the class weights, trained by cross-entropy."""
 
+    recipe = 2
     node_name = "TASKRES"
     model_name = "taskres"
     main_head = "taskres"

@@ -107,6 +107,7 @@ def add_tip_config(cfg: Any, name: str, grid: str = "tip") -> None:
 class TipAdapter(FeatureTrainer):
     """The training-free cache."""
 
+    recipe = 2
     node_name = "TIPADAPTER"
     model_name = "tip"
     main_head = "tip"

@@ -87,7 +87,13 @@ class TrainerBase:
     The methods ``before_train``, ``before_epoch``, ``run_epoch``, ``after_epoch``, ``after_train`` are there to be
     overridden; hooks hear of events through ``call_hooks``, so that a trainer that overrides one of the methods without
     calling its parent loses only what that method did.
+
+    Attributes:
+        recipe: number of the method's recipe, raised when the same settings give other numbers than before. Runs of
+            another recipe are neither gone on with nor taken for this one's.
     """
+
+    recipe = 1
 
     def __init__(self) -> None:
         self._models: OrderedDict[str, nn.Module] = OrderedDict()
@@ -412,6 +418,7 @@ class TrainerBase:
         config: Any = getattr(self, "cfg", None)
         if hasattr(config, "dump"):
             own["config"] = config.dump()
+        own["recipe"] = self.recipe
         return {
             "selected": self.selected,
             "precision": self.precision.state_dict(),

@@ -32,6 +32,7 @@ __all__ = [
     "batches_from",
     "check_config",
     "check_data",
+    "check_recipe",
     "has_checkpoints",
     "named_newest",
     "newest_good",
@@ -186,6 +187,27 @@ def check_config(found: Found, cfg: Any) -> None:
             "choose another OUTPUT_DIR (--output-dir), or force it (TRAIN.FORCE_RESUME True; train.py: --force-resume)"
         )
     logger.warning("Resuming is forced with other settings, so the result is not that of either run: %s", listed)
+
+
+def check_recipe(found: Found, recipe: int, cfg: Any) -> None:
+    """Compare the recipe that a checkpoint was made by with the present one.
+
+    Files of earlier versions, which do not tell it, are of the first.
+
+    Raises:
+        InputError: it is another, and TRAIN.FORCE_RESUME is off.
+    """
+    path, checkpoint = next(iter(found.values()))
+    engine = checkpoint.get("engine") or {}
+    there = int(engine.get("recipe", 1))
+    if not engine or there == recipe:  # without that entry it is upstream's
+        return
+    if not cfg.TRAIN.FORCE_RESUME:
+        raise InputError(
+            f'Expected "{path}" to be made by recipe {recipe} of {cfg.TRAINER.NAME} but got {there}, of another '
+            "version of this project: choose another OUTPUT_DIR (--output-dir), or force it (TRAIN.FORCE_RESUME True)"
+        )
+    logger.warning("Resuming is forced with recipe %d of a run begun by recipe %d", recipe, there)
 
 
 def check_data(found: Found, digest: str) -> None:

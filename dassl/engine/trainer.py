@@ -49,7 +49,7 @@ from .hooks.losses import WHAT_HELPS, as_numbers, fault_of
 from .net import SimpleNet
 from .parallel import copy_from_main, own_draws
 from .predictions import MEGABYTE, Recorder
-from .resume import batches_from, check_config, check_data
+from .resume import batches_from, check_config, check_data, check_recipe
 from .state import EpochStats, count_images
 
 logger = logging.getLogger(__name__)
@@ -181,6 +181,7 @@ class SimpleTrainer(TrainerBase):
         found = self._find_checkpoint(Path(self.cfg.RESUME or self.cfg.OUTPUT_DIR))
         if found is not None:
             check_data(found, data_digest(self.dm))  # before anything of that run is written over
+            check_recipe(found, self.recipe, self.cfg)
             check_config(found, self.cfg)
         super().train(self.start_epoch, self.max_epoch)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dassl.engine import TRAINER_REGISTRY
 from scripts.compare import main
 from scripts.grid import digest_of_data
 from scripts.methods import choose_methods, methods_with
@@ -57,6 +58,13 @@ def test_a_finished_run_with_other_settings_is_not_taken(output, capsys):
     assert main([*arguments, "TRAINER.LINEARPROBE.C", "7.0"]) == 2
     assert "TRAINER.LINEARPROBE.C" in capsys.readouterr().err
     assert main([*arguments, "--read-only", "TRAIN.PRINT_FREQ", "3"]) == 0  # that changes no number
+
+
+def test_a_finished_run_of_another_recipe_is_not_taken(output, capsys, monkeypatch):
+    arguments = ["--shots", "1", "--seeds", "1", "--trainers", "LinearProbe", "--output", str(output)]
+    monkeypatch.setattr(TRAINER_REGISTRY.get("LinearProbe"), "recipe", 77)
+    assert main([*arguments, "--read-only"]) == 2
+    assert "to be of recipe 77 of LinearProbe but it is of recipe 2" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):

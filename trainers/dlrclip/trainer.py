@@ -56,6 +56,7 @@ class DLRCLIP(CLIPTrainer):
     """
 
     network: DLRCLIPNetwork
+    recipe = 2
     node_name = "DLRCLIP"
     drop_last = False
     imagenet_templates = IMAGENET_TEMPLATES_SELECT

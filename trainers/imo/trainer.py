@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 class AdapterTrainer(EncoderTrainer):
     """What both trainers share: seeded batches, measures on held-out generic images, the adapters' file."""
 
+    recipe = 2
     network: IMONetwork
     train_loader_x: Any
     model_name = "imo"

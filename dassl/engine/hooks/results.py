@@ -96,6 +96,7 @@ class Results(HookBase):
         main = evaluation.heads.get(evaluation.main, {}) if evaluation is not None else {}
         return {
             "trainer": cfg.TRAINER.NAME,
+            "recipe": trainer.recipe,
             "dataset": cfg.DATASET.NAME,
             "shots": cfg.DATASET.NUM_SHOTS,
             "train_images": count_images(trainer),

@@ -97,6 +97,16 @@ def test_resume_from_another_folder(build, tmp_path):
     assert trainer.start_epoch == 3 and (tmp_path / "second" / "net" / "model.pth.tar-5").is_file()
 
 
+def test_a_run_of_another_recipe_is_not_gone_on_with(build, tmp_path, monkeypatch):
+    build().train()
+    first = type(build())
+    monkeypatch.setattr(first, "recipe", 2)
+    with pytest.raises(InputError, match="made by recipe 2 of Linear but got 1, of another version"):
+        build().train()
+    build("Linear", "TRAIN.FORCE_RESUME", True).train()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["recipe"] == 2
+
+
 def test_a_folder_given_to_resume_from_must_have_something(build, tmp_path):
     trainer = build("Linear", "RESUME", str(tmp_path / "nothing"))
     with pytest.raises(InputError, match='Expected RESUME to be a folder with "net/checkpoint" in it'):

@@ -133,6 +133,8 @@ def class_names(folder: Path, keys: Sequence[str]) -> dict[str, str]:
 def _from_json(path: Path, keys: Sequence[str]) -> dict[str, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=partial(_once, path))
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"Expected {path} to be a readable JSON file but got: {error}") from error
     values = list(content.values()) if isinstance(content, dict) else content

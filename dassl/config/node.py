@@ -17,6 +17,7 @@ from dassl.utils.tools import did_you_mean
 BASE_KEY = "_BASE_"
 MAX_VALUES = 10_000  # of a file, what aliases repeat counted as often as it is repeated; the defaults have some 300
 _SEQUENCES = (list, tuple)
+_NULLABLE: set[str] = set()  # settings, with dots, whose default is None: they may be given back to it
 _TEXT_OR_LIST: set[str] = set()  # settings, with dots, that are a text or a list of texts
 
 
@@ -204,7 +205,10 @@ def _merge(into: YacsNode, values: Mapping[str, Any], parents: tuple[str, ...]) 
 
 def _coerce(value: Any, old: Any, name: str) -> Any:
     """``value`` in the type of the default ``old``: int becomes float, list and tuple interchange, else InputError."""
-    if old is None or type(value) is type(old):
+    if old is None:
+        _NULLABLE.add(name)
+        return value
+    if type(value) is type(old) or (value is None and name in _NULLABLE):
         return value
     if value is None:
         raise InputError(

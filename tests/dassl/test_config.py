@@ -227,6 +227,13 @@ def test_no_value_is_no_value(tmp_path, key, default):
             merge(cfg)
 
 
+def test_a_setting_whose_default_is_none_may_be_given_back_to_it():
+    cfg = get_cfg_default()
+    cfg.OPTIM.EXTRA = None
+    cfg.merge_from_list(["OPTIM.EXTRA", "0.5", "OPTIM.EXTRA", "None"])
+    assert cfg.OPTIM.EXTRA is None
+
+
 def test_a_section_whose_lines_are_commented_out_changes_nothing(tmp_path):
     cfg = get_cfg_default()
     cfg.merge_from_file(write(tmp_path / "a.yaml", "OPTIM:\n  # LR: 1.0\nINPUT:\nSEED: 3\n"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections import OrderedDict
@@ -17,11 +16,12 @@ from dassl.data.sharding import Share
 from dassl.utils import distributed, load_checkpoint, save_checkpoint, tolist_if_not
 from dassl.utils.torchtools import BEST_NAME, checkpoint_entry, load_into, restore
 
-from .evaluate import Evaluation, of_own_test
+from .evaluate import Evaluation
 from .finite import StepGuard
 from .generators import generator_states
 from .parallel import average_gradients, copy_from_main
 from .precision import Precision
+from .records import recorded_test, recorded_train
 from .resume import Found, Progress, has_checkpoints, newest_good, progress_state
 from .state import EpochStats
 
@@ -31,54 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _Names = str | Sequence[str] | None
-
-
-def recorded_train(train: Any) -> Any:
-    """Return a ``train`` method after which the run has its records, though the loop of TrainerBase may not have run.
-
-    Where it has not, hooks hear of the beginning (from ``before_train``, if the method calls ours, else at the end) and
-    of the end: config.yaml, metrics.json with what can be known, and DONE are written.
-    """
-
-    @functools.wraps(train)
-    def wrapped(self: TrainerBase, *args: Any, **kwargs: Any) -> Any:
-        outermost = self.phase == "idle"
-        self.own_loop = outermost
-        try:
-            result = train(self, *args, **kwargs)
-            if outermost and self.own_loop:  # our loop, had it run, would have said that it did
-                self.begin_records()
-                self.phase = "final"
-                self.call_hooks("finish")
-            return result
-        finally:
-            if outermost and self.own_loop:
-                self.phase = "idle"
-                self.call_hooks("close")
-                self.close_writer()
-
-    return wrapped
-
-
-def recorded_test(test: Any) -> Any:
-    """Return a ``test`` method after which ``evaluation`` tells what can be known, though ours may not have run.
-
-    Called outside of ``train``, it writes the run's result files, as ours does.
-    """
-
-    @functools.wraps(test)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        alone, before = self.phase == "idle", self.evaluation
-        result = test(self, *args, **kwargs)
-        if self.evaluation is before:
-            split = kwargs.get("split") or (args[0] if args else None) or self.cfg.TEST.SPLIT
-            self.evaluation = of_own_test(split, result, getattr(self, "evaluator", None))
-            if alone:
-                self.call_hooks("start")
-                self.call_hooks("finish")
-        return result
-
-    return wrapped
 
 
 class TrainerBase:

@@ -12,6 +12,19 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores: one thread each, or they spin
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")  # scripts/mark_slow.py writes it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that `pytest -m "not slow"` leaves out."""
+    slow = set(SLOW_TESTS.read_text(encoding="utf-8").split())
+    for item in items:
+        path, *names = item.nodeid.partition("[")[0].split("::")
+        module = ".".join([path.removesuffix(".py").replace("/", "."), *names[:-1]])
+        if f"{module}::{names[-1]}" in slow:
+            item.add_marker(pytest.mark.slow)
+
+
 # Six blocks like the bundled CLIP, so that its configs fit; everything else as small as it goes.
 RANDOM_TINY = {
     "embed_dim": 32,

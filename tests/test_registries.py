@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from dataset_trees import make_tree
 
 import datasets
 import trainers
-from dassl.config import get_cfg_default
+from dassl.config import clean_cfg, get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY, build_dataset
 from dassl.engine import TRAINER_REGISTRY, build_trainer
-from dassl.engine.hooks import HookBase
+from dassl.engine.evaluate import Evaluation
+from dassl.engine.hooks import HookBase, TensorBoard
 from dassl.utils import read_image, set_random_seed
 
 TRAINERS = TRAINER_REGISTRY.registered_names()
@@ -221,6 +223,29 @@ def test_configuration_may_be_extended_twice(name):
     for _ in range(2):
         datasets.extend_cfg(cfg)
         trainers.extend_cfg(cfg)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_s_settings_are_found_by_the_name_of_its_node(name, tmp_path):
+    """In TensorBoard's hyper-parameters, and where a configuration is cut down to one trainer's."""
+    cfg, trainer = make_cfg(tmp_path, "TRAINER.NAME", name), TRAINER_REGISTRY.get(name)
+    node = trainer.config_node()
+    written: dict[str, Any] = {}
+    writer = SimpleNamespace(add_hparams=lambda parameters, metrics, **options: written.update(parameters))
+    run = SimpleNamespace(
+        cfg=cfg, writer=writer, evaluation=Evaluation("test"), config_node=trainer.config_node, epoch=0
+    )
+    TensorBoard().after_train(run)
+    of_node = {key.split(".")[2] for key in written if key.startswith(f"TRAINER.{node}.")}
+    assert of_node == set(cfg.TRAINER[node]) and of_node
+    own = get_cfg_default()
+    before = set(own.TRAINER)
+    trainer.add_config(own)
+    assert set(own.TRAINER) - before <= {node}  # what the class declares is what it makes
+    short = cfg.clone()
+    short.defrost()
+    clean_cfg(short, name)
+    assert set(short.TRAINER) == {"NAME", node} and short.TRAINER[node] == cfg.TRAINER[node]
 
 
 @pytest.fixture

@@ -87,7 +87,17 @@ class TrainerBase:
     The methods ``before_train``, ``before_epoch``, ``run_epoch``, ``after_epoch``, ``after_train`` are there to be
     overridden; hooks hear of events through ``call_hooks``, so that a trainer that overrides one of the methods without
     calling its parent loses only what that method did.
+
+    Attributes:
+        node_name: the key below TRAINER that holds the method's settings; "": the class's name in upper case.
     """
+
+    node_name = ""
+
+    @classmethod
+    def config_node(cls) -> str:
+        """Return the key below TRAINER that holds the method's settings."""
+        return cls.node_name or cls.__name__.upper()
 
     def __init__(self) -> None:
         self._models: OrderedDict[str, nn.Module] = OrderedDict()

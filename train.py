@@ -1,10 +1,10 @@
 """Train or evaluate a registered trainer on a registered dataset, with the command line that such toolboxes have.
 
-    python train.py --trainer NAME --config-file FILE [flags] [KEY VALUE ...]
+    python train.py --trainer NAME (--config NAME | --config-file FILE) [flags] [KEY VALUE ...]
 
-Settings, later ones winning: defaults, --dataset-config-file, --config-file (but which dataset it is, is said by the
-dataset's file), named flags, KEY VALUE pairs. A flag that is not given changes nothing, and any value given counts, 0
-included.
+Settings, later ones winning: defaults, --dataset-config-file, --config or --config-file (but which dataset it is, is
+said by the dataset's file), named flags, KEY VALUE pairs. A flag that is not given changes nothing, and any value given
+counts, 0 included. --config tiny means the trainer's own file of that name: configs/trainers/<its folder>/tiny.yaml.
 Without a dataset, --root may be your own images; without --root, Digits is used.
 
 Several processes, on one machine (on several: torchrun's --nnodes and --rdzv-endpoint), that make up one run:
@@ -91,7 +91,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--source-domains", nargs="+", help="source domains of domain-adaptation datasets")
     parser.add_argument("--target-domains", nargs="+", help="target domains of domain-adaptation datasets")
     parser.add_argument("--transforms", nargs="+", help="names of the training transforms")
-    parser.add_argument("--config-file", help="YAML of the trainer")
+    parser.add_argument("--config", help="short name of one of the trainer's YAML files, such as tiny")
+    parser.add_argument("--config-file", help="YAML of the trainer (instead of --config)")
     parser.add_argument("--dataset-config-file", help="YAML of the dataset")
     parser.add_argument("--trainer", help="name of the trainer")
     parser.add_argument("--backbone", help="name of the backbone")
@@ -113,6 +114,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"Expected {misplaced[0]} to come before the KEY VALUE pairs")
     if len(args.opts) % 2:
         parser.error(f"Expected KEY VALUE pairs but {args.opts[-1]} has no value")
+    if args.config is not None and args.config_file is not None:
+        parser.error("Expected --config or --config-file but got both")
+    if args.config is not None and args.trainer is None:
+        parser.error("Expected --config to come with --trainer, whose files it means")
     if args.model_dir is not None and not args.eval_only:
         parser.error("Expected --model-dir to come with --eval-only (to continue a run, use --resume)")
     if args.load_epoch is not None and args.model_dir is None:
@@ -126,6 +131,9 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     datasets.extend_cfg(cfg)
     trainers.extend_cfg(cfg)
     default_output = cfg.OUTPUT_DIR
+    if args.config is not None:
+        _check_trainer(args.trainer)
+        args.config_file = str(trainers.find_config(args.trainer, args.config))
     for file in (args.dataset_config_file, args.config_file):
         if file is not None:
             cfg.merge_from_file(file)
@@ -136,7 +144,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     pairs = [*_flag_pairs(args), *args.opts]
     cfg.merge_from_list(pairs)
 
-    _check_name("--trainer (or TRAINER.NAME)", cfg.TRAINER.NAME, TRAINER_REGISTRY.registered_names(), trainers.ALIASES)
+    _check_trainer(cfg.TRAINER.NAME)
     trainers.complete_cfg(cfg, _given_keys(args, pairs, cfg.MODEL.BACKBONE.NAME))
     cfg.DATASET.NAME = cfg.DATASET.NAME or datasets.name_dataset(cfg.DATASET.ROOT)
     _check_name("the dataset (DATASET.NAME)", cfg.DATASET.NAME, DATASET_REGISTRY.registered_names())
@@ -163,6 +171,10 @@ def _given_keys(args: argparse.Namespace, pairs: Sequence[Any], backbone: str) -
         if keys.get("MODEL.BACKBONE.NAME", backbone) == backbone:
             found.update(keys)
     return found
+
+
+def _check_trainer(name: str) -> None:
+    _check_name("--trainer (or TRAINER.NAME)", name, TRAINER_REGISTRY.registered_names(), trainers.ALIASES)
 
 
 def _check_name(what: str, name: str, known: Sequence[str], aliases: Mapping[str, str] | None = None) -> None:
@@ -275,6 +287,8 @@ def build(args: argparse.Namespace, held: contextlib.ExitStack | None = None) ->
             trainer.load_model(args.model_dir or "", epoch=args.load_epoch)
         if distributed.is_main():  # not before: an error's one line would follow hundreds of others
             print_head(args, cfg)
+            if args.config_file is not None:
+                trainers.warn_if_for_another(args.config_file, cfg.TRAINER.NAME)
     except SETUP_ERRORS:
         close_logger()
         if lock is not None and log_file is not None and not args.debug:

@@ -84,6 +84,21 @@ def test_without_a_dataset_it_is_digits():
     assert cfg_of("--trainer", TRAINER).DATASET.NAME == "Digits"
 
 
+def test_a_short_name_means_the_trainer_s_own_file():
+    short, long = (cfg_of("--trainer", TRAINER, *flags) for flags in (("--config", "tiny"), ("--config-file", CONFIG)))
+    assert short == long  # the output folder, which is called after the file, too
+    assert "/tiny_" in short.OUTPUT_DIR
+
+
+def test_a_file_of_another_trainer_is_taken_with_a_warning(command, caplog):
+    assert train.main(command("--dry-run", "--trainer", "ZeroshotCLIP")) == 0
+    said = [message for message in caplog.messages if "is a configuration of" in message]
+    assert said == [f"{CONFIG} is a configuration of {TRAINER} but is used with ZeroshotCLIP"]
+    caplog.clear()
+    assert train.main(command("--dry-run")) == 0
+    assert not any("is a configuration of" in message for message in caplog.messages)
+
+
 def test_the_command_line_knows_no_method():
     words = set(re.findall(r"\w+", Path(train.__file__).read_text().lower()))  # "comma" is not MMA
     assert [name for name in TRAINER_REGISTRY.registered_names() if name.lower() in words] == []

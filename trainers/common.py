@@ -24,6 +24,7 @@ from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint
 
 from .clip import CLIP, DEFAULT_TEMPLATE, check_backbone, load_clip, tell_preprocessing, templates_for
+from .configs import without_config
 from .learner import Classifier
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class CLIPTrainer(TrainerX):
                 f"Expected MODEL.IMO_WEIGHTS to be '' for {type(self).__name__}, which uses no corrected features, "
                 f"but got {cfg.MODEL.IMO_WEIGHTS!r}"
             )
+        if not cfg.MODEL.BACKBONE.NAME:
+            raise ValueError(without_config(cfg.TRAINER.NAME))
         templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE, self.imagenet_templates)
         check_number(cfg, "FEATURE_CACHE.LIMIT", 0, 1e6)
         check_backbone(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None)

@@ -47,7 +47,7 @@ from dassl.utils import (
     one_line,
     read_image,
 )
-from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
+from dassl.utils.cli import SETUP_ERRORS, Parser, fail, given_wrongly, run_main
 from dassl.utils.torchtools import BEST_NAME, pointed_file
 from datasets.files import check_name, list_images_below, tell_kinds
 
@@ -364,7 +364,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     raise InputError(next(iter(unreadable.values())))
                 trainer, names = load_trainer(args)
             except SETUP_ERRORS as error:
-                return fail(error, args.debug)
+                if given_wrongly(error):
+                    return fail(error, args.debug)
+                raise
             predictions, bad, head = predict(trainer, files, args.head)
         unreadable |= bad
         for reason in unreadable.values():

@@ -57,7 +57,7 @@ from dassl.utils import (
     setup_logger,
     stopping,
 )
-from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
+from dassl.utils.cli import SETUP_ERRORS, Parser, fail, given_wrongly, run_main
 from dassl.utils.files import remove_leftovers
 from dassl.utils.lock import FolderLock, is_locked
 
@@ -289,9 +289,9 @@ def build(args: argparse.Namespace, held: contextlib.ExitStack | None = None) ->
             print_head(args, cfg)
             if args.config_file is not None:
                 trainers.warn_if_for_another(args.config_file, cfg.TRAINER.NAME)
-    except SETUP_ERRORS:
+    except SETUP_ERRORS as error:
         close_logger()
-        if lock is not None and log_file is not None and not args.debug:
+        if given_wrongly(error) and lock is not None and log_file is not None and not args.debug:
             lock.release()
             _remove_traces(log_file, found)
         raise
@@ -387,7 +387,9 @@ def _run(args: argparse.Namespace) -> int:
         try:
             trainer = build(args, held)
         except SETUP_ERRORS as error:
-            return _fail(error, args.debug)
+            if given_wrongly(error):
+                return _fail(error, args.debug)
+            raise
         try:
             with _explained(trainer.cfg, trainer):
                 run(trainer, args)
@@ -410,7 +412,7 @@ def _explained(cfg: CfgNode, trainer: Any = None) -> Iterator[None]:
     except NotFiniteError as error:
         raise RunStoppedError(str(error)) from error
     except Exception as error:
-        if trainer is None and isinstance(error, SETUP_ERRORS):
+        if trainer is None and given_wrongly(error):
             raise
         advice = getattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "memory_advice", None)
         message = explain_trouble(_told_late(error), advice(cfg) if advice else ())

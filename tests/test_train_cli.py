@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import torch
 
 import train
 from dassl.engine import TRAINER_REGISTRY
-from dassl.utils import InputError
+from dassl.utils import InputError, errors
 
 ROOT = Path(train.__file__).parent
 CONFIG = "configs/trainers/dlr/tiny.yaml"
@@ -313,6 +314,71 @@ def test_a_bug_keeps_its_traceback(command, monkeypatch, error):
     monkeypatch.setattr(TRAINER_REGISTRY.get(TRAINER), "train", fail)
     with pytest.raises(type(error), match="bug"):
         train.main(command())
+
+
+def told(self):
+    with contextlib.suppress(TypeError):  # a raise on purpose is known as such through blocks, too
+        try:
+            raise ValueError("Expected this but got that") from KeyError("that")
+        finally:
+            self.tidied = True
+
+
+def told_of_a_file(self):
+    Path("/nowhere/prompts.txt").read_text()
+
+
+BUGS = [
+    (KeyError, lambda self: {}["CTX"]),
+    (IndexError, lambda self: [][3]),
+    (AttributeError, lambda self: self.no_such_thing),
+    (TypeError, lambda self: len(3)),
+    (ValueError, lambda self: int("many")),
+    (json.JSONDecodeError, lambda self: json.loads("{")),  # raised on purpose, but by a library
+    (OSError, lambda self: (_ for _ in ()).throw(OSError("bad luck"))),
+]
+
+
+@pytest.mark.parametrize("build_model, words", [(told, "Expected this"), (told_of_a_file, "/nowhere/prompts.txt")])
+def test_what_is_told_while_a_model_is_built_is_one_line(command, monkeypatch, tmp_path, capsys, build_model, words):
+    monkeypatch.setattr(errors, "_CHECKING_PACKAGES", errors._CHECKING_PACKAGES | {__name__.partition(".")[0]})
+    monkeypatch.setattr(TRAINER_REGISTRY.get(TRAINER), "build_model", build_model)
+    assert train.main(command()) == 2
+    assert_one_line(capsys.readouterr().err, words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind, build_model", BUGS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_bug_while_a_model_is_built_shows_its_traceback(command, monkeypatch, kind, build_model, capsys):
+    monkeypatch.setattr(errors, "_CHECKING_PACKAGES", errors._CHECKING_PACKAGES | {__name__.partition(".")[0]})
+    monkeypatch.setattr(TRAINER_REGISTRY.get(TRAINER), "build_model", build_model)
+    with pytest.raises(kind):  # which the interpreter prints, with exit code 1
+        train.main(command())
+    assert "error: " not in capsys.readouterr().err
+
+
+def test_a_bug_while_a_model_is_built_has_exit_code_1(command, tmp_path):
+    """As a program, with a trainer of somebody's own."""
+    (tmp_path / "mine.py").write_text(
+        "import sys, train\n"
+        "from dassl.engine import TRAINER_REGISTRY, TrainerX\n"
+        "@TRAINER_REGISTRY.register()\n"
+        "class Mine(TrainerX):\n"
+        "    def build_model(self):\n"
+        "        if 'TOLD' in self.cfg.OUTPUT_DIR:\n"
+        "            raise ValueError('Expected this but got that')\n"
+        "        self.cfg.TRAINER['CTX']\n"
+        "sys.exit(train.main())\n"
+    )
+    for folder, code, said in (("BUG", 1, "Traceback (most"), ("TOLD", 2, "error: Expected this but got that\n")):
+        argv = command("--trainer", "Mine", output=folder)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "mine.py"), *argv],
+            **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120, "env": environment},
+        )
+        assert (done.returncode, done.stderr.startswith(said) or said in done.stderr) == (code, True), done.stderr
+        assert ("Traceback" in done.stderr) == (code == 1)
 
 
 def test_an_input_error_while_running_is_one_line(command, monkeypatch, capsys):

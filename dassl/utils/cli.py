@@ -10,12 +10,13 @@ from typing import NoReturn
 import yaml
 
 from .console import run_main
-from .errors import InputError
+from .errors import InputError, given_wrongly
 from .text import one_line
 
-__all__ = ["SETUP_ERRORS", "Parser", "fail", "run_main"]
+__all__ = ["SETUP_ERRORS", "Parser", "fail", "given_wrongly", "run_main"]
 
-# While things are set up, these mean that something given was wrong. Once a run is going, only InputError does.
+# While things are set up, these may mean that something given was wrong: `given_wrongly` says whether one does. Once a
+# run is going, only InputError does.
 SETUP_ERRORS = (InputError, ValueError, KeyError, OSError, yaml.YAMLError)
 
 MESSAGE_LENGTH = 1500  # characters: what came may be a whole file in one line

@@ -29,60 +29,26 @@ import random
 import shlex
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import datasets
-import trainers
-from dassl.config import CfgNode, get_cfg_default, keys_in_file, plain_config, read_yaml
-from dassl.data.datasets import DATASET_REGISTRY
-from dassl.engine import TRAINER_REGISTRY, build_trainer
-from dassl.engine.environment import why_no_gpu
-from dassl.engine.finite import NotFiniteError, last_checkpoint
-from dassl.utils import (
-    InputError,
-    RunStoppedError,
-    close_logger,
-    collect_env_info,
-    did_you_mean,
-    distributed,
-    explain_trouble,
-    note_in_log,
-    set_random_seed,
-    setup_logger,
-    stopping,
-)
-from dassl.utils.cli import SETUP_ERRORS, Parser, fail, given_wrongly, run_main
-from dassl.utils.files import remove_leftovers
-from dassl.utils.lock import FolderLock, is_locked
-
-logger = logging.getLogger("train")
-
-# Keys of DATASET that say how a dataset is used, not which: in them the trainer's file wins, as in other settings.
-OF_THE_RUN = ("DATASET.NUM_SHOTS", "DATASET.SUBSAMPLE_CLASSES")
-# Flag -> the key that it sets.
-FLAG_KEYS = {
-    "root": "DATASET.ROOT",
-    "output_dir": "OUTPUT_DIR",
-    "resume": "RESUME",
-    "seed": "SEED",
-    "source_domains": "DATASET.SOURCE_DOMAINS",
-    "target_domains": "DATASET.TARGET_DOMAINS",
-    "transforms": "INPUT.TRANSFORMS",
-    "trainer": "TRAINER.NAME",
-    "backbone": "MODEL.BACKBONE.NAME",
-    "head": "MODEL.HEAD.NAME",
-}
+from dassl.utils.cli import SETUP_ERRORS, Parser, fail, given_wrongly, parse_first, registered_names, run_main
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; every option that is not given is None (switches: False)."""
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        closing=lambda: textwrap.fill(
+            f"Trainers: {', '.join(registered_names(Path(__file__).parent / 'trainers', 'TRAINER_REGISTRY'))}.", 100
+        ),
+    )
     parser.add_argument("--root", help="folder that holds the datasets")
     parser.add_argument("--output-dir", help="folder of this run (default: made of dataset, trainer, config, seed)")
     parser.add_argument("--resume", help="folder of an earlier run to resume from")
@@ -123,6 +89,53 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.load_epoch is not None and args.model_dir is None:
         parser.error("Expected --load-epoch to come with --model-dir")
     return args
+
+
+if __name__ == "__main__":
+    parse_first(parse_args)
+
+import torch
+
+import datasets
+import trainers
+from dassl.config import CfgNode, get_cfg_default, keys_in_file, plain_config, read_yaml
+from dassl.data.datasets import DATASET_REGISTRY
+from dassl.engine import TRAINER_REGISTRY, build_trainer
+from dassl.engine.environment import why_no_gpu
+from dassl.engine.finite import NotFiniteError, last_checkpoint
+from dassl.utils import (
+    InputError,
+    RunStoppedError,
+    close_logger,
+    collect_env_info,
+    did_you_mean,
+    distributed,
+    explain_trouble,
+    note_in_log,
+    set_random_seed,
+    setup_logger,
+    stopping,
+)
+from dassl.utils.files import remove_leftovers
+from dassl.utils.lock import FolderLock, is_locked
+
+logger = logging.getLogger("train")
+
+# Keys of DATASET that say how a dataset is used, not which: in them the trainer's file wins, as in other settings.
+OF_THE_RUN = ("DATASET.NUM_SHOTS", "DATASET.SUBSAMPLE_CLASSES")
+# Flag -> the key that it sets.
+FLAG_KEYS = {
+    "root": "DATASET.ROOT",
+    "output_dir": "OUTPUT_DIR",
+    "resume": "RESUME",
+    "seed": "SEED",
+    "source_domains": "DATASET.SOURCE_DOMAINS",
+    "target_domains": "DATASET.TARGET_DOMAINS",
+    "transforms": "INPUT.TRANSFORMS",
+    "trainer": "TRAINER.NAME",
+    "backbone": "MODEL.BACKBONE.NAME",
+    "head": "MODEL.HEAD.NAME",
+}
 
 
 def setup_cfg(args: argparse.Namespace) -> CfgNode:

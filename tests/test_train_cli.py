@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -103,6 +104,50 @@ def test_a_file_of_another_trainer_is_taken_with_a_warning(command, caplog):
 def test_the_command_line_knows_no_method():
     words = set(re.findall(r"\w+", Path(train.__file__).read_text().lower()))  # "comma" is not MMA
     assert [name for name in TRAINER_REGISTRY.registered_names() if name.lower() in words] == []
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize("program, code", [("train.py", 0), ("predict.py", 0), ("train.py", 2), ("predict.py", 2)])
+def test_help_and_wrong_flags_come_without_the_imports_that_take_seconds(program, code):
+    flag = "--help" if code == 0 else "--no-such-flag"
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{program}', '{flag}']\n"
+        "try:\n"
+        f"    runpy.run_path('{program}', run_name='__main__')\n"
+        "finally:\n"
+        "    heavy = {'torch', 'numpy', 'open_clip', 'torchvision'} & set(sys.modules)\n"
+        "    print('imported:', heavy or 'none')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and done.stdout.endswith("imported: none\n"), done
+    if program == "train.py" and code == 0:
+        listed = re.search(r"^Trainers: ([^.]*)\.$", done.stdout, re.MULTILINE)
+        assert sorted(re.split(r",\s+", listed[1])) == sorted(TRAINER_REGISTRY.registered_names())
+
+
+def test_flags_are_not_abbreviated(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--trainer", TRAINER, "--dataset", "configs/datasets/digits.yaml"])
+    assert stop.value.code == 2
+    assert_one_line(capsys.readouterr().err, "unrecognized arguments: --dataset")
+
+
+def test_no_command_line_abbreviates_flags():
+    """Each argparse.ArgumentParser says so; the class Parser sees to it for those that it makes."""
+    calls = [
+        (path, call)
+        for path in [
+            *ROOT.glob("*.py"),
+            *(p for f in ("scripts", "benchmarks", "dassl") for p in (ROOT / f).rglob("*.py")),
+        ]
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("argparse.ArgumentParser", "ArgumentParser")
+    ]
+    assert len(calls) > 10
+    assert [path for path, call in calls if "allow_abbrev=False" not in ast.unparse(call)] == []
 
 
 # ------------------------------------------------------------------------------------------------- output folders

@@ -52,9 +52,10 @@ class Parser(argparse.ArgumentParser):
 def parse_first(parse: Callable[[], Any]) -> None:
     """Parse this program's arguments before the imports that take seconds, so that help and errors come at once.
 
-    To be called where the program starts. Of several processes rank 0 does it; the others do when they know each other.
+    To be called where the program starts. Several processes of one run leave it to the program, which parses when they
+    know each other: one that ended alone would be waited for.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         run_main(lambda: int(parse() is None))
 
 

@@ -26,43 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch
-from tabulate import tabulate
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-import datasets
-import trainers
-from dassl.config import CfgNode, get_cfg_default
-from dassl.data.data_manager import usable_workers
-from dassl.data.transforms import build_transform
-from dassl.engine import TRAINER_REGISTRY, build_trainer
-from dassl.engine.evaluate import as_heads, progress_bar
-from dassl.utils import (
-    InputError,
-    atomic_write,
-    check_availability,
-    did_you_mean,
-    explain_trouble,
-    one_line,
-    read_image,
-)
-from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
-from dassl.utils.torchtools import BEST_NAME, pointed_file
-from datasets.files import check_name, list_images_below, tell_kinds
-
-logger = logging.getLogger("predict")
-
-RESULT_CLASSES = 5  # of result.txt
-FEW_IMAGES = 64  # fewer are read faster than reader processes start
-
-
-class Prediction(NamedTuple):
-    """What was found for one image."""
-
-    path: str
-    name: str  # relative to the folder given, or the file's name
-    probabilities: Tensor  # [C]
+from dassl.utils.cli import SETUP_ERRORS, Parser, fail, given_wrongly, parse_first, run_main
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -90,6 +54,47 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f"Expected --{flag.replace('_', '-')} to be at least 1 but got {value}")
     return args
+
+
+if __name__ == "__main__":
+    parse_first(parse_args)
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import datasets
+import trainers
+from dassl.config import CfgNode, get_cfg_default
+from dassl.data.data_manager import usable_workers
+from dassl.data.transforms import build_transform
+from dassl.engine import TRAINER_REGISTRY, build_trainer
+from dassl.engine.evaluate import as_heads, progress_bar
+from dassl.utils import (
+    InputError,
+    atomic_write,
+    check_availability,
+    did_you_mean,
+    explain_trouble,
+    one_line,
+    read_image,
+)
+from dassl.utils.torchtools import BEST_NAME, pointed_file
+from datasets.files import check_name, list_images_below, tell_kinds
+
+logger = logging.getLogger("predict")
+
+RESULT_CLASSES = 5  # of result.txt
+FEW_IMAGES = 64  # fewer are read faster than reader processes start
+
+
+class Prediction(NamedTuple):
+    """What was found for one image."""
+
+    path: str
+    name: str  # relative to the folder given, or the file's name
+    probabilities: Tensor  # [C]
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -364,7 +369,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     raise InputError(next(iter(unreadable.values())))
                 trainer, names = load_trainer(args)
             except SETUP_ERRORS as error:
-                return fail(error, args.debug)
+                if given_wrongly(error):
+                    return fail(error, args.debug)
+                raise
             predictions, bad, head = predict(trainer, files, args.head)
         unreadable |= bad
         for reason in unreadable.values():

@@ -1,10 +1,10 @@
 """Train or evaluate a registered trainer on a registered dataset, with the command line that such toolboxes have.
 
-    python train.py --trainer NAME --config-file FILE [flags] [KEY VALUE ...]
+    python train.py --trainer NAME (--config NAME | --config-file FILE) [flags] [KEY VALUE ...]
 
-Settings, later ones winning: defaults, --dataset-config-file, --config-file (but which dataset it is, is said by the
-dataset's file), named flags, KEY VALUE pairs. A flag that is not given changes nothing, and any value given counts, 0
-included.
+Settings, later ones winning: defaults, --dataset-config-file, --config or --config-file (but which dataset it is, is
+said by the dataset's file), named flags, KEY VALUE pairs. A flag that is not given changes nothing, and any value given
+counts, 0 included. --config tiny means the trainer's own file of that name: configs/trainers/<its folder>/tiny.yaml.
 Without a dataset, --root may be your own images; without --root, Digits is used.
 
 Several processes, on one machine (on several: torchrun's --nnodes and --rdzv-endpoint), that make up one run:
@@ -29,11 +29,70 @@ import random
 import shlex
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from dassl.utils.cli import SETUP_ERRORS, Parser, fail, given_wrongly, parse_first, registered_names, run_main
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; every option that is not given is None (switches: False)."""
+    parser = Parser(
+        prog="train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        closing=lambda: textwrap.fill(
+            f"Trainers: {', '.join(registered_names(Path(__file__).parent / 'trainers', 'TRAINER_REGISTRY'))}.", 100
+        ),
+    )
+    parser.add_argument("--root", help="folder that holds the datasets")
+    parser.add_argument("--output-dir", help="folder of this run (default: made of dataset, trainer, config, seed)")
+    parser.add_argument("--resume", help="folder of an earlier run to resume from")
+    parser.add_argument("--force-resume", action="store_true", help="resume also with settings that change the result")
+    parser.add_argument("--seed", type=int, help="0 or larger seeds everything; -1 nothing")
+    parser.add_argument("--source-domains", nargs="+", help="source domains of domain-adaptation datasets")
+    parser.add_argument("--target-domains", nargs="+", help="target domains of domain-adaptation datasets")
+    parser.add_argument("--transforms", nargs="+", help="names of the training transforms")
+    parser.add_argument("--config", help="short name of one of the trainer's YAML files, such as tiny")
+    parser.add_argument("--config-file", help="YAML of the trainer (instead of --config)")
+    parser.add_argument("--dataset-config-file", help="YAML of the dataset")
+    parser.add_argument("--trainer", help="name of the trainer")
+    parser.add_argument("--backbone", help="name of the backbone")
+    parser.add_argument("--head", help="name of the head")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate only")
+    parser.add_argument("--model-dir", help="with --eval-only: folder of the run to load")
+    parser.add_argument("--load-epoch", type=int, help="with --model-dir: epoch to load (default: see the trainer)")
+    parser.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
+    parser.add_argument("--no-cache", action="store_true", help="neither read nor keep features of images on disk")
+    parser.add_argument("--no-train", action="store_true", help="build everything, train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, run one batch, save nothing")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config pairs; must come last")
+    args = parser.parse_args(argv)
+    if args.opts[:1] == ["--"]:
+        del args.opts[0]
+    misplaced = [key for key in args.opts[::2] if key.startswith("-")]
+    if misplaced:
+        parser.error(f"Expected {misplaced[0]} to come before the KEY VALUE pairs")
+    if len(args.opts) % 2:
+        parser.error(f"Expected KEY VALUE pairs but {args.opts[-1]} has no value")
+    if args.config is not None and args.config_file is not None:
+        parser.error("Expected --config or --config-file but got both")
+    if args.config is not None and args.trainer is None:
+        parser.error("Expected --config to come with --trainer, whose files it means")
+    if args.model_dir is not None and not args.eval_only:
+        parser.error("Expected --model-dir to come with --eval-only (to continue a run, use --resume)")
+    if args.load_epoch is not None and args.model_dir is None:
+        parser.error("Expected --load-epoch to come with --model-dir")
+    return args
+
+
+if __name__ == "__main__":
+    parse_first(parse_args)
 
 import torch
 
@@ -57,7 +116,6 @@ from dassl.utils import (
     setup_logger,
     stopping,
 )
-from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
 from dassl.utils.files import remove_leftovers
 from dassl.utils.lock import FolderLock, is_locked
 
@@ -80,52 +138,15 @@ FLAG_KEYS = {
 }
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; every option that is not given is None (switches: False)."""
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", help="folder that holds the datasets")
-    parser.add_argument("--output-dir", help="folder of this run (default: made of dataset, trainer, config, seed)")
-    parser.add_argument("--resume", help="folder of an earlier run to resume from")
-    parser.add_argument("--force-resume", action="store_true", help="resume also with settings that change the result")
-    parser.add_argument("--seed", type=int, help="0 or larger seeds everything; -1 nothing")
-    parser.add_argument("--source-domains", nargs="+", help="source domains of domain-adaptation datasets")
-    parser.add_argument("--target-domains", nargs="+", help="target domains of domain-adaptation datasets")
-    parser.add_argument("--transforms", nargs="+", help="names of the training transforms")
-    parser.add_argument("--config-file", help="YAML of the trainer")
-    parser.add_argument("--dataset-config-file", help="YAML of the dataset")
-    parser.add_argument("--trainer", help="name of the trainer")
-    parser.add_argument("--backbone", help="name of the backbone")
-    parser.add_argument("--head", help="name of the head")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate only")
-    parser.add_argument("--model-dir", help="with --eval-only: folder of the run to load")
-    parser.add_argument("--load-epoch", type=int, help="with --model-dir: epoch to load (default: see the trainer)")
-    parser.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
-    parser.add_argument("--no-cache", action="store_true", help="neither read nor keep features of images on disk")
-    parser.add_argument("--no-train", action="store_true", help="build everything, train nothing")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, run one batch, save nothing")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config pairs; must come last")
-    args = parser.parse_args(argv)
-    if args.opts[:1] == ["--"]:
-        del args.opts[0]
-    misplaced = [key for key in args.opts[::2] if key.startswith("-")]
-    if misplaced:
-        parser.error(f"Expected {misplaced[0]} to come before the KEY VALUE pairs")
-    if len(args.opts) % 2:
-        parser.error(f"Expected KEY VALUE pairs but {args.opts[-1]} has no value")
-    if args.model_dir is not None and not args.eval_only:
-        parser.error("Expected --model-dir to come with --eval-only (to continue a run, use --resume)")
-    if args.load_epoch is not None and args.model_dir is None:
-        parser.error("Expected --load-epoch to come with --model-dir")
-    return args
-
-
 def setup_cfg(args: argparse.Namespace) -> CfgNode:
     """The frozen configuration, its names checked against the registries and its output folder chosen."""
     cfg = get_cfg_default()
     datasets.extend_cfg(cfg)
     trainers.extend_cfg(cfg)
     default_output = cfg.OUTPUT_DIR
+    if args.config is not None:
+        _check_trainer(args.trainer)
+        args.config_file = str(trainers.find_config(args.trainer, args.config))
     for file in (args.dataset_config_file, args.config_file):
         if file is not None:
             cfg.merge_from_file(file)
@@ -136,7 +157,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     pairs = [*_flag_pairs(args), *args.opts]
     cfg.merge_from_list(pairs)
 
-    _check_name("--trainer (or TRAINER.NAME)", cfg.TRAINER.NAME, TRAINER_REGISTRY.registered_names(), trainers.ALIASES)
+    _check_trainer(cfg.TRAINER.NAME)
     trainers.complete_cfg(cfg, _given_keys(args, pairs, cfg.MODEL.BACKBONE.NAME))
     cfg.DATASET.NAME = cfg.DATASET.NAME or datasets.name_dataset(cfg.DATASET.ROOT)
     _check_name("the dataset (DATASET.NAME)", cfg.DATASET.NAME, DATASET_REGISTRY.registered_names())
@@ -163,6 +184,10 @@ def _given_keys(args: argparse.Namespace, pairs: Sequence[Any], backbone: str) -
         if keys.get("MODEL.BACKBONE.NAME", backbone) == backbone:
             found.update(keys)
     return found
+
+
+def _check_trainer(name: str) -> None:
+    _check_name("--trainer (or TRAINER.NAME)", name, TRAINER_REGISTRY.registered_names(), trainers.ALIASES)
 
 
 def _check_name(what: str, name: str, known: Sequence[str], aliases: Mapping[str, str] | None = None) -> None:
@@ -275,9 +300,11 @@ def build(args: argparse.Namespace, held: contextlib.ExitStack | None = None) ->
             trainer.load_model(args.model_dir or "", epoch=args.load_epoch)
         if distributed.is_main():  # not before: an error's one line would follow hundreds of others
             print_head(args, cfg)
-    except SETUP_ERRORS:
+            if args.config_file is not None:
+                trainers.warn_if_for_another(args.config_file, cfg.TRAINER.NAME)
+    except SETUP_ERRORS as error:
         close_logger()
-        if lock is not None and log_file is not None and not args.debug:
+        if given_wrongly(error) and lock is not None and log_file is not None and not args.debug:
             lock.release()
             _remove_traces(log_file, found)
         raise
@@ -373,7 +400,9 @@ def _run(args: argparse.Namespace) -> int:
         try:
             trainer = build(args, held)
         except SETUP_ERRORS as error:
-            return _fail(error, args.debug)
+            if given_wrongly(error):
+                return _fail(error, args.debug)
+            raise
         try:
             with _explained(trainer.cfg, trainer):
                 run(trainer, args)
@@ -396,7 +425,7 @@ def _explained(cfg: CfgNode, trainer: Any = None) -> Iterator[None]:
     except NotFiniteError as error:
         raise RunStoppedError(str(error)) from error
     except Exception as error:
-        if trainer is None and isinstance(error, SETUP_ERRORS):
+        if trainer is None and given_wrongly(error):
             raise
         advice = getattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "memory_advice", None)
         message = explain_trouble(_told_late(error), advice(cfg) if advice else ())

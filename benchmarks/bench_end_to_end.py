@@ -110,7 +110,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config-file", default="configs/trainers/dlr/tiny.yaml")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--views", type=int, default=2, help="INPUT.VIEWS of the second kind of run; 0: no such run")

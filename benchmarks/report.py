@@ -130,7 +130,9 @@ def replace_section(document: str, new: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "output" / "benchmarks")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "PERFORMANCE.md")
     args = parser.parse_args(arguments)

@@ -42,7 +42,9 @@ def table(entries: Iterable[Entry]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=("show", "clear"))
     parser.add_argument("--folder", type=Path, help="folder of the cache (default: see above)")
     args = parser.parse_args(argv)

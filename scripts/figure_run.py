@@ -47,7 +47,9 @@ def figure_main(
         argv: the command line; None: the process's.
         add_options: adds the script's own options.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     add_options(parser)
     add_output_options(parser, f"RUN/figures/{name}")

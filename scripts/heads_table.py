@@ -59,7 +59,9 @@ def table(runs: list[dict[str, Any]], metric: str = "accuracy") -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path, help="folders that hold run folders, at any depth")
     parser.add_argument("--metric", choices=("accuracy", "top5", "macro_f1", "ece"), default="accuracy")
     args = parser.parse_args()

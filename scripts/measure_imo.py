@@ -162,7 +162,9 @@ def run(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("groups", nargs="+", metavar="NAME=RUN,RUN,...", help="runs of IMO or IMODINO, one per seed")
     parser.add_argument("--sources", nargs="+", choices=tuple(SOURCES), default=list(SOURCES))
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 2, 4, 8, 16])

@@ -167,7 +167,9 @@ def results(numbers: Sequence[int]) -> Iterator[tuple[int, Mutation, str, float]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("numbers", nargs="*", type=int, metavar="NUMBER", help="which of them (default: all)")
     args = parser.parse_args(argv)
     numbers = args.numbers or list(range(1, len(MUTATIONS) + 1))

@@ -122,7 +122,9 @@ def entries(folder: Path) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path, help="folder of runs")
     parser.add_argument("--ci95", action="store_true", help="1.96 standard errors instead of the standard deviation")
     parser.add_argument("--test-log", action="store_true", help="count evaluations, too")

@@ -60,7 +60,9 @@ def measure_all(clip: CLIP, every: Sequence[IMOAdapters], loader: Any) -> list[M
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("adapters", nargs="+", help="files of adapters, or output folders of IMO or IMODINO")
     parser.add_argument("--datasets", nargs="+", default=["Digits", "Shapes"], help="names of datasets")
     parser.add_argument("--root", default="", help="folder that holds the datasets")

@@ -209,7 +209,9 @@ def _draw(axes: Any, panel: Panel, methods: Sequence[str], baseline: str) -> Non
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="folders that hold run folders, or NAME=FOLDER")
     parser.add_argument("--csv", nargs="+", type=Path, default=[], help="files of published numbers")
     parser.add_argument("--heads", nargs="+", default=[], help="heads to draw in the place of each run's accuracy")

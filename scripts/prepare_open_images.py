@@ -93,7 +93,9 @@ def run(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", required=True, help="folder that holds open_images")
     parser.add_argument("--labels", required=True, type=Path, help="CSV with ImageID, LabelName, Confidence")
     parser.add_argument("--classes", required=True, type=Path, help="CSV with LabelName, DisplayName")

@@ -343,7 +343,9 @@ def update(opts: list[torch.optim.Optimizer], loss: Tensor, args: argparse.Names
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", choices=("joint", "text"), default="joint", help="text: goes on from --output")
     parser.add_argument("--minutes", type=float, default=62, help="training time; the schedule is made for it")
     parser.add_argument("--steps", type=int, default=0, help="steps instead of minutes: repeatable on one machine")

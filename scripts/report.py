@@ -186,7 +186,9 @@ def page(runs: Sequence[Run], unfinished: Sequence[Path], published: Sequence[Ma
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folders that hold run folders, or NAME=FOLDER")
     parser.add_argument("--csv", nargs="+", type=Path, default=[], help="files of published numbers")
     parser.add_argument("--runs", type=int, default=8, help="how many runs get a section of their own (default: 8)")

@@ -122,7 +122,9 @@ def numbers(text: str) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="adapters: a file that IMO or IMODINO saved, or the folder of such a run")
     parser.add_argument("--dataset", required=True, help="name of the dataset")
     parser.add_argument("--root", default="", help="folder that holds the datasets")

@@ -196,6 +196,12 @@ def test_every_trainer_predicts_without_its_images(name, tmp_path, random_tiny, 
     assert len(found["predictions"]) == 5 and not (tmp_path / "nothing here").exists()
 
 
+def test_a_bug_while_the_model_is_built_shows_its_traceback(run, new, monkeypatch):
+    monkeypatch.setattr(TRAINER_REGISTRY.get("DLRCLIP"), "build_model", lambda self: {}["CTX"])
+    with pytest.raises(KeyError, match="CTX"):
+        predict.main(["--model-dir", str(run), str(new)])
+
+
 def test_a_run_without_class_names_needs_its_images(run, new, photos, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "copy")
     (copy / "classes.json").unlink()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ from dataset_trees import make_tree
 
 import datasets
 import trainers
-from dassl.config import get_cfg_default
+from dassl.config import clean_cfg, get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY, build_dataset
 from dassl.engine import TRAINER_REGISTRY, build_trainer
+from dassl.engine.evaluate import Evaluation
+from dassl.engine.hooks import HookBase, TensorBoard
 from dassl.utils import read_image, set_random_seed
 
 TRAINERS = TRAINER_REGISTRY.registered_names()
@@ -37,8 +41,9 @@ def make_cfg(folder: Path, *pairs: Any):
 
 @pytest.fixture
 def build(tmp_path, random_tiny, random_adapters):
-    def build(name: str, seed: int = 1):
-        cfg = make_cfg(tmp_path, "TRAINER.NAME", name, "MODEL.BACKBONE.WEIGHTS", str(random_tiny), "SEED", seed)
+    def build(name: str, *pairs: Any, seed: int = 1):
+        weights = ("MODEL.BACKBONE.WEIGHTS", str(random_tiny))
+        cfg = make_cfg(tmp_path, "TRAINER.NAME", name, *weights, "SEED", seed, *pairs)
         if getattr(TRAINER_REGISTRY.get(name), "adapters", "none") == "needed":
             cfg = cfg.clone()
             cfg.defrost()
@@ -111,6 +116,56 @@ def test_gradients_reach_exactly_what_the_trainer_tunes(name, build):
             assert thing.grad is None
 
 
+def spoilt(batch: dict[str, Any]) -> dict[str, Any]:
+    """A training batch whose images, or what is known of them, are NaN."""
+    found = {key: batch[key] for key in ("img", "feature", "hidden") if batch.get(key) is not None}
+    assert found
+    nan = {
+        key: tuple(v * torch.nan for v in value) if isinstance(value, (tuple, list)) else value * torch.nan
+        for key, value in found.items()
+    }
+    return {**batch, **nan}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_step_that_is_left_out_moves_nothing(name, build, tmp_path):
+    """A whole training with TRAIN.ON_NAN skip, in which one batch is NaN."""
+    trainer = build(name, "TRAIN.ON_NAN", "skip", "TEST.NO_TEST", True)
+    if not any(trainer._optims.values()):
+        pytest.skip("makes no steps")
+    trainer.max_epoch = 1
+    batches, states = trainer.train_batches, []
+    trainer.train_batches = lambda: (
+        tuple(spoilt(batch) if number == 1 else batch for batch in given) for number, given in enumerate(batches())
+    )
+
+    def state() -> dict[str, torch.Tensor]:
+        parts = [m.state_dict() for m in trainer._models.values()]
+        parts += [
+            {f"{number}.{key}": value for key, value in found.items() if isinstance(value, torch.Tensor)}
+            for optimiser in trainer._optims.values()
+            for number, found in enumerate(optimiser.state.values())
+        ]
+        return {f"{i} {key}": value.clone() for i, part in enumerate(parts) for key, value in part.items()}
+
+    class Watching(HookBase):
+        def before_step(self, trainer):
+            states.append(state())
+
+        def after_step(self, trainer):
+            states.append(state())
+
+    trainer.register_hooks([Watching()])
+    trainer.train()
+    assert json.loads((tmp_path / "metrics.json").read_text())["skipped_steps"] == 1
+    before, after = states[2:4]
+    assert before.keys() == after.keys()
+    assert [key for key in before if not torch.equal(before[key].nan_to_num(7.0), after[key].nan_to_num(7.0))] == []
+    assert [key for key in states[1] if not torch.equal(states[0].get(key, states[1][key] + 1), states[1][key])]
+    unchosen = {key for key, value in states[0].items() if not torch.isfinite(value.float()).all()}  # beta, say
+    assert {key for key, value in states[-1].items() if not torch.isfinite(value.float()).all()} <= unchosen
+
+
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
@@ -168,6 +223,29 @@ def test_configuration_may_be_extended_twice(name):
     for _ in range(2):
         datasets.extend_cfg(cfg)
         trainers.extend_cfg(cfg)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_s_settings_are_found_by_the_name_of_its_node(name, tmp_path):
+    """In TensorBoard's hyper-parameters, and where a configuration is cut down to one trainer's."""
+    cfg, trainer = make_cfg(tmp_path, "TRAINER.NAME", name), TRAINER_REGISTRY.get(name)
+    node = trainer.config_node()
+    written: dict[str, Any] = {}
+    writer = SimpleNamespace(add_hparams=lambda parameters, metrics, **options: written.update(parameters))
+    run = SimpleNamespace(
+        cfg=cfg, writer=writer, evaluation=Evaluation("test"), config_node=trainer.config_node, epoch=0
+    )
+    TensorBoard().after_train(run)
+    of_node = {key.split(".")[2] for key in written if key.startswith(f"TRAINER.{node}.")}
+    assert of_node == set(cfg.TRAINER[node]) and of_node
+    own = get_cfg_default()
+    before = set(own.TRAINER)
+    trainer.add_config(own)
+    assert set(own.TRAINER) - before <= {node}  # what the class declares is what it makes
+    short = cfg.clone()
+    short.defrost()
+    clean_cfg(short, name)
+    assert set(short.TRAINER) == {"NAME", node} and short.TRAINER[node] == cfg.TRAINER[node]
 
 
 @pytest.fixture

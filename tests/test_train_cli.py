@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import os
 import re
@@ -15,7 +17,7 @@ import torch
 
 import train
 from dassl.engine import TRAINER_REGISTRY
-from dassl.utils import InputError
+from dassl.utils import InputError, errors
 
 ROOT = Path(train.__file__).parent
 CONFIG = "configs/trainers/dlr/tiny.yaml"
@@ -84,9 +86,68 @@ def test_without_a_dataset_it_is_digits():
     assert cfg_of("--trainer", TRAINER).DATASET.NAME == "Digits"
 
 
+def test_a_short_name_means_the_trainer_s_own_file():
+    short, long = (cfg_of("--trainer", TRAINER, *flags) for flags in (("--config", "tiny"), ("--config-file", CONFIG)))
+    assert short == long  # the output folder, which is called after the file, too
+    assert "/tiny_" in short.OUTPUT_DIR
+
+
+def test_a_file_of_another_trainer_is_taken_with_a_warning(command, caplog):
+    assert train.main(command("--dry-run", "--trainer", "ZeroshotCLIP")) == 0
+    said = [message for message in caplog.messages if "is a configuration of" in message]
+    assert said == [f"{CONFIG} is a configuration of {TRAINER} but is used with ZeroshotCLIP"]
+    caplog.clear()
+    assert train.main(command("--dry-run")) == 0
+    assert not any("is a configuration of" in message for message in caplog.messages)
+
+
 def test_the_command_line_knows_no_method():
     words = set(re.findall(r"\w+", Path(train.__file__).read_text().lower()))  # "comma" is not MMA
     assert [name for name in TRAINER_REGISTRY.registered_names() if name.lower() in words] == []
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize("program, code", [("train.py", 0), ("predict.py", 0), ("train.py", 2), ("predict.py", 2)])
+def test_help_and_wrong_flags_come_without_the_imports_that_take_seconds(program, code):
+    flag = "--help" if code == 0 else "--no-such-flag"
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{program}', '{flag}']\n"
+        "try:\n"
+        f"    runpy.run_path('{program}', run_name='__main__')\n"
+        "finally:\n"
+        "    heavy = {'torch', 'numpy', 'open_clip', 'torchvision'} & set(sys.modules)\n"
+        "    print('imported:', heavy or 'none')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and done.stdout.endswith("imported: none\n"), done
+    if program == "train.py" and code == 0:
+        listed = re.search(r"^Trainers: ([^.]*)\.$", done.stdout, re.MULTILINE)
+        assert sorted(re.split(r",\s+", listed[1])) == sorted(TRAINER_REGISTRY.registered_names())
+
+
+def test_flags_are_not_abbreviated(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--trainer", TRAINER, "--dataset", "configs/datasets/digits.yaml"])
+    assert stop.value.code == 2
+    assert_one_line(capsys.readouterr().err, "unrecognized arguments: --dataset")
+
+
+def test_no_command_line_abbreviates_flags():
+    """Each argparse.ArgumentParser says so; the class Parser sees to it for those that it makes."""
+    calls = [
+        (path, call)
+        for path in [
+            *ROOT.glob("*.py"),
+            *(p for f in ("scripts", "benchmarks", "dassl") for p in (ROOT / f).rglob("*.py")),
+        ]
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("argparse.ArgumentParser", "ArgumentParser")
+    ]
+    assert len(calls) > 10
+    assert [path for path, call in calls if "allow_abbrev=False" not in ast.unparse(call)] == []
 
 
 # ------------------------------------------------------------------------------------------------- output folders
@@ -298,6 +359,71 @@ def test_a_bug_keeps_its_traceback(command, monkeypatch, error):
     monkeypatch.setattr(TRAINER_REGISTRY.get(TRAINER), "train", fail)
     with pytest.raises(type(error), match="bug"):
         train.main(command())
+
+
+def told(self):
+    with contextlib.suppress(TypeError):  # a raise on purpose is known as such through blocks, too
+        try:
+            raise ValueError("Expected this but got that") from KeyError("that")
+        finally:
+            self.tidied = True
+
+
+def told_of_a_file(self):
+    Path("/nowhere/prompts.txt").read_text()
+
+
+BUGS = [
+    (KeyError, lambda self: {}["CTX"]),
+    (IndexError, lambda self: [][3]),
+    (AttributeError, lambda self: self.no_such_thing),
+    (TypeError, lambda self: len(3)),
+    (ValueError, lambda self: int("many")),
+    (json.JSONDecodeError, lambda self: json.loads("{")),  # raised on purpose, but by a library
+    (OSError, lambda self: (_ for _ in ()).throw(OSError("bad luck"))),
+]
+
+
+@pytest.mark.parametrize("build_model, words", [(told, "Expected this"), (told_of_a_file, "/nowhere/prompts.txt")])
+def test_what_is_told_while_a_model_is_built_is_one_line(command, monkeypatch, tmp_path, capsys, build_model, words):
+    monkeypatch.setattr(errors, "_CHECKING_PACKAGES", errors._CHECKING_PACKAGES | {__name__.partition(".")[0]})
+    monkeypatch.setattr(TRAINER_REGISTRY.get(TRAINER), "build_model", build_model)
+    assert train.main(command()) == 2
+    assert_one_line(capsys.readouterr().err, words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind, build_model", BUGS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_bug_while_a_model_is_built_shows_its_traceback(command, monkeypatch, kind, build_model, capsys):
+    monkeypatch.setattr(errors, "_CHECKING_PACKAGES", errors._CHECKING_PACKAGES | {__name__.partition(".")[0]})
+    monkeypatch.setattr(TRAINER_REGISTRY.get(TRAINER), "build_model", build_model)
+    with pytest.raises(kind):  # which the interpreter prints, with exit code 1
+        train.main(command())
+    assert "error: " not in capsys.readouterr().err
+
+
+def test_a_bug_while_a_model_is_built_has_exit_code_1(command, tmp_path):
+    """As a program, with a trainer of somebody's own."""
+    (tmp_path / "mine.py").write_text(
+        "import sys, train\n"
+        "from dassl.engine import TRAINER_REGISTRY, TrainerX\n"
+        "@TRAINER_REGISTRY.register()\n"
+        "class Mine(TrainerX):\n"
+        "    def build_model(self):\n"
+        "        if 'TOLD' in self.cfg.OUTPUT_DIR:\n"
+        "            raise ValueError('Expected this but got that')\n"
+        "        self.cfg.TRAINER['CTX']\n"
+        "sys.exit(train.main())\n"
+    )
+    for folder, code, said in (("BUG", 1, "Traceback (most"), ("TOLD", 2, "error: Expected this but got that\n")):
+        argv = command("--trainer", "Mine", output=folder)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "mine.py"), *argv],
+            **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120, "env": environment},
+        )
+        assert (done.returncode, done.stderr.startswith(said) or said in done.stderr) == (code, True), done.stderr
+        assert ("Traceback" in done.stderr) == (code == 1)
 
 
 def test_an_input_error_while_running_is_one_line(command, monkeypatch, capsys):

@@ -42,6 +42,7 @@ from . import (  # noqa: E402
 )
 from .clip import add_clip_config, complete_input  # noqa: E402
 from .common import CLIPTrainer  # noqa: E402
+from .configs import find_config, warn_if_for_another  # noqa: E402
 
 # What the field calls our trainers elsewhere (titles, other repositories' registered names) -> the name here. They are
 # not registered: they are suggested where somebody asks for them.
@@ -87,6 +88,7 @@ __all__ = [
     "em_dirichlet",
     "extend_cfg",
     "feature_adapter",
+    "find_config",
     "imo",
     "linear_probe",
     "merge_from_file",
@@ -94,6 +96,7 @@ __all__ = [
     "taskres",
     "tip_adapter",
     "tip_adapter_pp",
+    "warn_if_for_another",
     "zsclip",
 ]
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from dassl.engine import TRAINER_REGISTRY
 
 from .clip import CLIP, check_backbone, fill_template
-from .common import EncoderTrainer, check_number, check_whole, step_left_out
+from .common import EncoderTrainer, check_number, check_whole
 from .learner import Classifier, Learner
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class CLIPLoRA(EncoderTrainer):
             rank = 0 if share is None else share.rank
             self.network.learner.seed_dropout((1_000_003 * seed + step + (rank << 48)) % 2**63, self.device)
             summary = super().forward_backward(batch)
-            if step_left_out(self):
+            if not self.stepped:
                 return summary
             self._summary = summary
         return self._summary

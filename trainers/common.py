@@ -24,6 +24,7 @@ from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint
 
 from .clip import CLIP, DEFAULT_TEMPLATE, check_backbone, load_clip, tell_preprocessing, templates_for
+from .configs import without_config
 from .learner import Classifier
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class CLIPTrainer(TrainerX):
                 f"Expected MODEL.IMO_WEIGHTS to be '' for {type(self).__name__}, which uses no corrected features, "
                 f"but got {cfg.MODEL.IMO_WEIGHTS!r}"
             )
+        if not cfg.MODEL.BACKBONE.NAME:
+            raise ValueError(without_config(cfg.TRAINER.NAME))
         templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE, self.imagenet_templates)
         check_number(cfg, "FEATURE_CACHE.LIMIT", 0, 1e6)
         check_backbone(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None)
@@ -150,6 +153,17 @@ class CLIPTrainer(TrainerX):
         )
 
     # One step
+
+    def after_update(self) -> None:
+        """Move what follows the model from step to step, now that a step was made; a step left out never gets here."""
+
+    def model_update(self, names: Any = None) -> bool:
+        """Step the optimisers, call `after_update` where the step was made, and return (and keep) whether it was."""
+        counted = super().model_update(names)
+        if not self._own_toolbox:  # upstream makes every step: it stops at a loss that is not finite
+            counted = self.stepped = True
+            self.after_update()
+        return counted
 
     def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """-> images [B, 3, H, W] and labels [B], on the device."""
@@ -319,11 +333,6 @@ class EncoderTrainer(LearnerTrainer):
         with self._autocast():
             clip_logits, logits = self.network.both(input)
         return {self.reference_head: clip_logits, self.main_head: logits}
-
-
-def step_left_out(trainer: Any) -> bool:
-    """Whether the engine has left the step that runs out, for a loss that is not finite; what follows it must wait."""
-    return bool(getattr(getattr(trainer, "guard", None), "fault", ""))
 
 
 def build_optimizer_with_eps(model: nn.Module, optim_cfg: Any, eps: float) -> Any:

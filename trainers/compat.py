@@ -69,11 +69,16 @@ def merge_from_file(cfg: Any, path: str | os.PathLike[str]) -> None:
     if getattr(type(cfg), "follows_base", False):  # our own toolbox's
         cfg.merge_from_file(path)
         return
-    for values in _chain(Path(path).expanduser()):
+    for values in yaml_chain(Path(path).expanduser()):
         cfg.merge_from_other_cfg(_as_node(type(cfg), values))
 
 
-def _chain(path: Path) -> list[dict[str, Any]]:
+def yaml_chain(path: Path) -> list[dict[str, Any]]:
+    """Return what a YAML file says, after what the file that its `_BASE_` names says, and so on: the farthest first.
+
+    Raises:
+        ValueError: a `_BASE_` that leads back to a file, or a file that is no YAML.
+    """
     chain: list[dict[str, Any]] = []
     seen: list[Path] = []
     while True:

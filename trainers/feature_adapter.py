@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from dassl.engine import TRAINER_REGISTRY
 
 from .clip import CLIP, fill_template, zeroshot_weights
-from .common import check_bool, check_number, check_whole, step_left_out
+from .common import check_bool, check_number, check_whole
 from .files import write_png, write_text
 from .frozen import FeatureLearner, FeatureTrainer
 
@@ -230,7 +230,7 @@ class JCLIPAdapter(FeatureTrainer):
     def forward_backward(self, batch: Any) -> dict[str, float]:
         """See FeatureTrainer; the numbers are kept for the curves."""
         summary = super().forward_backward(batch)
-        n = 0 if step_left_out(self) else len(batch["label"])
+        n = len(batch["label"]) if self.stepped else 0
         earlier = self._sums if self.batch_idx else (0.0, 0.0, 0)
         if n:
             earlier = (earlier[0] + n * summary["loss"], earlier[1] + n * summary["acc"], earlier[2] + n)

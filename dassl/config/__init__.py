@@ -30,6 +30,10 @@ def get_cfg_default() -> CfgNode:
 
 def clean_cfg(cfg: CfgNode, trainer: str) -> None:
     """Remove the nodes of all trainers but ``trainer`` from ``cfg.TRAINER``, so that a printed config is short."""
+    from dassl.engine import TRAINER_REGISTRY  # which imports this module
+
+    known = trainer in TRAINER_REGISTRY.registered_names()
+    own = TRAINER_REGISTRY.get(trainer).config_node() if known else trainer.upper()
     for key in list(cfg.TRAINER.keys()):
-        if key not in ("NAME", trainer.upper()):
+        if key not in ("NAME", own):
             cfg.TRAINER.pop(key)

@@ -43,9 +43,16 @@ class TrainerBase:
     Attributes:
         recipe: number of the method's recipe, raised when the same settings give other numbers than before. Runs of
             another recipe are neither gone on with nor taken for this one's.
+        node_name: the key below TRAINER that holds the method's settings; "": the class's name in upper case.
     """
 
     recipe = 1
+    node_name = ""
+
+    @classmethod
+    def config_node(cls) -> str:
+        """Return the key below TRAINER that holds the method's settings."""
+        return cls.node_name or cls.__name__.upper()
 
     def __init__(self) -> None:
         self._models: OrderedDict[str, nn.Module] = OrderedDict()
@@ -55,6 +62,7 @@ class TrainerBase:
         self._hooks: list[HookBase] = []
         self.precision = Precision()
         self.guard = StepGuard()
+        self.stepped = False  # whether the latest ``model_update`` changed the model
         self.stats = EpochStats()
         self.selected: dict[str, dict[str, Any]] = {}  # name -> {value, on, n}: what was chosen, on what
         self.evaluation: Evaluation | None = None  # the latest
@@ -252,10 +260,13 @@ class TrainerBase:
         for optimizer in self._optimizers(names):
             optimizer.zero_grad()
 
-    def model_backward(self, loss: Tensor) -> None:
+    def model_backward(self, loss: Tensor) -> bool:
         """Check the loss and back-propagate it; while a run's step runs, one that is not finite is left alone.
 
         ``model_update`` then changes nothing, and the step's end deals with it (TRAIN.ON_NAN).
+
+        Returns:
+            Whether the loss was back-propagated.
 
         Of several processes, each gives the mean over its part of the batch; it is weighted by the size of that part,
         so that the mean of the gradients is exactly that of the loss over the whole batch.
@@ -263,12 +274,13 @@ class TrainerBase:
         if not self.guard.active:
             self.detect_anomaly(loss)
         elif not self.guard.admits_loss(loss):
-            return
+            return False
         if self.share is not None:
             self._weighted = True
             if self.share.weight != 1:
                 loss = loss * self.share.weight
         self.precision.backward(loss)
+        return True
 
     def average_gradients(self, names: _Names = None) -> None:
         """Average the gradients of the named models (all by default) over the processes.
@@ -289,25 +301,39 @@ class TrainerBase:
                     parameter.grad.mul_(self.share.weight)
         average_gradients(parameters)
 
-    def model_update(self, names: _Names = None) -> None:
+    def model_update(self, names: _Names = None) -> bool:
         """Step the optimisers of the named models (all by default) on the mean of the processes' gradients.
 
-        Not where this step's loss or a gradient is not finite (with a loss scale, which may overflow, that leaves the
-        step out itself).
+        The step is left out where its loss or a gradient is not finite (with a loss scale, which may overflow, the
+        scale sees to that). Where it is made, ``after_update`` is called.
+
+        Returns:
+            Whether the step was made; ``stepped`` keeps it.
         """
         optimizers = self._optimizers(names)
+        self.stepped = False
         if not self.guard.fault:
             self.average_gradients(names)
             scaled = self.precision.scaler is not None
             if scaled or not self.guard.active or self.guard.admits_gradients(optimizers):
-                self.precision.update(optimizers)
+                self.stepped = self.precision.update(optimizers)
         self._averaged.clear()
+        if self.stepped:
+            self.after_update()
+        return self.stepped
 
-    def model_backward_and_update(self, loss: Tensor, names: _Names = None) -> None:
-        """Zero the gradients, check and back-propagate the loss, step."""
+    def after_update(self) -> None:
+        """Move what follows the model from step to step: a running mean, a centre, a teacher.
+
+        Called by ``model_update`` when the optimisers have stepped, and never for a step that is left out, so that
+        numbers that were lost cannot get into what is moved here.
+        """
+
+    def model_backward_and_update(self, loss: Tensor, names: _Names = None) -> bool:
+        """Zero the gradients, check and back-propagate the loss, step; returns whether the step was made."""
         self.model_zero_grad(names)
         self.model_backward(loss)
-        self.model_update(names)
+        return self.model_update(names)
 
     def _optimizers(self, names: _Names) -> list[Any]:
         return [self._optims[name] for name in self.get_model_names(names) if self._optims[name] is not None]

@@ -2,7 +2,9 @@
 
 A step is asked twice whether it may change the model: before its loss is back-propagated, and before the optimiser
 follows the gradients. Where it may not, the model, its optimiser and the loss scale stay as they are, the step goes on
-to its end (so that it can tell all its loss terms), and the hook ``Losses`` stops the run or leaves the step out.
+to its end (so that it can tell all its loss terms), and the hook ``Losses`` stops the run or leaves the step out. What
+the forward pass has moved by then, such as the running means of a BatchNorm, is put back (``KeptBuffers``); whatever
+else follows the model from step to step moves in ``after_update``, which a step that is left out does not reach.
 
 Of several processes all answer alike, so that none waits for another that has left a step out.
 """
@@ -17,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dassl.utils import InputError, atomic_write, distributed, one_line
 from dassl.utils.torchtools import pointed_file
 
-__all__ = ["RECORD", "NotFiniteError", "StepGuard", "last_checkpoint", "lost_terms", "report"]
+__all__ = ["RECORD", "KeptBuffers", "NotFiniteError", "StepGuard", "last_checkpoint", "lost_terms", "report"]
 
 RECORD = "not_finite.json"  # in the run's folder: the step that stopped it, with all paths
 SHOWN = 8  # image paths in the message
@@ -71,6 +73,35 @@ class StepGuard:
         if grads and not bool(torch.stack([torch.isfinite(grad).all().to(grads[0].device) for grad in grads]).all()):
             self.fault = "a gradient"
         return not self.fault
+
+
+class KeptBuffers:
+    """The buffers of models as they were before a step: a forward pass moves some before its loss is known.
+
+    Buffers that are not saved in checkpoints are left out: they follow from other things.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []  # module, name, the buffer, a copy
+
+    @torch.no_grad()
+    def keep(self, models: Iterable[nn.Module | None]) -> None:
+        """Take the present values of all models' buffers."""
+        # torch's kernels may write without raising a tensor's version, so that all are copied, changed or not.
+        self._kept = [
+            (module, name, buffer, buffer.detach().clone())
+            for model in models
+            if model is not None
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give the buffers the values that they had when ``keep`` was called last."""
+        for module, name, buffer, copy in self._kept:
+            module._buffers[name] = buffer.copy_(copy)
 
 
 def lost_terms(trainer: Any, summary: Mapping[str, float]) -> list[str]:

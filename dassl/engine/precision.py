@@ -58,13 +58,17 @@ class Precision:
         """Back-propagate a scalar loss, scaled where float16 gradients would underflow."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def update(self, optimizers: Iterable[Optimizer]) -> None:
-        """Step optimisers on the gradients there are; with scaling, a step with overflowed gradients is left out."""
+    def update(self, optimizers: Iterable[Optimizer]) -> bool:
+        """Step optimisers on the gradients there are; with scaling, a step with overflowed gradients is left out.
+
+        Returns:
+            Whether the step was made.
+        """
         if self.scaler is None:
             for optimizer in optimizers:
                 optimizer.step()
-            return
-        stepped = False
+            return True
+        scale, stepped = self.scaler.get_scale(), False
         for optimizer in optimizers:
             # The scaler refuses an optimiser without a single gradient (a model that this loss does not involve).
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
@@ -72,11 +76,12 @@ class Precision:
                 stepped = True
         if stepped:
             self.scaler.update()
+        return self.scaler.get_scale() >= scale  # an overflow, and nothing else, makes it smaller
 
-    def step(self, loss: Tensor, optimizers: Iterable[Optimizer]) -> None:
-        """``backward`` and ``update``; the gradients must have been zeroed."""
+    def step(self, loss: Tensor, optimizers: Iterable[Optimizer]) -> bool:
+        """``backward`` and ``update``; the gradients must have been zeroed. Returns whether the step was made."""
         self.backward(loss)
-        self.update(optimizers)
+        return self.update(optimizers)
 
     def state_dict(self) -> dict[str, Any]:
         """The loss scale and its counters (plain values); empty without a scaler."""

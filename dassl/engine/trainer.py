@@ -43,7 +43,7 @@ from dassl.utils.logger import ensure_heard
 from .base import TrainerBase
 from .environment import why_no_gpu
 from .evaluate import Evaluation, as_heads, run_pass
-from .finite import report
+from .finite import KeptBuffers, report
 from .hooks import HookBase, build_hooks
 from .hooks.losses import WHAT_HELPS, as_numbers, fault_of
 from .net import SimpleNet
@@ -227,13 +227,18 @@ class SimpleTrainer(TrainerBase):
         first = self.steps_done = self.progress.step
         self.batch_idx = max(first - 1, 0)
         shared = share_of(self.train_loader_x, 0) is not None
+        kept = KeptBuffers() if self.cfg.TRAIN.ON_NAN == "skip" else None
         with stopping.postponed(), own_draws() if shared else contextlib.nullcontext():
             for self.batch_idx, batches in enumerate(self.train_batches(), first):  # noqa: B020
                 self.stats.batches = batches
                 self.share = share_of(self.train_loader_x, self.batch_idx)
                 self.call_hooks("before_step")
                 self.guard.begin()
+                if kept is not None:
+                    kept.keep(self._models.values())
                 summary = as_numbers(self.forward_backward(*batches))
+                if kept is not None and self.guard.fault:
+                    kept.put_back()
                 self.stats.summary, self.stats.images = self._of_all(summary, count_images(batches))
                 self.call_hooks("after_step")
                 self.steps_done = self.batch_idx + 1

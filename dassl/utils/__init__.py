@@ -1,37 +1,47 @@
-"""Helpers that trainers, datasets and the engine share."""
+"""Helpers that trainers, datasets and the engine share.
 
-from .errors import InputError, UnknownNameError
-from .files import atomic_write
-from .logger import Logger, close_logger, note_in_log, setup_logger, take_log_name
-from .meters import AverageMeter, MetricMeter
-from .registry import Registry
-from .text import one_line
-from .tools import (
-    check_availability,
-    check_isfile,
-    collect_env_info,
-    did_you_mean,
-    download_url,
-    get_most_similar_str_to_a_from_b,
-    listdir_nohidden,
-    mkdir_if_missing,
-    read_image,
-    read_json,
-    set_random_seed,
-    tolist_if_not,
-    write_json,
-)
-from .torchtools import (
-    count_num_param,
-    init_network_weights,
-    load_checkpoint,
-    load_pretrained_weights,
-    open_all_layers,
-    open_specified_layers,
-    resume_from_checkpoint,
-    save_checkpoint,
-)
-from .trouble import RunStoppedError, explain_trouble
+A name is imported when it is first asked for: some of their modules need torch, which takes seconds to import, and a
+command line that is asked for help, or that was mistyped, answers without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import InputError, UnknownNameError
+    from .files import atomic_write
+    from .logger import Logger, close_logger, note_in_log, setup_logger, take_log_name
+    from .meters import AverageMeter, MetricMeter
+    from .registry import Registry
+    from .text import one_line
+    from .tools import (
+        check_availability,
+        check_isfile,
+        collect_env_info,
+        did_you_mean,
+        download_url,
+        get_most_similar_str_to_a_from_b,
+        listdir_nohidden,
+        mkdir_if_missing,
+        read_image,
+        read_json,
+        set_random_seed,
+        tolist_if_not,
+        write_json,
+    )
+    from .torchtools import (
+        count_num_param,
+        init_network_weights,
+        load_checkpoint,
+        load_pretrained_weights,
+        open_all_layers,
+        open_specified_layers,
+        resume_from_checkpoint,
+        save_checkpoint,
+    )
+    from .trouble import RunStoppedError, explain_trouble
 
 __all__ = [
     "AverageMeter",
@@ -70,3 +80,55 @@ __all__ = [
     "tolist_if_not",
     "write_json",
 ]
+
+# Name -> the module that has it, as imported above for whoever checks types.
+_HOME = {
+    "InputError": "errors",
+    "UnknownNameError": "errors",
+    "atomic_write": "files",
+    "Logger": "logger",
+    "close_logger": "logger",
+    "note_in_log": "logger",
+    "setup_logger": "logger",
+    "take_log_name": "logger",
+    "AverageMeter": "meters",
+    "MetricMeter": "meters",
+    "Registry": "registry",
+    "one_line": "text",
+    "check_availability": "tools",
+    "check_isfile": "tools",
+    "collect_env_info": "tools",
+    "did_you_mean": "tools",
+    "download_url": "tools",
+    "get_most_similar_str_to_a_from_b": "tools",
+    "listdir_nohidden": "tools",
+    "mkdir_if_missing": "tools",
+    "read_image": "tools",
+    "read_json": "tools",
+    "set_random_seed": "tools",
+    "tolist_if_not": "tools",
+    "write_json": "tools",
+    "count_num_param": "torchtools",
+    "init_network_weights": "torchtools",
+    "load_checkpoint": "torchtools",
+    "load_pretrained_weights": "torchtools",
+    "open_all_layers": "torchtools",
+    "open_specified_layers": "torchtools",
+    "resume_from_checkpoint": "torchtools",
+    "save_checkpoint": "torchtools",
+    "RunStoppedError": "trouble",
+    "explain_trouble": "trouble",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME.values():
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

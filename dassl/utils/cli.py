@@ -1,31 +1,82 @@
-"""What command lines share: one line on stderr and exit code 2 for whatever was given wrong."""
+"""What command lines share: one line on stderr and exit code 2 for whatever was given wrong.
+
+Nothing here needs torch: help, and what is wrong with the arguments alone, come at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import os
 import sys
 import traceback
-from typing import NoReturn
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 
 from .console import run_main
-from .errors import InputError
+from .errors import InputError, given_wrongly
 from .text import one_line
 
-__all__ = ["SETUP_ERRORS", "Parser", "fail", "run_main"]
+__all__ = ["SETUP_ERRORS", "Parser", "fail", "given_wrongly", "parse_first", "registered_names", "run_main"]
 
-# While things are set up, these mean that something given was wrong. Once a run is going, only InputError does.
+# While things are set up, these may mean that something given was wrong: `given_wrongly` says whether one does. Once a
+# run is going, only InputError does.
 SETUP_ERRORS = (InputError, ValueError, KeyError, OSError, yaml.YAMLError)
 
 MESSAGE_LENGTH = 1500  # characters: what came may be a whole file in one line
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, too."""
+    """An argument parser whose errors are one line, too, and whose flags are written out.
+
+    Args:
+        closing: gives the text below the help, when it is asked for.
+    """
+
+    def __init__(self, *arguments: Any, closing: Callable[[], str] | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+        self.closing = closing
+
+    def format_help(self) -> str:
+        if self.closing is not None:
+            self.epilog = self.closing()
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {one_line(message, MESSAGE_LENGTH)} (see --help)\n")
+
+
+def parse_first(parse: Callable[[], Any]) -> None:
+    """Parse this program's arguments before the imports that take seconds, so that help and errors come at once.
+
+    To be called where the program starts. Several processes of one run leave it to the program, which parses when they
+    know each other: one that ended alone would be waited for.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        run_main(lambda: int(parse() is None))
+
+
+def registered_names(folder: Path, registry: str) -> list[str]:
+    """Return the names of the classes that the source files below a folder register, in order; nothing is imported.
+
+    Args:
+        folder: a package.
+        registry: what the registry is called there: classes under the decorator ``@<registry>.register()`` count.
+    """
+    names = []
+    for path in folder.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        if f"@{registry}.register" in source:
+            names += [
+                node.name
+                for node in ast.parse(source).body
+                if isinstance(node, ast.ClassDef)
+                and any(ast.unparse(decorator).startswith(f"{registry}.register(") for decorator in node.decorator_list)
+            ]
+    return sorted(names, key=str.lower)
 
 
 def fail(error: BaseException, debug: bool = False) -> int:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import re
+from typing import Any
+
+import yaml
 
 # How torch's DataLoader re-raises an exception of a worker process: same type, one string with the whole traceback.
 _WORKER_PREFIX = re.compile(r"\ACaught \w+ in DataLoader worker process \d+\.\n")
@@ -32,3 +36,34 @@ class InputError(ValueError):
 
 class UnknownNameError(InputError, KeyError):
     """A name that no registry entry or config key has. Also a KeyError, as callers of upstream's registry expect."""
+
+
+# Top-level packages in which a `raise` of a ValueError or an OSError speaks of what was given: the toolbox, and those
+# that have registered something (a trainer, a dataset).
+_CHECKING_PACKAGES = {__name__.partition(".")[0]}
+
+
+def note_package(registered: Any) -> None:
+    """Note that the package of a registered class or function checks what it is given, as `given_wrongly` asks."""
+    _CHECKING_PACKAGES.add(str(getattr(registered, "__module__", "")).partition(".")[0])
+
+
+def given_wrongly(error: BaseException) -> bool:
+    """Return whether an error, while things are set up, means that something given was wrong; else it is a bug.
+
+    It does if it is an InputError or a YAML error; an OSError that names a file; or a ValueError or OSError that was
+    raised on purpose: by a ``raise`` statement in this toolbox, or in a package that has registered something.
+    """
+    if isinstance(error, (InputError, yaml.YAMLError)):
+        return True
+    if not isinstance(error, (ValueError, OSError)):
+        return False
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
+    last = error.__traceback__
+    if last is None:
+        return False
+    while last.tb_next is not None:
+        last = last.tb_next
+    code, package = last.tb_frame.f_code, str(last.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    return dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS" and package in _CHECKING_PACKAGES

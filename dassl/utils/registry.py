@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
-from .errors import UnknownNameError
+from .errors import UnknownNameError, note_package
 from .tools import did_you_mean
 
 T = TypeVar("T")
@@ -35,6 +35,7 @@ class Registry:
         if name in self._obj_map and not force:
             raise KeyError(f'Expected a new name for the registry {self._name} but got "{name}", which is registered')
         self._obj_map[name] = obj
+        note_package(obj)
 
     @overload
     def register(self, obj: None = None, force: bool = False) -> Callable[[T], T]: ...

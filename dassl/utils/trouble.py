@@ -57,7 +57,7 @@ def explain_trouble(error: BaseException, memory_advice: Sequence[str] = (), bat
             return f"A file could not be written: {_text(error)}"
     if isinstance(error, ConnectionError | EOFError):  # nothing else here talks to another process this way
         return f"A process that loads images died. {_FEWER_WORKERS}"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:  # one without a number is a library's, not the system's
         where = f": {one_line(str(error.filename))}" if error.filename else ""
         helps = ". What helps: room on that disk, or another --output-dir" if error.errno in _NO_SPACE else ""
         return f"{error.strerror or _text(error)}{where}{helps}"

@@ -20,6 +20,10 @@ from dassl.utils import AverageMeter, InputError, MetricMeter, UnknownNameError,
 def test_all_names_are_there():
     for name in utils.__all__:
         assert hasattr(utils, name), name
+    assert set(utils.__all__) == set(utils._HOME) <= set(dir(utils))
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        utils.no_such_name  # noqa: B018
+    assert utils.tools.read_image is utils.read_image  # a module of the package, as an attribute
 
 
 # errors

@@ -389,9 +389,7 @@ class DLRCLIPNetwork(nn.Module):
         logits = {"clip": clip_logits, "cma": cma_logits, "glr": glr_logits}
         logits["final"] = fuse(cma_logits, glr_logits, weight)
         values = {"weight": weight, **({} if alpha is None else {"alpha": alpha})}
-        if learner.training:
-            learner.observe(weight)
-        else:
+        if not learner.training:
             logits["fused"] = fuse(cma_logits, glr_logits, learner.coefficient())
             if learner.robust is not None:
                 logits[ROBUST_HEAD], values["trust"] = learner.robust(frozen, clip_logits, logits["final"])

@@ -180,6 +180,7 @@ class DLRCLIP(CLIPTrainer):
             outputs = self.network(images, features=batch.get("feature"), hidden=batch.get("hidden"))
             terms = self.network.losses(outputs, labels)
             loss = torch.stack(list(terms.values())).sum()
+        self._weight = outputs["weight"].detach()
         self.model_backward_and_update(loss)
         self.update_lr()  # the schedule counts steps
         head = self.main_head if self.main_head in outputs else "final"
@@ -194,6 +195,10 @@ class DLRCLIP(CLIPTrainer):
         for name, value in zip(inside, values[len(summary) :], strict=True):
             self.write_scalar(f"train/{name}", value, step)
         return dict(zip(summary, values[: len(summary)], strict=True))
+
+    def after_update(self) -> None:
+        """Take the step's w into its running mean."""
+        self.network.learner.observe(self._weight)
 
     def _inside(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What to watch beside the losses: alpha and w, and the learnt scales."""

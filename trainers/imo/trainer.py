@@ -26,7 +26,7 @@ from dassl.engine import TRAINER_REGISTRY
 from dassl.optim import build_optimizer
 
 from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
-from ..common import EncoderTrainer, step_left_out
+from ..common import EncoderTrainer
 from ..files import write_png, write_text
 from .adapters import FILE_NAME, save_adapters
 from .config import add_imo_config, add_imodino_config, check_imo_config, check_imodino_config
@@ -319,8 +319,8 @@ class IMODINO(AdapterTrainer):
             step, steps, self.cfg.OPTIM.WEIGHT_DECAY, self.node.WEIGHT_DECAY_END
         )
         self.model_zero_grad()
-        self.model_backward(loss)
-        if self.node.CLIP_GRAD and not step_left_out(self):
+        left_out = self.model_backward(loss) is False  # upstream's says nothing: there, a lost loss ends the run
+        if self.node.CLIP_GRAD and not left_out:
             average = getattr(self, "average_gradients", None)  # of several processes, which upstream does not have
             if callable(average):
                 average()
@@ -329,6 +329,13 @@ class IMODINO(AdapterTrainer):
                 scaler.unscale_(optim)
             clip_gradients(self.network.learner.parameters(), self.node.CLIP_GRAD)
         self.model_update()
+
+    def after_update(self) -> None:
+        """Move the centre and the teacher."""
+        learner, (seen, momentum) = self.network.learner, self._following
+        assert isinstance(learner, DINOLearner)
+        update_centre(learner.centre, seen, self.node.CENTRE_MOMENTUM)
+        learner.follow(momentum)
 
     def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """-> global crops [G, B, 3, S, S] and local ones [L, B, 3, S, S], on the device."""
@@ -350,10 +357,8 @@ class IMODINO(AdapterTrainer):
             outputs = self.network.student(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # [V, B, K]
         loss = dino_loss(outputs, teacher_targets(seen, learner.centre, temperature), node.STUDENT_TEMP)
         step, steps = self.epoch * self.num_batches + self.batch_idx, self.max_epoch * self.num_batches
-        self._update_student(loss, step, steps)
-        if not step_left_out(self):
-            update_centre(learner.centre, seen, node.CENTRE_MOMENTUM)
         momentum = cosine_momentum(step, steps, node.MOMENTUM)
-        learner.follow(momentum)
+        self._following = seen, momentum
+        self._update_student(loss, step, steps)
         self.update_lr()
         return {"loss": float(loss.detach()), "momentum": momentum, "teacher_temp": temperature}

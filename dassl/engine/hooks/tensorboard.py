@@ -54,12 +54,18 @@ class TensorBoard(HookBase):
             for head, values in evaluation.heads.items()
             if "accuracy" in values
         }
+        parameters = hyper_parameters(trainer.cfg, trainer.config_node())
         # run_name ".": into the run's own folder; the default would be a new sub-folder named after the time.
-        trainer.writer.add_hparams(hyper_parameters(trainer.cfg), metrics, run_name=".", global_step=trainer.epoch)
+        trainer.writer.add_hparams(parameters, metrics, run_name=".", global_step=trainer.epoch)
 
 
-def hyper_parameters(cfg: Any) -> dict[str, Any]:
-    """The settings that tell runs apart: dataset, seed, backbone, optimiser, batch size, and the method's own node."""
+def hyper_parameters(cfg: Any, node: str) -> dict[str, Any]:
+    """Return the settings that tell runs apart: dataset, seed, backbone, optimiser, batch size, and the method's own.
+
+    Args:
+        cfg: a configuration.
+        node: the key below TRAINER that holds the method's settings; there may be none.
+    """
     found = {
         "DATASET.NAME": cfg.DATASET.NAME,
         "DATASET.NUM_SHOTS": cfg.DATASET.NUM_SHOTS,
@@ -69,9 +75,9 @@ def hyper_parameters(cfg: Any) -> dict[str, Any]:
         "TRAINER.NAME": cfg.TRAINER.NAME,
         **_leaves("OPTIM", cfg.OPTIM),
     }
-    own = cfg.TRAINER.get(cfg.TRAINER.NAME.upper())
+    own = cfg.TRAINER.get(node)
     if own is not None:
-        found.update(_leaves(f"TRAINER.{cfg.TRAINER.NAME.upper()}", own))
+        found.update(_leaves(f"TRAINER.{node}", own))
     return found
 
 

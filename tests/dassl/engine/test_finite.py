@@ -98,6 +98,31 @@ def test_skipping_leaves_model_and_optimiser_as_they_were(build, tmp_path, how, 
     assert len(said) == 2
 
 
+def test_running_means_of_the_forward_pass_are_put_back(build):
+    """A BatchNorm takes a batch in before its loss is known; a left-out step must not spoil it for good."""
+    means = {}
+    for number, steps in enumerate(({2}, set())):
+        trainer = build("Linear", "TRAIN.ON_NAN", "skip", "OPTIM.MAX_EPOCH", 1, output=f"run{number}")
+        trainer.net = trainer._models["net"] = torch.nn.Sequential(torch.nn.BatchNorm1d(3), trainer.net)
+        normal, infer = trainer.net[0], trainer.model_inference
+
+        def spoiling(input, steps=steps, trainer=trainer, infer=infer):
+            return infer(input * math.nan if trainer.global_step in steps and trainer.net.training else input)
+
+        def step(batch, trainer=trainer, normal=normal, inner=trainer.forward_backward, number=number):
+            summary = inner(batch)
+            means[number, trainer.global_step] = normal.running_mean.clone()
+            return summary
+
+        trainer.model_inference, trainer.forward_backward = spoiling, step
+        moved = []
+        trainer.after_update = lambda trainer=trainer, moved=moved: moved.append(trainer.global_step)
+        trainer.train()
+        assert moved == [n for n in range(STEPS) if n not in steps]
+        assert torch.isfinite(normal.running_mean).all() and int(normal.num_batches_tracked) == len(moved)
+    assert means[0, 2].isnan().all() and torch.equal(means[0, 1], means[1, 1])
+
+
 def test_no_count_where_nothing_was_skipped(build, tmp_path):
     build("Linear", "TRAIN.ON_NAN", "skip", "OPTIM.MAX_EPOCH", 1).train()
     assert "skipped_steps" not in json.loads((tmp_path / "run" / "metrics.json").read_text())

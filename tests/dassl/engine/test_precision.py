@@ -54,13 +54,13 @@ def test_scaled_gradients_give_the_same_step_and_overflow_none():
     precision, used, unused = scaled(), torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     optims = [torch.optim.SGD(m.parameters(), lr=1.0) for m in (used, unused)]
     before = used.weight.detach().clone()
-    precision.step(used(torch.ones(1, 2)).sum(), optims)  # the second has no gradient: left alone
+    assert precision.step(used(torch.ones(1, 2)).sum(), optims)  # the second has no gradient: left alone
     torch.testing.assert_close(used.weight, before - 1)
     optims[0].zero_grad()
     before, scale = used.weight.detach().clone(), precision.scaler.get_scale()
     precision.backward(used(torch.ones(1, 2)).sum())
     used.weight.grad.fill_(torch.inf)
-    precision.update(optims)
+    assert not precision.update(optims)
     assert torch.equal(used.weight, before) and precision.scaler.get_scale() == scale / 2
 
 

@@ -278,8 +278,11 @@ class TestEvaluation:
         network = make().train()
         seen = []
         for step in range(25):
-            weight = network(images)["weight"].mean().item()
-            seen.append(weight)
+            before = network.learner.weight_mean.clone()
+            weight = network(images)["weight"]
+            assert torch.equal(network.learner.weight_mean, before)  # a step's w counts once the step was made
+            network.learner.observe(weight)
+            seen.append(weight.mean().item())
             with torch.no_grad():
                 network.learner.fusion.layers[2].bias += 0.3
             mean = seen[0]
@@ -288,9 +291,6 @@ class TestEvaluation:
             assert network.learner.weight_mean.item() == pytest.approx(mean, abs=1e-5)
             if step < 10:
                 assert mean == pytest.approx(sum(seen) / len(seen))
-        before = network.learner.weight_mean.clone()
-        network.eval()(images)
-        assert torch.equal(network.learner.weight_mean, before)
 
     def test_text_features_are_computed_once_per_state(self, make, images, labels, monkeypatch):
         network = make().eval()

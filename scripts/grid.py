@@ -109,13 +109,15 @@ class Run:
             )
 
     def _check_data(self, cfg: Any, metrics: dict[str, Any]) -> None:
-        there = metrics.get("data_digest")
-        here = digest_of_data(cfg.DATASET.NAME, cfg.DATASET.ROOT) if there else ""
+        there = str(metrics.get("data_digest") or "")
+        # A run of an earlier version does not tell; what this project makes itself is the same everywhere.
+        here = digest_of_data(cfg.DATASET.NAME, cfg.DATASET.ROOT) if there or cfg.DATASET.ROOT else ""
         if here and here != there:
+            told = f"digest {there[:12]}" if there else "it does not tell of which"
             raise InputError(
                 f'Expected the finished run in "{self.folder}" to be of the images that are now in '
-                f"{cfg.DATASET.ROOT or cfg.DATASET.NAME} but it was made of others, or of another split (digest "
-                f"{there[:12]}, now {here[:12]}): move it away, or choose another output folder"
+                f"{cfg.DATASET.ROOT or cfg.DATASET.NAME} (digest {here[:12]}) but it was made of others, or of another "
+                f"split ({told}): move it away, or choose another output folder"
             )
 
 

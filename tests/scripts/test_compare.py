@@ -143,6 +143,12 @@ def test_a_finished_run_of_other_images_is_not_taken(photo_folders, tmp_path, ca
     assert "to be of the images that are now in" in capsys.readouterr().err
     protocol = ["few-shot", *arguments, "--root", str(second)]
     assert protocol_main(protocol) == 2 and "to be of the images" in capsys.readouterr().err
+    metrics = next((tmp_path / "out").rglob("metrics.json"))
+    told = json.loads(metrics.read_text())
+    metrics.write_text(json.dumps({key: value for key, value in told.items() if key != "data_digest"}))
+    assert main([*arguments, "--root", str(first)]) == 2  # of an earlier version, which did not tell
+    assert "it does not tell of which" in capsys.readouterr().err
+    metrics.write_text(json.dumps(told))
     digest_of_data.cache_clear()  # what a new process would see
     shutil.rmtree(first / "cat")
     shutil.copytree(first / "dog", first / "cat")

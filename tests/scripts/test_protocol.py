@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dassl.engine import TRAINER_REGISTRY
 from scripts.grid import next_ready, run_all
 from scripts.methods import choose_methods
 from scripts.protocol import main, make_plan, parse_args
@@ -190,7 +191,8 @@ def finish(run, *, kway: float | None = None, **heads: float) -> None:
         results["heads_kway"] = {head: {"accuracy": kway} for head in heads}
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(run.cfg().dump())
-    (run.folder / "metrics.json").write_text(json.dumps({"split": "test", "test": results}))
+    recipe = TRAINER_REGISTRY.get(run.cfg().TRAINER.NAME).recipe
+    (run.folder / "metrics.json").write_text(json.dumps({"split": "test", "test": results, "recipe": recipe}))
     (run.folder / "DONE").write_text(json.dumps({"finished": "2026-11-21T10:00:00+00:00"}))
 
 

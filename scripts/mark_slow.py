@@ -1,10 +1,11 @@
 """Choose the tests that the fast tier leaves out, from measured durations.
 
     pytest -n 2 --dist loadfile --junitxml report.xml
-    python scripts/mark_slow.py report.xml [--budget 100]
+    python scripts/mark_slow.py report.xml [--budget 14]
 
 Writes `tests/slow_tests.txt`: the slowest test functions (all their parameters together), as many as it takes for the
-others to need less than the budget, in seconds of one process. tests/conftest.py marks them "slow".
+others to need less than the budget, in seconds of one process. tests/conftest.py marks them "slow". The budget is small
+because it is not all: processes start, and what slow tests set up for others has to be set up all the same.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def slow_ones(found: Mapping[str, float], budget: float) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="mark_slow.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="JUnit XML of a whole run")
-    parser.add_argument("--budget", type=float, default=100.0, help="seconds of one process (default: 100)")
+    parser.add_argument("--budget", type=float, default=14.0, help="seconds of one process (default: 14)")
     args = parser.parse_args(argv)
     try:
         found = durations(args.report)

@@ -70,17 +70,17 @@ from dassl.config import CfgNode, get_cfg_default
 from dassl.data.data_manager import usable_workers
 from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY, build_trainer
-from dassl.engine.evaluate import as_heads, progress_bar
+from dassl.engine.reliability.trouble import explain_trouble
+from dassl.evaluation.passes import as_heads, progress_bar
 from dassl.utils import (
     InputError,
     atomic_write,
     check_availability,
     did_you_mean,
-    explain_trouble,
     one_line,
     read_image,
 )
-from dassl.utils.torchtools import BEST_NAME, pointed_file
+from dassl.utils.checkpoints import BEST_NAME, pointed_file
 from datasets.files import check_name, list_images_below, tell_kinds
 
 logger = logging.getLogger("predict")

@@ -102,22 +102,21 @@ from dassl.config import CfgNode, get_cfg_default, keys_in_file, plain_config, r
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.engine.environment import why_no_gpu
-from dassl.engine.finite import NotFiniteError, last_checkpoint
+from dassl.engine.reliability.finite import NotFiniteError, last_checkpoint
+from dassl.engine.reliability.lock import FolderLock, is_locked
+from dassl.engine.reliability.trouble import RunStoppedError, explain_trouble
 from dassl.utils import (
     InputError,
-    RunStoppedError,
     close_logger,
     collect_env_info,
     did_you_mean,
     distributed,
-    explain_trouble,
     note_in_log,
     set_random_seed,
     setup_logger,
     stopping,
 )
 from dassl.utils.files import remove_leftovers
-from dassl.utils.lock import FolderLock, is_locked
 
 logger = logging.getLogger("train")
 

@@ -20,7 +20,7 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dassl.utils.cli import run_main
-from trainers.clip.feature_cache import Entry, FeatureCache, default_folder  # noqa: E402
+from trainers.features.cache import Entry, FeatureCache, default_folder  # noqa: E402
 
 MIB = 2**20
 

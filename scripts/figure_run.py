@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dassl.engine.predictions import Predictions, load_predictions
+from dassl.evaluation.predictions import Predictions, load_predictions
 from scripts.figure_style import add_output_options, save
 
 

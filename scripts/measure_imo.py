@@ -34,9 +34,11 @@ from dassl.data.datasets import build_dataset
 from dassl.data.transforms import build_transform
 from dassl.utils.cli import run_main
 from trainers.clip import CLIP, load_clip, templates_for, zeroshot_weights
-from trainers.imo import IMOAdapters, load_adapters, measure, read_recipe
-from trainers.tip_adapter import tip_logits
-from trainers.tip_search import GRIDS, best_point, grid_accuracy, tip_values
+from trainers.features.corrected import load_adapters, read_recipe
+from trainers.imo import measure
+from trainers.modules.overlap_adapters import IMOAdapters
+from trainers.tip_adapter.search import GRIDS, best_point, grid_accuracy, tip_values
+from trainers.tip_adapter.tip import tip_logits
 
 SOURCES = {"Digits": ("Digits",), "Shapes": ("Shapes", "ShapesV2", "ShapesSketch", "ShapesA", "ShapesR")}
 # Tip-Adapter's grid for both methods, so that only the features differ.

@@ -24,7 +24,7 @@ from sklearn.metrics import silhouette_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dassl.engine.predictions import Predictions
+from dassl.evaluation.predictions import Predictions
 from dassl.utils.cli import run_main
 from scripts.figure_run import figure_main, open_predictions
 from scripts.figure_style import COLOURS, COLUMN, PAGE, new_figure, readable, style

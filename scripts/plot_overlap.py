@@ -29,7 +29,9 @@ from dassl.utils import InputError, did_you_mean
 from dassl.utils.cli import run_main
 from scripts.measure_imo import config
 from trainers.clip import CLIP, load_clip
-from trainers.imo import IMOAdapters, Measures, draw_histograms, load_adapters, measure, read_recipe
+from trainers.features.corrected import load_adapters, read_recipe
+from trainers.imo import Measures, draw_histograms, measure
+from trainers.modules.overlap_adapters import IMOAdapters
 
 
 def loader_of(name: str, root: str, parts: Sequence[str], clip: CLIP) -> Any:

@@ -29,8 +29,8 @@ from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.utils import InputError, did_you_mean, set_random_seed
 from dassl.utils.cli import run_main
-from trainers.imo import read_recipe
-from trainers.tip_search import GridPoint, best_point
+from trainers.features.corrected import read_recipe
+from trainers.tip_adapter.search import GridPoint, best_point
 
 CONFIGS = {"TipAdapterPP": "tip_adapter_pp", "TipXPP": "tipx_pp"}
 FILES = {"tiny": "tiny.yaml", "RN50": "rn50.yaml"}  # other backbones: vit_b16.yaml

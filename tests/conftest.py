@@ -79,7 +79,8 @@ def random_adapters(random_tiny, tmp_path_factory) -> Path:
     import torch
 
     from trainers.clip import load_clip
-    from trainers.imo import IMOAdapters, save_adapters
+    from trainers.features.corrected import save_adapters
+    from trainers.modules.overlap_adapters import IMOAdapters
 
     clip = load_clip("tiny", random_tiny)
     with torch.random.fork_rng(devices=[]):

@@ -24,9 +24,9 @@ from torch import nn
 
 from dassl.config import get_cfg_default
 from dassl.data.datasets import Datum
-from dassl.engine.predictions import PREDICTIONS, Predictions, load_predictions, save_predictions
+from dassl.evaluation.predictions import PREDICTIONS, Predictions, load_predictions, save_predictions
 from dassl.utils import InputError, load_checkpoint, one_line, read_image, read_json, save_checkpoint
-from dassl.utils.torchtools import checkpoint_entry, load_into, load_pretrained_weights, pointed_file
+from dassl.utils.checkpoints import checkpoint_entry, load_into, load_pretrained_weights, pointed_file
 from datasets.files import read_lines, read_mat, read_table
 from datasets.image_folder import class_names, read_csv
 from datasets.open_images import read_labels
@@ -34,13 +34,13 @@ from datasets.picks import Picks, find_picks, read_coop_pickle
 from datasets.splits import read_split
 from scripts.run_folders import find_runs, read_records, run_records
 from scripts.summary import Record, collect, comma_separated, latex, markdown
+from trainers.base.learner import Learner
 from trainers.clip.checkpoint import read_checkpoint
-from trainers.clip.feature_cache import FeatureCache
 from trainers.clip.templates import fill_template
 from trainers.clip.tiny import read_record
-from trainers.feature_adapter import mapped_prompt, parse_prompt_map
-from trainers.imo.adapters import read_recipe
-from trainers.learner import Learner
+from trainers.features.cache import FeatureCache
+from trainers.features.corrected import read_recipe
+from trainers.jclip_adapter import mapped_prompt, parse_prompt_map
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))
 fuzz = settings(

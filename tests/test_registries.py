@@ -18,8 +18,8 @@ import trainers
 from dassl.config import clean_cfg, get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY, build_dataset
 from dassl.engine import TRAINER_REGISTRY, build_trainer
-from dassl.engine.evaluate import Evaluation
 from dassl.engine.hooks import HookBase, TensorBoard
+from dassl.evaluation.passes import Evaluation
 from dassl.utils import read_image, set_random_seed
 
 TRAINERS = TRAINER_REGISTRY.registered_names()

@@ -25,23 +25,23 @@ first_come_first_served(TRAINER_REGISTRY, __name__)  # before the methods below 
 
 from . import (  # noqa: E402
     clap,
+    clip_adapter,
     cliplora,
     cocoop,
     coop,
     cross_modal,
     dlrclip,
     em_dirichlet,
-    feature_adapter,
     imo,
+    jclip_adapter,
     linear_probe,
     mma,
     taskres,
     tip_adapter,
-    tip_adapter_pp,
     zsclip,
 )
+from .base import CLIPTrainer  # noqa: E402
 from .clip import add_clip_config, complete_input  # noqa: E402
-from .common import CLIPTrainer  # noqa: E402
 from .configs import find_config, warn_if_for_another  # noqa: E402
 
 # What the field calls our trainers elsewhere (titles, other repositories' registered names) -> the name here. They are
@@ -79,6 +79,7 @@ ALIASES = {
 __all__ = [
     "ALIASES",
     "clap",
+    "clip_adapter",
     "cliplora",
     "cocoop",
     "complete_cfg",
@@ -87,15 +88,14 @@ __all__ = [
     "dlrclip",
     "em_dirichlet",
     "extend_cfg",
-    "feature_adapter",
     "find_config",
     "imo",
+    "jclip_adapter",
     "linear_probe",
     "merge_from_file",
     "mma",
     "taskres",
     "tip_adapter",
-    "tip_adapter_pp",
     "warn_if_for_another",
     "zsclip",
 ]

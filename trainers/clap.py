@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
+from .base import FeatureLearner, FeatureTrainer
 from .clip import CLIP, IMAGENET_TEMPLATES_SELECT_OWN, mean_text_features
-from .clip.features import FeatureSet
-from .frozen import FeatureLearner, FeatureTrainer
+from .features import FeatureSet
 
 
 def class_multipliers(zeroshot_logits: Tensor, labels: Tensor) -> Tensor:

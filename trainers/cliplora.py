@@ -21,40 +21,12 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
+from .base import Classifier, EncoderTrainer, Learner, check_number, check_whole
 from .clip import CLIP, check_backbone, fill_template
-from .common import EncoderTrainer, check_number, check_whole
-from .learner import Classifier, Learner
+from .modules.low_rank import LowRank
 
 logger = logging.getLogger(__name__)
-
 PROJECTIONS = ("q", "k", "v")
-
-
-class LowRank(nn.Module):
-    """x -> scale * B A dropout(x), D -> r -> D; zero at the start.
-
-    Args:
-        width: D.
-        rank: r.
-        alpha: `scale` is alpha / sqrt(r), as in the published code.
-        dropout: share of x's entries that are dropped in training.
-    """
-
-    def __init__(self, width: int, rank: int = 2, alpha: float = 1.0, dropout: float = 0.25) -> None:
-        super().__init__()
-        self.A = nn.Parameter(torch.empty(rank, width))
-        self.B = nn.Parameter(torch.zeros(width, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.scale, self.dropout = alpha / math.sqrt(rank), dropout
-
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x [..., D] -> [..., D] in fp32, whatever the backbone's precision; `generator` draws what is dropped."""
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            x, scale = x.float(), self.scale
-            if self.training and self.dropout > 0:
-                dropped = torch.rand(x.shape, generator=generator, device=x.device) < self.dropout
-                x, scale = x.masked_fill(dropped, 0.0), scale / (1 - self.dropout)
-            return scale * F.linear(F.linear(x, self.A), self.B)
 
 
 class LoRALearner(Learner):

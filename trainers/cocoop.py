@@ -19,10 +19,9 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
+from .base import Classifier, EncoderTrainer, check_whole, check_words
 from .clip import CLIP
-from .common import EncoderTrainer, check_whole, check_words
 from .coop import PromptLearner
-from .learner import Classifier
 
 REDUCTION = 16  # hidden width of the meta network: E / 16
 

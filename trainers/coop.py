@@ -18,10 +18,9 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
+from .base import Classifier, EncoderTrainer, Learner, check_bool, check_choice, check_whole, check_words, class_rows
 from .clip import CLIP
-from .clip.context import POSITIONS, ContextPrompts, word_vectors
-from .common import EncoderTrainer, check_bool, check_choice, check_whole, check_words
-from .learner import Classifier, Learner, class_rows
+from .modules.context_prompts import POSITIONS, ContextPrompts, word_vectors
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,10 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
+from .base import FeatureLearner, FeatureTrainer, check_bool, check_choice, check_whole
 from .clip import CLIP, IMAGENET_TEMPLATES_SELECT, zeroshot_weights
-from .common import check_bool, check_choice, check_whole
-from .frozen import FeatureLearner, FeatureTrainer
-from .imo.adapters import add_imo_weights
-from .zsclip import ensemble_templates
+from .clip.templates import ensemble_templates
+from .features.corrected import add_imo_weights
 
 
 def cross_modal_loss(image_logits: Tensor, image_labels: Tensor, text_logits: Tensor, text_labels: Tensor) -> Tensor:

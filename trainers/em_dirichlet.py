@@ -25,10 +25,9 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
+from .base import FeatureLearner, FeatureTrainer, check_bool, check_number, check_whole
 from .clip import CLIP
-from .clip.features import Batch, FeatureLoader, FeatureSet
-from .common import check_bool, check_number, check_whole
-from .frozen import FeatureLearner, FeatureTrainer
+from .features import Batch, FeatureLoader, FeatureSet
 
 logger = logging.getLogger(__name__)
 

@@ -24,11 +24,10 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
+from .base import FeatureLearner, FeatureTrainer, check_choice, check_number, check_whole
 from .clip import CLIP
-from .clip.features import FeatureSet, ImageEncoder
-from .common import check_choice, check_number, check_whole
-from .frozen import FeatureLearner, FeatureTrainer
-from .imo.adapters import add_imo_weights
+from .features import FeatureSet, ImageEncoder
+from .features.corrected import add_imo_weights
 
 logger = logging.getLogger(__name__)
 

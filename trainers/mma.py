@@ -18,10 +18,9 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
+from .base import Classifier, EncoderTrainer, Learner, check_bool, check_number, check_whole, check_words
 from .clip import CLIP, clean_classname
-from .common import EncoderTrainer, check_bool, check_number, check_whole, check_words
-from .dlrclip.cma import CrossModalAdapter, build_adapter
-from .learner import Classifier, Learner
+from .modules.cross_modal_adapter import CrossModalAdapter, build_adapter
 
 
 class AdapterLearner(Learner):

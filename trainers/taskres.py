@@ -17,9 +17,8 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
+from .base import FeatureLearner, FeatureTrainer, check_number
 from .clip import CLIP, IMAGENET_TEMPLATES_SELECT_OWN, mean_text_features
-from .common import check_number
-from .frozen import FeatureLearner, FeatureTrainer
 
 
 def taskres_logits(features: Tensor, base: Tensor, residual: Tensor, alpha: float, scale: float) -> Tensor:

@@ -16,21 +16,9 @@ from torch import Tensor
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .clip import CLIP, IMAGENET_TEMPLATES, IMAGENET_TEMPLATES_SELECT, zeroshot_weights
-from .common import check_choice
-from .frozen import FeatureLearner, FeatureTrainer
-
-
-def ensemble_templates(own: Sequence[str], which: str, dataset: str) -> list[str]:
-    """The templates of the ensemble: ImageNet's, and for any other dataset its own ones, unless they are among them.
-
-    Args:
-        own: the dataset's templates.
-        which: "select": seven of ImageNet's; "all": all eighty.
-        dataset: the dataset's name.
-    """
-    templates = list(IMAGENET_TEMPLATES_SELECT if which == "select" else IMAGENET_TEMPLATES)
-    return templates if dataset == "ImageNet" else [*templates, *(one for one in own if one not in templates)]
+from .base import FeatureLearner, FeatureTrainer, check_choice
+from .clip import CLIP, zeroshot_weights
+from .clip.templates import ensemble_templates
 
 
 @TRAINER_REGISTRY.register()

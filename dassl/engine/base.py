@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from dassl.data.sharding import Share
+from dassl.engine.checkpointing.generators import generator_states
+from dassl.engine.checkpointing.resume import Found, Progress, has_checkpoints, newest_good, progress_state
+from dassl.engine.reliability.finite import StepGuard
+from dassl.evaluation.passes import Evaluation
 from dassl.utils import distributed, load_checkpoint, save_checkpoint, tolist_if_not
-from dassl.utils.torchtools import BEST_NAME, checkpoint_entry, load_into, restore
+from dassl.utils.checkpoints import BEST_NAME, checkpoint_entry, load_into, restore
 
-from .evaluate import Evaluation
-from .finite import StepGuard
-from .generators import generator_states
 from .parallel import average_gradients, copy_from_main
 from .precision import Precision
 from .records import recorded_test, recorded_train
-from .resume import Found, Progress, has_checkpoints, newest_good, progress_state
 from .state import EpochStats
 
 if TYPE_CHECKING:

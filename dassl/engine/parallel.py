@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from dassl.engine.checkpointing.generators import generator_states, set_generators
 from dassl.utils import distributed
-
-from .generators import generator_states, set_generators
 
 __all__ = ["average_gradients", "copy_from_main", "own_draws"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from .evaluate import of_own_test
+from dassl.evaluation.passes import of_own_test
 
 __all__ = ["recorded_test", "recorded_train"]
 

@@ -34,7 +34,11 @@ from torch import Tensor
 from dassl.data import DataManager
 from dassl.data.data_manager import data_digest
 from dassl.data.loaders import part_of, share_of
+from dassl.engine.checkpointing.resume import batches_from, check_config, check_data, check_recipe
+from dassl.engine.reliability.finite import KeptBuffers, report
 from dassl.evaluation import build_evaluator, heads_table
+from dassl.evaluation.passes import Evaluation, as_heads, run_pass
+from dassl.evaluation.predictions import MEGABYTE, Recorder
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, check_availability, count_num_param, distributed, load_pretrained_weights, stopping
@@ -42,14 +46,10 @@ from dassl.utils.logger import ensure_heard
 
 from .base import TrainerBase
 from .environment import why_no_gpu
-from .evaluate import Evaluation, as_heads, run_pass
-from .finite import KeptBuffers, report
 from .hooks import HookBase, build_hooks
 from .hooks.losses import WHAT_HELPS, as_numbers, fault_of
 from .net import SimpleNet
 from .parallel import copy_from_main, own_draws
-from .predictions import MEGABYTE, Recorder
-from .resume import batches_from, check_config, check_data, check_recipe
 from .state import EpochStats, count_images
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoints import load_checkpoint, load_pretrained_weights, resume_from_checkpoint, save_checkpoint
     from .errors import InputError, UnknownNameError
     from .files import atomic_write
     from .logger import Logger, close_logger, note_in_log, setup_logger, take_log_name
@@ -31,17 +32,7 @@ if TYPE_CHECKING:
         tolist_if_not,
         write_json,
     )
-    from .torchtools import (
-        count_num_param,
-        init_network_weights,
-        load_checkpoint,
-        load_pretrained_weights,
-        open_all_layers,
-        open_specified_layers,
-        resume_from_checkpoint,
-        save_checkpoint,
-    )
-    from .trouble import RunStoppedError, explain_trouble
+    from .torchtools import count_num_param, init_network_weights, open_all_layers, open_specified_layers
 
 __all__ = [
     "AverageMeter",
@@ -49,7 +40,6 @@ __all__ = [
     "Logger",
     "MetricMeter",
     "Registry",
-    "RunStoppedError",
     "UnknownNameError",
     "atomic_write",
     "check_availability",
@@ -59,7 +49,6 @@ __all__ = [
     "count_num_param",
     "did_you_mean",
     "download_url",
-    "explain_trouble",
     "get_most_similar_str_to_a_from_b",
     "init_network_weights",
     "listdir_nohidden",
@@ -110,14 +99,12 @@ _HOME = {
     "write_json": "tools",
     "count_num_param": "torchtools",
     "init_network_weights": "torchtools",
-    "load_checkpoint": "torchtools",
-    "load_pretrained_weights": "torchtools",
+    "load_checkpoint": "checkpoints",
+    "load_pretrained_weights": "checkpoints",
     "open_all_layers": "torchtools",
     "open_specified_layers": "torchtools",
-    "resume_from_checkpoint": "torchtools",
-    "save_checkpoint": "torchtools",
-    "RunStoppedError": "trouble",
-    "explain_trouble": "trouble",
+    "resume_from_checkpoint": "checkpoints",
+    "save_checkpoint": "checkpoints",
 }
 
 

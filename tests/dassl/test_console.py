@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import logging, os, sys
 from dassl.utils import setup_logger
-from dassl.engine.evaluate import progress_bar
+from dassl.evaluation.passes import progress_bar
 from dassl.utils.cli import run_main
 
 def main():

@@ -10,11 +10,13 @@ import time
 
 import pytest
 
-from dassl.utils import InputError, lock
-from dassl.utils.lock import FolderLock, is_locked
+from dassl.engine.reliability import lock
+from dassl.engine.reliability.lock import FolderLock, is_locked
+from dassl.utils import InputError
 
 HOLD = (
-    "import sys, time; from dassl.utils.lock import FolderLock; a = FolderLock(sys.argv[1]); print('held', flush=True)"
+    "import sys, time; from dassl.engine.reliability.lock import FolderLock; "
+    "a = FolderLock(sys.argv[1]); print('held', flush=True)"
 )
 
 

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dassl.data.loaders import part_of
-from dassl.engine.evaluate import Evaluation, run_pass
-from dassl.engine.predictions import Recorder, save_predictions
+from dassl.evaluation.passes import Evaluation, run_pass
+from dassl.evaluation.predictions import Recorder, save_predictions
 from dassl.utils import distributed
 
 

@@ -13,7 +13,8 @@ from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import build_trainer
 from scripts import measure_imo, plot_overlap, search_params
 from trainers.clip import load_clip
-from trainers.imo import load_adapters, measure
+from trainers.features.corrected import load_adapters
+from trainers.imo import measure
 
 
 @pytest.fixture(autouse=True)

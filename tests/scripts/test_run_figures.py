@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import train
-from dassl.engine.predictions import load_predictions
+from dassl.evaluation.predictions import load_predictions
 from dassl.utils import close_logger
 from scripts import plot_confusion, plot_curves, plot_features, plot_gates, plot_logits, report
 from scripts.figure_run import open_predictions

@@ -6,7 +6,8 @@ import torch
 from random_clip import random_open_clip
 from torch.nn import functional as F
 
-from trainers.cliplora import LoRAClassifier, LoRALearner, LowRank
+from trainers.cliplora import LoRAClassifier, LoRALearner
+from trainers.modules.low_rank import LowRank
 
 TEMPLATE = "a blurry photo of a {}."
 

@@ -6,8 +6,8 @@ from random_clip import random_open_clip
 from torch.nn import functional as F
 
 from trainers.clip import CLIP, zeroshot_weights
-from trainers.clip.context import ContextPrompts, word_vectors
 from trainers.coop import CoOpClassifier, PromptLearner, class_rows
+from trainers.modules.context_prompts import ContextPrompts, word_vectors
 
 TEMPLATE = "a photo of a {}."
 

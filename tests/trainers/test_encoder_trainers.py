@@ -14,7 +14,7 @@ import predict
 import trainers
 from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY, build_trainer
-from trainers.common import EncoderTrainer
+from trainers.base.encoder_trainer import EncoderTrainer
 
 ROOT = Path(__file__).parents[2]
 TRAINERS = [n for n in TRAINER_REGISTRY.registered_names() if issubclass(TRAINER_REGISTRY.get(n), EncoderTrainer)]
@@ -145,7 +145,7 @@ def test_wrong_precision_and_missing_node(name, make_cfg, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("CLIP was loaded before the check")
 
-    monkeypatch.setattr("trainers.common.load_clip", refuse)
+    monkeypatch.setattr("trainers.base.clip_trainer.load_clip", refuse)
     node = TRAINER_REGISTRY.get(name).node_name
     with pytest.raises(ValueError, match=f"TRAINER.{node}.PREC to be one of fp32, fp16, amp, bf16"):
         build_trainer(make_cfg(name, f"TRAINER.{node}.PREC", "fp8"))

@@ -4,15 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainers.feature_adapter import (
-    AdapterLearner,
-    blend,
-    draw_curves,
-    mapped_prompt,
-    parse_prompt_map,
-    result_lines,
-)
-from trainers.learner import pack_record, unpack_record
+from trainers.base.learner import pack_record, unpack_record
+from trainers.clip_adapter import AdapterLearner, blend
+from trainers.jclip_adapter import draw_curves, mapped_prompt, parse_prompt_map, result_lines
 
 
 def naive_logits(f, w, learner, a, b, scale, final_relu):

@@ -16,8 +16,8 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.utils import read_image
-from trainers.frozen import FeatureTrainer
-from trainers.learner import pack_record, unpack_record
+from trainers.base.feature_trainer import FeatureTrainer
+from trainers.base.learner import pack_record, unpack_record
 from trainers.linear_probe import fit_logistic
 
 ROOT = Path(__file__).parents[2]

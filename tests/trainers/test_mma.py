@@ -4,8 +4,8 @@ import torch
 from random_clip import random_open_clip
 from torch.nn import functional as F
 
-from trainers.dlrclip.cma import CrossModalAdapter
 from trainers.mma import MMAClassifier
+from trainers.modules.cross_modal_adapter import CrossModalAdapter
 
 TEMPLATE = "a photo of a {}."
 

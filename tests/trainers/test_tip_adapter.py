@@ -6,9 +6,9 @@ import torch
 import datasets
 import trainers
 from dassl.config import get_cfg_default
-from trainers.clip.features import FeatureSet
-from trainers.tip_adapter import TipAdapter, TipLearner, tip_logits
-from trainers.tip_search import GRIDS, Axis, best_point, grid_accuracy, grid_of, tip_values
+from trainers.features.encoder import FeatureSet
+from trainers.tip_adapter.search import GRIDS, Axis, best_point, grid_accuracy, grid_of, tip_values
+from trainers.tip_adapter.tip import TipAdapter, TipLearner, tip_logits
 
 
 def unit(*shape, seed=0):
@@ -114,7 +114,7 @@ def configured(file, *pairs, name="tip_adapter"):
 def _views(trainer):
     from dassl.data import DatasetWrapper
     from dassl.data.transforms import build_transform
-    from trainers.clip.features import SeededViews
+    from trainers.features.views import SeededViews
 
     transform = build_transform(trainer.cfg, is_train=True)
     return SeededViews(DatasetWrapper(trainer.cfg, trainer.dm.dataset.train_x, transform=transform), 2, 1)
@@ -149,7 +149,8 @@ def test_what_was_used_is_recorded(make):
 
 def test_f_trains_with_the_dataset_s_values_for_its_number_of_epochs(make, monkeypatch):
     """Digits stand in for EuroSAT, whose keys the source trains five times as long, with beta 1 and alpha 2."""
-    from trainers import tip_adapter, tip_search
+    from trainers.tip_adapter import search as tip_search
+    from trainers.tip_adapter import tip as tip_adapter
 
     monkeypatch.setitem(tip_search.TIP_VALUES, "Digits", tip_search.TIP_VALUES["EuroSAT"])
     trainer = make("TipAdapterF", "OPTIM.MAX_EPOCH", 2)

@@ -7,13 +7,13 @@ from torch.nn import functional as F
 import datasets
 import trainers
 from dassl.config import get_cfg_default
-from trainers.clip.features import FeatureSet
-from trainers.imo import IMOAdapters
-from trainers.imo.adapters import CorrectedEncoder
+from trainers.features.corrected import CorrectedEncoder
+from trainers.features.encoder import FeatureSet
 from trainers.linear_probe import ProbeLearner
-from trainers.tip_adapter import TipLearner
-from trainers.tip_adapter_pp import TipXLearner, TipXPP, divergences
-from trainers.tip_search import best_point, grid_accuracy, grid_of
+from trainers.modules.overlap_adapters import IMOAdapters
+from trainers.tip_adapter.search import best_point, grid_accuracy, grid_of
+from trainers.tip_adapter.tip import TipLearner
+from trainers.tip_adapter.tipx import TipXLearner, TipXPP, divergences
 
 
 def unit(*shape, seed=0):
@@ -142,7 +142,7 @@ def test_keys_are_means_of_corrected_views(make_clip, names):
 @pytest.mark.parametrize("at_once", [1, 2**24])
 def test_grid_is_brute_force(data, monkeypatch, at_once):
     _, _, w, keys, _, key_labels = data
-    monkeypatch.setattr("trainers.tip_search.GRID_NUMBERS", at_once)
+    monkeypatch.setattr("trainers.tip_adapter.search.GRID_NUMBERS", at_once)
     f, labels = unit(30, 24, seed=9), torch.arange(30) % 5
     alphas, betas, gammas = [0.5, 2.0, 9.0], [1.0, 6.0], [0.1, 3.0]
     clip_logits, affinity = 3 * f @ w.t(), f @ keys.t()

@@ -3,10 +3,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from trainers.base.feature_learner import FeatureNetwork
 from trainers.clip import IMAGENET_TEMPLATES, IMAGENET_TEMPLATES_SELECT, zeroshot_weights
-from trainers.clip.features import ImageEncoder
-from trainers.frozen import FeatureNetwork
-from trainers.zsclip import EnsembleLearner, ensemble_templates
+from trainers.clip.templates import ensemble_templates
+from trainers.features.encoder import ImageEncoder
+from trainers.zsclip import EnsembleLearner
 
 OWN = "a centered satellite photo of {}."
 

@@ -144,3 +144,15 @@ def mean_text_features(clip: CLIP, classnames: Sequence[str], templates: Sequenc
         chunks = [prompts[i : i + _CHUNK] for i in range(0, len(prompts), _CHUNK)]
         total += torch.cat([clip.encode_text(chunk).float() for chunk in chunks])
     return total / len(templates)
+
+
+def ensemble_templates(own: Sequence[str], which: str, dataset: str) -> list[str]:
+    """The templates of the ensemble: ImageNet's, and for any other dataset its own ones, unless they are among them.
+
+    Args:
+        own: the dataset's templates.
+        which: "select": seven of ImageNet's; "all": all eighty.
+        dataset: the dataset's name.
+    """
+    templates = list(IMAGENET_TEMPLATES_SELECT if which == "select" else IMAGENET_TEMPLATES)
+    return templates if dataset == "ImageNet" else [*templates, *(one for one in own if one not in templates)]

@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..base import pack_record, unpack_record
 from ..clip import CLIP, clean_classname, zeroshot_weights
 from ..clip.blocks import add_adapter
-from ..learner import pack_record, unpack_record
-from .cma import CrossModalAdapter, build_adapter
+from ..features import FrozenPart
+from ..modules.cross_modal_adapter import CrossModalAdapter, build_adapter
 from .config import HEADS, ROBUST_HEAD
 from .glr import FusionGate, GateLogitRefiner, fuse
 from .robust import RobustMixture
@@ -39,18 +40,6 @@ logger = logging.getLogger(__name__)
 
 # The running mean of w forgets with this momentum once it has seen 1 / MOMENTUM steps; before, it is the plain mean.
 MOMENTUM = 0.1
-
-
-class FrozenPart(NamedTuple):
-    """What of a batch of images does not depend on what is learnt.
-
-    Attributes:
-        features: normalised features of zero-shot CLIP [B, E], fp32.
-        hidden: what enters the first adapted block: ViT [B, N, D], ResNet [B, D, H, W]; None where CMA is off.
-    """
-
-    features: Tensor
-    hidden: Tensor | None
 
 
 class DLRCLIPLearner(nn.Module):

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from ..clip import PromptTokens, TextState, TextTower
 from ..clip.blocks import recompute
-from .cma import CrossModalAdapter
+from ..modules.cross_modal_adapter import CrossModalAdapter
 
 # What another group costs beside its tokens, in tokens: the launches of its kernels, and the shared tokens once more.
 GROUP_COST = {"cpu": 32, "cuda": 2048}

@@ -21,17 +21,16 @@ from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler
 from dassl.utils import load_checkpoint
 
+from ..base import CLIPTrainer, build_optimizer_with_eps, checkpoint_path, count_steps, unpack_record
+from ..base.learner import FACTS
 from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
-from ..clip.features import ImageEncoder, KnownFeatures, collect_features
-from ..common import CLIPTrainer, build_optimizer_with_eps, checkpoint_path, count_steps
-from ..feature_slot import feature_slot
-from ..learner import FACTS, unpack_record
+from ..features import FrozenPart, ImageEncoder, KnownFeatures, collect_features, feature_slot
+from ..features.kept_views import GIB, ViewLoader
 from .config import add_dlrclip_config, check_dlrclip_config
 from .glr import best_beta
-from .network import DLRCLIPNetwork, FrozenPart
+from .network import DLRCLIPNetwork
 from .pseudo_shifts import SHIFTS, shifted
 from .robust import Evidence
-from .views import GIB, ViewLoader
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..common import check_choice, check_number, check_whole
+from ..base import check_choice, check_number, check_whole
 
 FORMS = ("beside", "after")
 VIEWS = ("augmented", "center_crop", "center_crop_unnormalized")

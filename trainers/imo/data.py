@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from dassl.data import DatasetWrapper
 
-from ..clip.features import SeededViews
+from ..features import SeededViews
 
 
 def process_rank() -> tuple[int, int]:

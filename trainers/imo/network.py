@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..base import Classifier, Learner, pack_record, unpack_record
 from ..clip import CLIP
-from ..learner import Classifier, Learner, pack_record, unpack_record
-from .adapters import Dropout, IMOAdapters
+from ..modules.overlap_adapters import Dropout, IMOAdapters
 from .dino import DINOHead, update_teacher
 
 

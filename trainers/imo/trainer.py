@@ -25,10 +25,10 @@ from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY
 from dassl.optim import build_optimizer
 
+from ..base import EncoderTrainer
 from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
-from ..common import EncoderTrainer
+from ..features.corrected import FILE_NAME, save_adapters
 from ..files import write_png, write_text
-from .adapters import FILE_NAME, save_adapters
 from .config import add_imo_config, add_imodino_config, check_imo_config, check_imodino_config
 from .data import EpochBatches, MultiCrop, mean_of_processes, process_rank, training_loader
 from .dino import (

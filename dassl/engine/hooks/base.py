@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..evaluate import Evaluation
+from dassl.evaluation.passes import Evaluation
 
 
 class HookBase:

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dassl.engine.checkpointing.resume import Position, named_newest, rotate, step_name
 from dassl.utils import InputError, distributed, load_checkpoint, stopping
-from dassl.utils.torchtools import BEST_NAME, POINTER_NAME
+from dassl.utils.checkpoints import BEST_NAME, POINTER_NAME
 
-from ..resume import Position, named_newest, rotate, step_name
 from .base import HookBase
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ import datetime
 import logging
 from typing import Any
 
-from ..evaluate import lines_above_bars
+from dassl.evaluation.passes import lines_above_bars
+
 from .base import HookBase
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..evaluate import of_own_test
+from dassl.evaluation.passes import of_own_test
+
 from .base import HookBase
 
 logger = logging.getLogger(__name__)

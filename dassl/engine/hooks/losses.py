@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..finite import lost_terms, report
+from dassl.engine.reliability.finite import lost_terms, report
+
 from .base import HookBase
 
 logger = logging.getLogger(__name__)

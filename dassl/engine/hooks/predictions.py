@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..evaluate import Evaluation
-from ..predictions import EVAL_PREDICTIONS, PREDICTIONS, save_predictions
+from dassl.evaluation.passes import Evaluation
+from dassl.evaluation.predictions import EVAL_PREDICTIONS, PREDICTIONS, save_predictions
+
 from .base import HookBase
 from .results import Results
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..evaluate import progress_bar
+from dassl.evaluation.passes import progress_bar
+
 from .base import HookBase
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from dassl.data.data_manager import data_digest
 from dassl.evaluation import HEAD_COLUMNS, heads_table
 from dassl.utils import InputError, atomic_write, one_line, take_log_name
-from dassl.utils.torchtools import POINTER_NAME
+from dassl.utils.checkpoints import POINTER_NAME
 
 from ..environment import describe
 from .base import HookBase

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..evaluate import Evaluation
+from dassl.evaluation.passes import Evaluation
+
 from .base import HookBase
 
 
@@ -33,7 +34,7 @@ class TensorBoard(HookBase):
 
     @staticmethod
     def _pictures(trainer: Any, evaluation: Evaluation) -> None:
-        from .. import figures  # matplotlib is slow to import, and wanted once per run
+        from dassl.evaluation import figures  # matplotlib is slow to import, and wanted once per run
 
         split, step, names = evaluation.split, trainer.epoch, trainer.lab2cname
         if evaluation.confusion is not None:

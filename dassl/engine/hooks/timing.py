@@ -6,7 +6,8 @@ import logging
 import time
 from typing import Any
 
-from ..evaluate import Evaluation
+from dassl.evaluation.passes import Evaluation
+
 from .base import HookBase
 
 logger = logging.getLogger(__name__)

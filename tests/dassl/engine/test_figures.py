@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from dassl.engine.evaluate import Example, spread
-from dassl.engine.figures import confusion_image, examples_image
+from dassl.evaluation.figures import confusion_image, examples_image
+from dassl.evaluation.passes import Example, spread
 
 
 @pytest.mark.parametrize("classes", [1, 3, 100])

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from dassl.engine.finite import NotFiniteError
+from dassl.engine.reliability.finite import NotFiniteError
 from dassl.utils import InputError
 
 STEPS = 4  # of an epoch: 18 images, batch 4, the last two are dropped

@@ -13,7 +13,7 @@ import torch
 
 from dassl.engine import TRAINER_REGISTRY, TrainerX
 from dassl.optim import build_lr_scheduler, build_optimizer
-from dassl.utils.torchtools import restore
+from dassl.utils.checkpoints import restore
 from trainers.compat import first_come_first_served
 
 from .conftest import Linear

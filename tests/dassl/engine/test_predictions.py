@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dassl.engine import TRAINER_REGISTRY
-from dassl.engine.predictions import FEATURE_IMAGES, Recorder, load_predictions, save_predictions
+from dassl.evaluation.predictions import FEATURE_IMAGES, Recorder, load_predictions, save_predictions
 from dassl.utils import InputError
 
 NAMES = {0: "<b>", 1: 'a "quoted"\nname', 2: "ß", 3: "3", 4: "4", 5: "5"}

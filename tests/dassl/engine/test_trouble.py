@@ -17,14 +17,15 @@ import torch
 import predict
 import train
 from dassl.engine import TRAINER_REGISTRY, board
+from dassl.engine.reliability.trouble import explain_trouble
 from dassl.engine.trainer import SimpleTrainer
-from dassl.utils import close_logger, explain_trouble, setup_logger
+from dassl.utils import close_logger, setup_logger
 
 
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
     """train.main with the toy trainer -> (exit code, stderr without bars, lines of stdout)."""
-    monkeypatch.setattr("dassl.engine.evaluate.progress_bar", lambda iterable=None, **_: iterable or _Bar())
+    monkeypatch.setattr("dassl.evaluation.passes.progress_bar", lambda iterable=None, **_: iterable or _Bar())
     monkeypatch.setattr(train, "collect_env_info", lambda: "")  # takes seconds
     monkeypatch.setattr("dassl.engine.hooks.progress.progress_bar", lambda **_: _Bar())
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainers.clip.feature_cache import FeatureCache, default_folder
+from trainers.features.cache import FeatureCache, default_folder
 
 ABOUT = {"dataset": "Digits", "split": "test", "model": "tiny"}
 

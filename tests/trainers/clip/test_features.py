@@ -5,17 +5,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from trainers.clip.features import (
-    FeatureLoader,
-    FeatureSet,
-    ImageEncoder,
-    KnownFeatures,
-    Mirror,
-    OneStep,
-    SeededViews,
-    TrainingFeatures,
-    collect_features,
-)
+from trainers.features.encoder import FeatureSet, ImageEncoder
+from trainers.features.loaders import FeatureLoader, KnownFeatures, OneStep, TrainingFeatures, collect_features
+from trainers.features.views import Mirror, SeededViews
 
 
 class Noisy:

@@ -12,7 +12,7 @@ from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 from dassl.engine import build_trainer
 from dassl.utils import set_random_seed
 from trainers.clip import save_tiny
-from trainers.clip.features import SeededViews
+from trainers.features.views import SeededViews
 
 __all__ = ["NAMES", "ToyScenes", "Uncached", "epochs", "random_open_clip"]
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trainers.dlrclip.cma import CrossModalAdapter, share_in_order
+from trainers.modules.cross_modal_adapter import CrossModalAdapter, share_in_order
 
 
 def naive(adapter, side, block, shared, x):

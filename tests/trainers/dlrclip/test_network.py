@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from trainers.base.learner import unpack_record
 from trainers.clip import zeroshot_weights
 from trainers.dlrclip.network import DLRCLIPNetwork
-from trainers.learner import unpack_record
 
 HEADS = ("clip", "cma", "glr", "final", "fused")
 SMALL = {"start": 2, "end": 3, "dim": 16, "scale": 0.5, "glr_dim": 16, "fusion_dim": 8}

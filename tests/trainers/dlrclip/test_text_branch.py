@@ -9,9 +9,9 @@ import pytest
 import torch
 from sharded_text_worker import CLASSES, gradients
 
-from trainers.dlrclip.cma import CrossModalAdapter
 from trainers.dlrclip.network import DLRCLIPNetwork
 from trainers.dlrclip.text_branch import group_by_length
+from trainers.modules.cross_modal_adapter import CrossModalAdapter
 
 ROOT = Path(__file__).parents[3]
 

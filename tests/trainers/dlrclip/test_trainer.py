@@ -353,7 +353,7 @@ class TestErrors:
         def refuse(*args, **kwargs):
             raise AssertionError("CLIP was loaded")
 
-        monkeypatch.setattr("trainers.common.load_clip", refuse)
+        monkeypatch.setattr("trainers.base.clip_trainer.load_clip", refuse)
         monkeypatch.setattr(ToyScenes, "__init__", refuse)
         for pairs, message in [
             (("TRAINER.DLRCLIP.DIM", 0), "DIM to be a whole number"),

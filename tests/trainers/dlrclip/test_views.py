@@ -8,10 +8,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from dassl.engine import build_trainer
 from predict import without_images
-from trainers.clip.features import SeededViews
 from trainers.dlrclip import DLRCLIP
-from trainers.dlrclip.network import DLRCLIPNetwork, FrozenPart
-from trainers.dlrclip.views import GIB, FrozenViews, ViewLoader
+from trainers.dlrclip.network import DLRCLIPNetwork
+from trainers.features.kept_views import GIB, FrozenPart, FrozenViews, ViewLoader
+from trainers.features.views import SeededViews
 
 from .conftest import NAMES, Uncached, epochs
 

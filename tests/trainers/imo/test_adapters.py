@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from trainers.clip import CLIP
-from trainers.imo import IMOAdapters, check_adapters, load_adapters, read_recipe, save_adapters
+from trainers.features.corrected import check_adapters, load_adapters, read_recipe, save_adapters
+from trainers.modules.overlap_adapters import IMOAdapters
 
 
 def trained(clip, dim=5, seed=3, **arguments):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import train
-from trainers.imo import read_recipe
+from trainers.features.corrected import read_recipe
 
 ROOT = Path(train.__file__).parent
 HELPER = str(ROOT / "tests" / "helpers" / "imo_two_processes.py")

@@ -11,8 +11,9 @@ import datasets
 import trainers
 from dassl.config import get_cfg_default
 from dassl.utils import InputError, load_checkpoint
-from trainers.imo import load_adapters, measure, read_recipe
-from trainers.learner import pack_record, unpack_record
+from trainers.base.learner import pack_record, unpack_record
+from trainers.features.corrected import load_adapters, read_recipe
+from trainers.imo import measure
 
 CONFIG = {"IMO": "imo", "IMODINO": "imodino"}
 every = pytest.mark.parametrize("name", ["IMO", "IMODINO"])

@@ -17,8 +17,8 @@ from dassl.config import get_cfg_default
 from dassl.data import DatasetWrapper, data_manager
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 from dassl.data.transforms import build_transform
-from trainers.clip.feature_cache import FeatureCache
-from trainers.feature_slot import feature_slot, images_digest
+from trainers.features.cache import FeatureCache
+from trainers.features.cache_key import feature_slot, images_digest
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from dassl.config import INDIFFERENT, REPORTS, differing, plain_config
+from dassl.engine.state import EpochStats
 from dassl.utils import InputError, distributed, load_checkpoint
+from dassl.utils.checkpoints import BEST_NAME, POINTER_NAME, checkpoint_entry, is_file_name
 from dassl.utils.files import remove_checked
-from dassl.utils.torchtools import BEST_NAME, POINTER_NAME, checkpoint_entry, is_file_name
 
 from .generators import generator_states, set_generators
-from .state import EpochStats
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .clip import CLIP, zeroshot_weights
+from ..clip import CLIP, zeroshot_weights
 
 FACTS = {
     "backbone": "backbone",

@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, SequentialSampler
 from dassl.data import DatasetWrapper
 from dassl.utils import read_image
 
-from . import clip as clip_package
-from .clip.feature_cache import GIB, FeatureCache, default_folder
-from .clip.features import FeatureSet, ImageEncoder, SeededViews
+from .cache import GIB, FeatureCache, default_folder
+from .encoder import FeatureSet, ImageEncoder
+from .views import SeededViews
 
 logger = logging.getLogger(__name__)
 
@@ -138,10 +138,14 @@ def images_digest(paths: Iterable[str]) -> str | None:
 
 
 def code_digest(*things: Any) -> str:
-    """SHA-256 of the source files that read, transform and encode images: of these things' modules, and of `clip`."""
+    """Return the SHA-256 of the source files that read, transform and encode images.
+
+    These are the modules of `things`, and the rooms that run the towers: clip, features and modules.
+    """
     modules = {thing.__module__ for thing in things}
     files: Sequence[str | None] = [getattr(sys.modules[name], "__file__", None) for name in sorted(modules)]
-    sources = sorted(Path(clip_package.__path__[0]).glob("*.py"))
+    here = Path(__file__).parents[1]
+    sources = [file for room in ("clip", "features", "modules") for file in sorted((here / room).glob("*.py"))]
     digest = hashlib.sha256()
     for path in (*(Path(file) for file in files if file), *sources):
         digest.update(hashlib.sha256(path.read_bytes()).digest())

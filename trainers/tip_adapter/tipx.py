@@ -27,13 +27,12 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .clip import CLIP
-from .clip.features import FeatureSet
-from .common import check_number, check_whole
-from .frozen import FeatureLearner
-from .imo.adapters import add_imo_weights
-from .tip_adapter import TipAdapter, TipLearner, add_tip_config
-from .tip_search import GRIDS, grid_accuracy
+from ..base import FeatureLearner, check_number, check_whole
+from ..clip import CLIP
+from ..features import FeatureSet
+from ..features.corrected import add_imo_weights
+from .search import GRIDS, grid_accuracy
+from .tip import TipAdapter, TipLearner, add_tip_config
 
 
 def divergences(queries: Tensor, keys: Tensor) -> Tensor:

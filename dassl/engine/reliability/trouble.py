@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .text import one_line
+from dassl.utils.text import one_line
 
 __all__ = ["RunStoppedError", "explain_trouble"]
 

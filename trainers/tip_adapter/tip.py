@@ -6,7 +6,7 @@ Zhang et al., Tip-Adapter: Training-Free Adaption of CLIP for Few-Shot Classific
 
 K are the training images' features, mean over their views as CLIP gives them and normalised then, V one-hot labels.
 alpha and beta are searched on validation images; grids and starting values are the source's, per dataset
-(tip_search.py). The source searches on test images for ImageNet, and picks the epoch of the trained variant on test
+(search.py). The source searches on test images for ImageNet, and picks the epoch of the trained variant on test
 images everywhere, which is not done here.
 
 Legend: B images, N keys, C classes, E width of the joint embedding.
@@ -25,11 +25,10 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .clip import CLIP, IMAGENET_TEMPLATES_SELECT
-from .clip.features import FeatureSet
-from .common import check_choice, check_number, check_whole
-from .frozen import FeatureLearner, FeatureTrainer
-from .tip_search import GRIDS, Grid, best_point, cache_logits, grid_accuracy, grid_of, tip_values, values_origin
+from ..base import FeatureLearner, FeatureTrainer, check_choice, check_number, check_whole
+from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
+from ..features import FeatureSet
+from .search import GRIDS, Grid, best_point, cache_logits, grid_accuracy, grid_of, tip_values, values_origin
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from dassl.utils.errors import InputError
 
 try:
     import fcntl

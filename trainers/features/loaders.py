@@ -1,4 +1,4 @@
-"""Image features of a frozen CLIP, computed once and handed out in batches; feature_cache.py keeps them between runs.
+"""Hand out features in batches; each image is encoded once, and cache.py keeps features between runs.
 
 Methods that learn on features alone (probes, caches, adapters behind the encoder) take everything from here: training
 images in V seeded augmentations ("views"), validation and test images as they are. All features are L2-normalised.
@@ -8,159 +8,14 @@ Legend: V views, N images, B images in a batch, E width of the joint embedding.
 
 from __future__ import annotations
 
-import copy
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import Dataset
 
-from .model import CLIP
-
-Batch = dict[str, Any]
-Encode = Callable[[Tensor], Tensor]
-
-
-class ImageEncoder:
-    """Images -> features of a frozen CLIP: one encoder for all trainers, so that they can share features.
-
-    Args:
-        clip: the frozen CLIP.
-        precision: fp32, fp16, amp or bf16, as `autocast` and the CLIP's weights have it.
-        autocast: gives the context in which images are encoded.
-
-    Attributes:
-        parts: kinds of features that lie side by side in what is returned.
-        unit: whether each of them is L2-normalised.
-    """
-
-    parts = 1
-    unit = True
-
-    def __init__(self, clip: CLIP, precision: str, autocast: Callable[[], Any]) -> None:
-        self.clip = clip
-        self.precision = precision
-        self.autocast = autocast
-
-    @property
-    def width(self) -> int:
-        """Width of what is returned."""
-        return self.parts * self.clip.embed_dim
-
-    @property
-    def weights_digest(self) -> str:
-        """SHA-256 (hex) of all weights that features depend on."""
-        return self.clip.weights_digest
-
-    def raw(self) -> ImageEncoder:
-        """Return the same encoder, whose features keep their lengths."""
-        other = copy.copy(self)
-        other.unit = False
-        return other
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> features [B, E], L2-normalised if `unit`, fp32, on CLIP's device."""
-        with self.autocast():
-            features = self.clip.encode_image(images.to(self.clip.device))
-        return F.normalize(features.float(), dim=-1) if self.unit else features.float()
-
-
-@dataclass(frozen=True)
-class FeatureSet:
-    """Features of the images of one split, in the order of the split.
-
-    Attributes:
-        values: [V, N, E], normalised, fp32, on CLIP's device.
-        labels: [N], there too.
-        paths: the N images' files; empty where the loader does not say.
-        lengths: [V, N, P] of the P parts that lie side by side in E, before they were normalised; None: not known.
-    """
-
-    values: Tensor
-    labels: Tensor
-    paths: Sequence[str]
-    lengths: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def flat(self) -> tuple[Tensor, Tensor]:
-        """Every view an image of its own: features [V * N, E] and labels [V * N]."""
-        return self.values.flatten(0, 1), self.labels.repeat(len(self.values))
-
-    def normalised(self, parts: int) -> FeatureSet:
-        """Return the same with each of the parts of E normalised, and their lengths."""
-        split = self.values.unflatten(-1, (parts, -1))
-        return FeatureSet(F.normalize(split, dim=-1).flatten(-2), self.labels, self.paths, split.norm(dim=-1))
-
-    def mean(self) -> Tensor:
-        """Return the mean over the views [N, E] of the features as they were before they were normalised."""
-        if self.lengths is None:
-            return self.values.mean(dim=0)
-        split = self.values.unflatten(-1, (self.lengths.shape[-1], -1))
-        return (split * self.lengths[..., None]).mean(dim=0).flatten(-2)
-
-
-class Slot(Protocol):
-    """Where features are kept between runs."""
-
-    def load(self) -> FeatureSet | None:
-        """The features, or None where they are not there."""
-
-    def save(self, values: Tensor) -> None:
-        """Keep features [V, N, E]."""
-
-
-class SeededViews(Dataset[Any]):
-    """V augmentations of each item of a dataset; which one depends on seed, view and item alone.
-
-    Neither the order, nor the batch size, nor the number of reader processes changes a view. Item k is view k // N of
-    item k % N.
-
-    Args:
-        dataset: N items, each augmented by random draws whenever it is read.
-        views: V.
-        seed: 0 or more.
-    """
-
-    def __init__(self, dataset: Any, views: int, seed: int) -> None:
-        self.dataset = dataset
-        self.views = views
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.views * len(self.dataset)
-
-    def __getitem__(self, number: int) -> Any:
-        view, item = divmod(number, len(self.dataset))
-        words = np.random.SeedSequence([self.seed, view, item]).generate_state(2, dtype=np.uint32)
-        states = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(words[0]))
-            random.seed(int(words[0]))
-            np.random.seed(int(words[1]))
-            try:
-                return self.dataset[item]
-            finally:
-                random.setstate(states[0])
-                np.random.set_state(states[1])
-
-
-class Mirror:
-    """The mirror image of an image tensor [..., H, W]."""
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return image.flip(-1)
-
-    def __repr__(self) -> str:
-        return "Mirror()"
+from .encoder import Batch, Encode, FeatureSet, Slot
 
 
 def encode_batch(batch: Batch, encode: Encode) -> Tensor:

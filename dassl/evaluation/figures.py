@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dassl.utils import InputError, one_line, read_image
 
-from .evaluate import Example
+from .passes import Example
 
 MAX_NAMED_CLASSES = 40  # more names than this cannot be read beside a matrix
 MAX_COUNTED_CLASSES = 15  # more numbers than this cannot be read inside its cells

@@ -15,18 +15,29 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..clip.features import SeededViews
-from .network import FrozenPart
+from .views import SeededViews
 
 logger = logging.getLogger(__name__)
-
 GIB = 2**30
+
+
+class FrozenPart(NamedTuple):
+    """What of a batch of images does not depend on what is learnt.
+
+    Attributes:
+        features: normalised features of zero-shot CLIP [B, E], fp32.
+        hidden: what enters the first adapted block: ViT [B, N, D], ResNet [B, D, H, W]; None where CMA is off.
+    """
+
+    features: Tensor
+    hidden: Tensor | None
+
 
 Encode = Callable[[Tensor], FrozenPart]
 

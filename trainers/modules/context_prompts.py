@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .templates import clean_classname
-from .text import TextState, TextTower, count_tokens
+from ..clip.templates import clean_classname
+from ..clip.text import TextState, TextTower, count_tokens
 
 POSITIONS = ("end", "middle", "front")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dassl.utils import InputError, atomic_write, distributed, one_line
-from dassl.utils.torchtools import pointed_file
+from dassl.utils.checkpoints import pointed_file
 
 __all__ = ["RECORD", "KeptBuffers", "NotFiniteError", "StepGuard", "last_checkpoint", "lost_terms", "report"]
 

@@ -1,6 +1,4 @@
-"""What methods on features of the frozen CLIP have in common: the learner on features, and the trainer around it.
-
-Images are encoded once (see clip/features.py and feature_slot.py); what is trained or fitted sees features only.
+"""Train or fit a method on features of the frozen CLIP, which are computed once (see ../features).
 
 Legend: B images, N training images, C classes, E width of the joint embedding. Features are L2-normalised, fp32.
 """
@@ -12,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import Compose
 
@@ -21,117 +19,18 @@ from dassl.data.transforms import build_transform
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 
-from .clip import CLIP, zeroshot_weights
-from .clip.features import (
-    FeatureLoader,
-    FeatureSet,
-    ImageEncoder,
-    Mirror,
-    OneStep,
-    SeededViews,
-    TrainingFeatures,
-    collect_features,
-)
-from .common import LearnerTrainer, build_optimizer_with_eps, check_whole, count_steps
-from .feature_slot import feature_slot
-from .imo.adapters import CorrectedEncoder, check_adapters, load_adapters
-from .learner import Learner, class_rows
+from ..clip import CLIP, zeroshot_weights
+from ..features.cache_key import feature_slot
+from ..features.corrected import CorrectedEncoder, check_adapters, load_adapters
+from ..features.encoder import FeatureSet, ImageEncoder
+from ..features.loaders import FeatureLoader, OneStep, TrainingFeatures, collect_features
+from ..features.views import Mirror, SeededViews
+from .checks import check_whole
+from .feature_learner import FeatureLearner, FeatureNetwork
+from .learner_trainer import LearnerTrainer
+from .schedule import build_optimizer_with_eps, count_steps
 
 logger = logging.getLogger(__name__)
-
-
-class FeatureLearner(Learner):
-    """Features [B, E] -> logits [B, C]; a subclass says how.
-
-    Args:
-        clip: the frozen CLIP.
-        classnames: class names in the order of their labels.
-        zeroshot: zero-shot weights [C, E], normalised.
-    """
-
-    CLASS_ROWS: tuple[str, ...] = ()  # names in a checkpoint that have a row per class
-    SAMPLES: tuple[str, ...] = ()  # names that have a row per training image; the first one is their labels
-
-    zeroshot: Tensor
-    prepared: Tensor  # whether what follows from the training images has been computed
-
-    def __init__(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> None:
-        super().__init__(classnames, {"backbone": clip.name, "weights_digest": clip.weights_digest})
-        self.scale = clip.logit_scale
-        self.register_buffer("zeroshot", zeroshot.detach().float().clone(), persistent=False)
-        self.register_buffer("prepared", torch.tensor(False))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features [B, E] -> logits [B, C]; here zero-shot CLIP's."""
-        return self.clip_logits(features)
-
-    def clip_logits(self, features: Tensor) -> Tensor:
-        """Features -> zero-shot logits [B, C]."""
-        return self.scale * self.original(features) @ self.zeroshot.t()
-
-    def original(self, features: Tensor) -> Tensor:
-        """Features [..., E], or [..., 2E] with corrected ones beside them -> those that CLIP gives, [..., E]."""
-        return features[..., : self.zeroshot.shape[1]]
-
-    def compared(self, features: Tensor) -> Tensor:
-        """Features [..., E] or [..., 2E] -> those to compare images by, the corrected ones where there are any."""
-        return features[..., -self.zeroshot.shape[1] :]
-
-    def for_classes(
-        self, state: dict[str, Tensor], trained: Sequence[str] | None, indices: Sequence[int] | None
-    ) -> dict[str, Tensor]:
-        """The rows and the training images of the present classes, which must be among those trained on."""
-        if trained is not None and (self.CLASS_ROWS or self.SAMPLES):
-            rows = class_rows(self.classnames, trained, indices, "weights or images")
-            state = {**state, **{name: state[name][rows] for name in self.CLASS_ROWS}}
-            if self.SAMPLES and rows != list(range(len(trained))):
-                labels = state[self.SAMPLES[0]]
-                position = torch.full((len(trained),), -1, dtype=labels.dtype, device=labels.device)
-                position[rows] = torch.arange(len(rows), dtype=labels.dtype, device=labels.device)
-                kept = position[labels] >= 0
-                state = {**state, **{name: state[name][kept] for name in self.SAMPLES}}
-                state[self.SAMPLES[0]] = position[labels[kept]]
-        for name in self.SAMPLES:  # their number follows the checkpoint
-            own: Tensor = getattr(self, name)
-            own.data = torch.empty_like(state[name], device=own.device)
-        return state
-
-
-class FeatureNetwork(nn.Module):
-    """The frozen CLIP and a learner on its features. Both `forward` and `both` take images or features.
-
-    Args:
-        encoder: of images, around a frozen CLIP on its device.
-        learner: moved there.
-    """
-
-    def __init__(self, encoder: ImageEncoder, learner: FeatureLearner) -> None:
-        super().__init__()
-        self.encode = encoder
-        self.clip = encoder.clip
-        self.learner = learner.to(encoder.clip.device)
-
-    def features(self, input: Tensor) -> Tensor:
-        """Images [B, 3, H, W], or features [B, E] as they are -> features [B, E]."""
-        return input if input.ndim == 2 else self.encode(input)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """-> logits [B, C], in fp32 even under autocast."""
-        features = self.features(input)
-        with torch.autocast(device_type=features.device.type, enabled=False):
-            return self.learner(features)
-
-    def both(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """-> zero-shot logits and the learner's, [B, C] each."""
-        features = self.features(input)
-        with torch.autocast(device_type=features.device.type, enabled=False):
-            return self.learner.clip_logits(features), self.learner(features)
-
-    def train(self, mode: bool = True) -> FeatureNetwork:
-        """Sets the learner's mode; the frozen CLIP stays in evaluation mode."""
-        super().train(mode)
-        self.clip.eval()
-        return self
 
 
 class FeatureTrainer(LearnerTrainer):

@@ -1,34 +1,27 @@
-"""What the trainers share: CLIP and precision from the configuration, schedules per step, reports, checkpoints.
+"""Set up a trainer on a frozen CLIP: precision, prompts, the model's step, and the report of several heads.
 
-It uses only what upstream Dassl offers; what the toolbox of this project offers beyond that (mixed precision with
-gradient scaling, evaluation of several heads in one pass) is used where it is there and done without where it is not.
+This module uses only what upstream Dassl offers. What the toolbox of this project offers beyond that (mixed precision
+with gradient scaling, evaluation of several heads in one pass) is used where it is there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import os.path as osp
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dassl.engine import TrainerX
-from dassl.metrics import compute_accuracy
-from dassl.optim import build_lr_scheduler, build_optimizer
-from dassl.utils import load_checkpoint
 
-from .clip import CLIP, DEFAULT_TEMPLATE, check_backbone, load_clip, tell_preprocessing, templates_for
-from .configs import without_config
-from .learner import Classifier
+from ..clip import CLIP, DEFAULT_TEMPLATE, check_backbone, load_clip, tell_preprocessing, templates_for
+from ..configs import without_config
+from .checks import check_number
 
 logger = logging.getLogger(__name__)
-
 PRECISIONS = ("fp32", "fp16", "amp", "bf16")
 
 
@@ -219,207 +212,3 @@ class CLIPTrainer(TrainerX):
             batches.append({head: logits.cpu() for head, logits in self.model_heads(images).items()})
             labels.append(label.cpu())
         return {head: torch.cat([batch[head] for batch in batches]) for head in batches[0]}, torch.cat(labels)
-
-
-class LearnerTrainer(CLIPTrainer):
-    """A trainer whose `network` has a `learner`: what is trained or fitted, and saved in the folder `model_name`."""
-
-    network: Any
-    model_name = ""
-
-    # Configuration
-
-    def check_cfg(self, cfg: Any) -> None:
-        """Checks all that can be checked before data and CLIP are loaded.
-
-        Raises:
-            ValueError: a wrong key in the trainer's node, or a backbone that does not exist.
-            FileNotFoundError: the backbone's weights are not there.
-        """
-        name = self.node_name
-        if name not in cfg.TRAINER:
-            raise ValueError(f"Expected the configuration to have a node TRAINER.{name} but got none: call extend_cfg")
-        check_choice(cfg, f"TRAINER.{name}.PREC", PRECISIONS)
-        self.check_node(cfg)
-        self.check_clip_cfg(cfg)
-
-    def check_node(self, cfg: Any) -> None:
-        """Checks the keys of the trainer's node but PREC."""
-
-    # Checkpoints
-
-    def load_model(self, directory: str | os.PathLike[str], epoch: int | None = None) -> None:
-        """Loads what an earlier run learnt; its dataset may be another one.
-
-        Args:
-            directory: output folder of that run; empty: nothing is loaded.
-            epoch: the checkpoint after that many epochs; None: the best one, or the latest where none was called best.
-
-        Raises:
-            FileNotFoundError: no such checkpoint.
-            ValueError: it was made by something else, for another CLIP or for other classes.
-        """
-        if not directory:
-            logger.info("load_model() is skipped: no model folder is given")
-            return
-        method = type(self).__name__
-        path = checkpoint_path(directory, self.model_name, epoch, method)
-        checkpoint = load_checkpoint(path)
-        state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
-        if not isinstance(state, Mapping):
-            raise ValueError(f"Expected a checkpoint of {method} but got something else: {path}")
-        try:
-            self.network.learner.take(state, getattr(self.dm.dataset, "class_indices", None))
-        except ValueError as error:
-            raise ValueError(f"{error}: {path}") from error
-        self.selected = dict((checkpoint.get("engine") or {}).get("selected", {}))
-        logger.info("Loaded %s (epoch %s)", path, checkpoint.get("epoch"))
-
-
-class EncoderTrainer(LearnerTrainer):
-    """Trains a `Classifier` by cross-entropy; a subclass says which, and what its configuration is.
-
-    The schedule counts epochs (as CoOp's), unless `per_step`.
-    """
-
-    network: Classifier
-    per_step = False
-
-    # Building
-
-    def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> Classifier:
-        """The classifier to train."""
-        raise NotImplementedError
-
-    def build_model(self) -> None:
-        """CLIP, the classifier around it, and the optimiser of what is learnt."""
-        cfg = self.cfg
-        clip, classnames = self.load_frozen_clip(cfg.TRAINER[self.node_name].PREC)
-        self.network = self.build_network(clip, classnames, self.templates())
-        learner = self.network.learner
-        count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-        logger.info("Parameters to learn: %s", f"{count:,}")
-        optim = self.build_optimiser(learner)
-        self.register_model(self.model_name, learner, optim, self.build_schedule(optim))
-
-    def build_optimiser(self, learner: Any) -> Any:
-        """The optimiser of what is learnt."""
-        return build_optimizer(learner, self.cfg.OPTIM)
-
-    def build_schedule(self, optim: Any) -> Any:
-        """The schedule of the learning rate."""
-        node = self.cfg.OPTIM
-        return build_lr_scheduler(optim, count_steps(node, len(self.train_loader_x)) if self.per_step else node)
-
-    # One step
-
-    def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """One step -> loss and accuracy (percent)."""
-        images, labels = self.parse_batch_train(batch)
-        with self._autocast():
-            logits = self.network(images)
-            loss = F.cross_entropy(logits, labels)
-        self.model_backward_and_update(loss)
-        if self.per_step or self.batch_idx + 1 == self.num_batches:
-            self.update_lr()
-        values = torch.stack([loss.detach(), compute_accuracy(logits.detach(), labels)[0].squeeze()]).tolist()
-        return {"loss": values[0], "acc": values[1]}
-
-    # Evaluation
-
-    @torch.no_grad()
-    def model_heads(self, input: Tensor) -> dict[str, Tensor]:
-        """Images [B, 3, H, W] -> logits [B, C] of zero-shot CLIP and of the method."""
-        with self._autocast():
-            clip_logits, logits = self.network.both(input)
-        return {self.reference_head: clip_logits, self.main_head: logits}
-
-
-def build_optimizer_with_eps(model: nn.Module, optim_cfg: Any, eps: float) -> Any:
-    """The optimiser that `optim_cfg` describes, with this epsilon where its kind has one."""
-    optim = build_optimizer(model, optim_cfg)
-    for group in optim.param_groups:
-        if "eps" in group:
-            group["eps"] = eps
-    return optim
-
-
-def count_steps(optim_cfg: Any, num_batches: int) -> Any:
-    """A copy of the node OPTIM in which everything that counts epochs counts steps."""
-    node = optim_cfg.clone()
-    node.defrost()
-    node.MAX_EPOCH = optim_cfg.MAX_EPOCH * num_batches
-    if optim_cfg.get("LR_UNIT", "epoch") == "epoch":  # else the others count steps already
-        node.WARMUP_EPOCH = optim_cfg.WARMUP_EPOCH * num_batches
-        if isinstance(optim_cfg.STEPSIZE, (list, tuple)):
-            node.STEPSIZE = type(optim_cfg.STEPSIZE)(size * num_batches for size in optim_cfg.STEPSIZE)
-    node.freeze()
-    return node
-
-
-def checkpoint_path(directory: str | os.PathLike[str], model_name: str, epoch: int | None, method: str) -> str:
-    """The file of a checkpoint: of that epoch, or (None) the best one, or the latest where none was called best.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    folder = osp.join(directory, model_name)
-    if epoch is not None:
-        name = f"model.pth.tar-{epoch}"
-    else:
-        name, pointer = "model-best.pth.tar", osp.join(folder, "checkpoint")
-        if not osp.exists(osp.join(folder, name)):
-            if not osp.exists(pointer):
-                raise FileNotFoundError(f"Expected a checkpoint of {method} in {folder} but there is none")
-            with open(pointer, encoding="utf-8") as file:
-                name = osp.basename(file.readline().strip()) or name
-    path = osp.join(folder, name)
-    if not osp.exists(path):
-        raise FileNotFoundError(f"Expected a checkpoint at {path} but there is none")
-    return path
-
-
-# Checks of configuration values
-
-
-def _value(cfg: Any, path: str) -> Any:
-    for key in path.split("."):
-        cfg = cfg[key]
-    return cfg
-
-
-def check_choice(cfg: Any, path: str, choices: Sequence[str]) -> None:
-    """ValueError unless the key at `path` is one of `choices`."""
-    value = _value(cfg, path)
-    if value not in choices:
-        raise ValueError(f"Expected {path} to be one of {', '.join(choices)} but got {value!r}")
-
-
-def check_bool(cfg: Any, path: str) -> None:
-    """ValueError unless the key at `path` is True or False."""
-    value = _value(cfg, path)
-    if not isinstance(value, bool):
-        raise ValueError(f"Expected {path} to be True or False but got {value!r}")
-
-
-def check_whole(cfg: Any, path: str, low: int = 1) -> None:
-    """ValueError unless the key at `path` is a whole number of at least `low`."""
-    value = _value(cfg, path)
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"Expected {path} to be a whole number, at least {low}, but got {value!r}")
-
-
-def check_number(cfg: Any, path: str, low: float, high: float, *, open_low: bool = False) -> None:
-    """ValueError unless the key at `path` is a finite number in [low, high] (`open_low`: above low)."""
-    value = _value(cfg, path)
-    number = not isinstance(value, bool) and isinstance(value, (int, float))
-    if not number or not low <= value <= high or (open_low and value == low) or abs(value) == float("inf"):
-        bounds = f"{'above' if open_low else 'at least'} {low:g} and at most {high:g}"
-        raise ValueError(f"Expected {path} to be a number, {bounds}, but got {value!r}")
-
-
-def check_words(cfg: Any, path: str) -> None:
-    """ValueError unless the key at `path` is text without a placeholder; it may be empty."""
-    value = _value(cfg, path)
-    if not isinstance(value, str) or "{" in value:
-        raise ValueError(f"Expected {path} to be words such as 'a photo of a', or '', but got {value!r}")

@@ -1,0 +1,80 @@
+"""Train what sits inside CLIP's encoders: prompts, adapters, low-rank updates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dassl.metrics import compute_accuracy
+from dassl.optim import build_lr_scheduler, build_optimizer
+
+from ..clip import CLIP
+from .learner import Classifier
+from .learner_trainer import LearnerTrainer
+from .schedule import count_steps
+
+logger = logging.getLogger(__name__)
+
+
+class EncoderTrainer(LearnerTrainer):
+    """Trains a `Classifier` by cross-entropy; a subclass says which, and what its configuration is.
+
+    The schedule counts epochs (as CoOp's), unless `per_step`.
+    """
+
+    network: Classifier
+    per_step = False
+
+    # Building
+
+    def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> Classifier:
+        """The classifier to train."""
+        raise NotImplementedError
+
+    def build_model(self) -> None:
+        """CLIP, the classifier around it, and the optimiser of what is learnt."""
+        cfg = self.cfg
+        clip, classnames = self.load_frozen_clip(cfg.TRAINER[self.node_name].PREC)
+        self.network = self.build_network(clip, classnames, self.templates())
+        learner = self.network.learner
+        count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+        logger.info("Parameters to learn: %s", f"{count:,}")
+        optim = self.build_optimiser(learner)
+        self.register_model(self.model_name, learner, optim, self.build_schedule(optim))
+
+    def build_optimiser(self, learner: Any) -> Any:
+        """The optimiser of what is learnt."""
+        return build_optimizer(learner, self.cfg.OPTIM)
+
+    def build_schedule(self, optim: Any) -> Any:
+        """The schedule of the learning rate."""
+        node = self.cfg.OPTIM
+        return build_lr_scheduler(optim, count_steps(node, len(self.train_loader_x)) if self.per_step else node)
+
+    # One step
+
+    def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """One step -> loss and accuracy (percent)."""
+        images, labels = self.parse_batch_train(batch)
+        with self._autocast():
+            logits = self.network(images)
+            loss = F.cross_entropy(logits, labels)
+        self.model_backward_and_update(loss)
+        if self.per_step or self.batch_idx + 1 == self.num_batches:
+            self.update_lr()
+        values = torch.stack([loss.detach(), compute_accuracy(logits.detach(), labels)[0].squeeze()]).tolist()
+        return {"loss": values[0], "acc": values[1]}
+
+    # Evaluation
+
+    @torch.no_grad()
+    def model_heads(self, input: Tensor) -> dict[str, Tensor]:
+        """Images [B, 3, H, W] -> logits [B, C] of zero-shot CLIP and of the method."""
+        with self._autocast():
+            clip_logits, logits = self.network.both(input)
+        return {self.reference_head: clip_logits, self.main_head: logits}

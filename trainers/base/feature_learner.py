@@ -1,0 +1,109 @@
+"""Learn or fit a classifier on features of the frozen CLIP.
+
+Legend: B images, N training images, C classes, E width of the joint embedding. Features are L2-normalised, fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..clip import CLIP
+from ..features.encoder import ImageEncoder
+from .learner import Learner, class_rows
+
+
+class FeatureLearner(Learner):
+    """Features [B, E] -> logits [B, C]; a subclass says how.
+
+    Args:
+        clip: the frozen CLIP.
+        classnames: class names in the order of their labels.
+        zeroshot: zero-shot weights [C, E], normalised.
+    """
+
+    CLASS_ROWS: tuple[str, ...] = ()  # names in a checkpoint that have a row per class
+    SAMPLES: tuple[str, ...] = ()  # names that have a row per training image; the first one is their labels
+
+    zeroshot: Tensor
+    prepared: Tensor  # whether what follows from the training images has been computed
+
+    def __init__(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> None:
+        super().__init__(classnames, {"backbone": clip.name, "weights_digest": clip.weights_digest})
+        self.scale = clip.logit_scale
+        self.register_buffer("zeroshot", zeroshot.detach().float().clone(), persistent=False)
+        self.register_buffer("prepared", torch.tensor(False))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, E] -> logits [B, C]; here zero-shot CLIP's."""
+        return self.clip_logits(features)
+
+    def clip_logits(self, features: Tensor) -> Tensor:
+        """Features -> zero-shot logits [B, C]."""
+        return self.scale * self.original(features) @ self.zeroshot.t()
+
+    def original(self, features: Tensor) -> Tensor:
+        """Features [..., E], or [..., 2E] with corrected ones beside them -> those that CLIP gives, [..., E]."""
+        return features[..., : self.zeroshot.shape[1]]
+
+    def compared(self, features: Tensor) -> Tensor:
+        """Features [..., E] or [..., 2E] -> those to compare images by, the corrected ones where there are any."""
+        return features[..., -self.zeroshot.shape[1] :]
+
+    def for_classes(
+        self, state: dict[str, Tensor], trained: Sequence[str] | None, indices: Sequence[int] | None
+    ) -> dict[str, Tensor]:
+        """The rows and the training images of the present classes, which must be among those trained on."""
+        if trained is not None and (self.CLASS_ROWS or self.SAMPLES):
+            rows = class_rows(self.classnames, trained, indices, "weights or images")
+            state = {**state, **{name: state[name][rows] for name in self.CLASS_ROWS}}
+            if self.SAMPLES and rows != list(range(len(trained))):
+                labels = state[self.SAMPLES[0]]
+                position = torch.full((len(trained),), -1, dtype=labels.dtype, device=labels.device)
+                position[rows] = torch.arange(len(rows), dtype=labels.dtype, device=labels.device)
+                kept = position[labels] >= 0
+                state = {**state, **{name: state[name][kept] for name in self.SAMPLES}}
+                state[self.SAMPLES[0]] = position[labels[kept]]
+        for name in self.SAMPLES:  # their number follows the checkpoint
+            own: Tensor = getattr(self, name)
+            own.data = torch.empty_like(state[name], device=own.device)
+        return state
+
+
+class FeatureNetwork(nn.Module):
+    """The frozen CLIP and a learner on its features. Both `forward` and `both` take images or features.
+
+    Args:
+        encoder: of images, around a frozen CLIP on its device.
+        learner: moved there.
+    """
+
+    def __init__(self, encoder: ImageEncoder, learner: FeatureLearner) -> None:
+        super().__init__()
+        self.encode = encoder
+        self.clip = encoder.clip
+        self.learner = learner.to(encoder.clip.device)
+
+    def features(self, input: Tensor) -> Tensor:
+        """Images [B, 3, H, W], or features [B, E] as they are -> features [B, E]."""
+        return input if input.ndim == 2 else self.encode(input)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """-> logits [B, C], in fp32 even under autocast."""
+        features = self.features(input)
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            return self.learner(features)
+
+    def both(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """-> zero-shot logits and the learner's, [B, C] each."""
+        features = self.features(input)
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            return self.learner.clip_logits(features), self.learner(features)
+
+    def train(self, mode: bool = True) -> FeatureNetwork:
+        """Sets the learner's mode; the frozen CLIP stays in evaluation mode."""
+        super().train(mode)
+        self.clip.eval()
+        return self

@@ -1,0 +1,31 @@
+"""Build optimizers and learning-rate schedules that count steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dassl.optim import build_optimizer
+
+
+def build_optimizer_with_eps(model: nn.Module, optim_cfg: Any, eps: float) -> Any:
+    """The optimiser that `optim_cfg` describes, with this epsilon where its kind has one."""
+    optim = build_optimizer(model, optim_cfg)
+    for group in optim.param_groups:
+        if "eps" in group:
+            group["eps"] = eps
+    return optim
+
+
+def count_steps(optim_cfg: Any, num_batches: int) -> Any:
+    """A copy of the node OPTIM in which everything that counts epochs counts steps."""
+    node = optim_cfg.clone()
+    node.defrost()
+    node.MAX_EPOCH = optim_cfg.MAX_EPOCH * num_batches
+    if optim_cfg.get("LR_UNIT", "epoch") == "epoch":  # else the others count steps already
+        node.WARMUP_EPOCH = optim_cfg.WARMUP_EPOCH * num_batches
+        if isinstance(optim_cfg.STEPSIZE, (list, tuple)):
+            node.STEPSIZE = type(optim_cfg.STEPSIZE)(size * num_batches for size in optim_cfg.STEPSIZE)
+    node.freeze()
+    return node

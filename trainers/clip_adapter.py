@@ -1,0 +1,127 @@
+"""CLIP-Adapter: a bottleneck on the frozen CLIP's image features, blended with these features.
+
+Gao et al., CLIP-Adapter: Better Vision-Language Models with Feature Adapters, 2021.
+
+    f* = normalise(a A_v(f) + (1 - a) f)    A_v(f) = relu(f W1v) W2v, in CLIP-Adapter's code relu(relu(f W1v) W2v)
+    W* = normalise(b A_t(W) + (1 - b) W)    A_t(W) = relu(W W1t) W2t
+    logits = s f* W*^T, cross-entropy; a = 0 or b = 0 switches a side off (CLIP-Adapter: b = 0)
+
+Legend: B images, C classes, E width of the joint embedding, s CLIP's temperature (1 / tau).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dassl.engine import TRAINER_REGISTRY
+
+from .base import FeatureLearner, FeatureTrainer, check_bool, check_number, check_whole
+from .clip import CLIP
+
+logger = logging.getLogger(__name__)
+
+
+def blend(features: Tensor, down: Tensor, up: Tensor, ratio: float, final_relu: bool = False) -> Tensor:
+    """Return normalise(ratio * relu(features down^T) up^T + (1 - ratio) * features).
+
+    Args:
+        features: [n, E]. down: [r, E]. up: [E, r].
+        final_relu: a second ReLU, after up.
+    """
+    adapted = (features @ down.t()).relu() @ up.t()
+    if final_relu:
+        adapted = adapted.relu()
+    return F.normalize(ratio * adapted + (1 - ratio) * features, dim=-1)
+
+
+class AdapterLearner(FeatureLearner):
+    """A bottleneck for image features, one for text features, or both; it works for any class list.
+
+    Args:
+        image_ratio: a in [0, 1]; 0: no adapter on that side.
+        text_ratio: b, the same.
+        reduction: E over the width of the bottleneck.
+        final_relu: a second ReLU, after the bottleneck. A checkpoint keeps the form that it was trained in.
+    """
+
+    def __init__(
+        self,
+        clip: CLIP,
+        classnames: Sequence[str],
+        zeroshot: Tensor,
+        *,
+        image_ratio: float = 0.2,
+        text_ratio: float = 0.0,
+        reduction: int = 4,
+        final_relu: bool = False,
+    ) -> None:
+        super().__init__(clip, classnames, zeroshot)
+        self.facts["final_relu"] = final_relu
+        width = max(1, clip.embed_dim // reduction)
+        self.ratios = {"image": image_ratio, "text": text_ratio}
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        for side, ratio in self.ratios.items():
+            if ratio:
+                self.down[side] = nn.Linear(clip.embed_dim, width, bias=False).weight
+                self.up[side] = nn.Linear(width, clip.embed_dim, bias=False).weight
+
+    def adopt(self, facts: Mapping[str, Any]) -> None:
+        """Takes over the form of a checkpoint; those that do not say it were trained without the second ReLU."""
+        form = bool(facts.get("final_relu", False))
+        if form != self.facts["final_relu"]:
+            logger.info("The checkpoint was trained with FINAL_RELU %s, which counts", form)
+        self.facts["final_relu"] = form
+
+    def adapt(self, features: Tensor, side: str) -> Tensor:
+        """Features [n, E] of the "image" or "text" side -> the same, adapted and normalised."""
+        if not self.ratios[side]:
+            return features
+        return blend(features, self.down[side], self.up[side], self.ratios[side], self.facts["final_relu"])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, E] -> logits [B, C]."""
+        return self.scale * self.adapt(features, "image") @ self.adapt(self.zeroshot, "text").t()
+
+
+@TRAINER_REGISTRY.register()
+class CLIPAdapter(FeatureTrainer):
+    """A bottleneck on image features."""
+
+    recipe = 2
+    node_name = "CLIPADAPTER"
+    model_name = "adapter"
+    main_head = "adapter"
+    per_step = False  # as published
+
+    @staticmethod
+    def add_config(cfg: Any) -> None:
+        """Adds TRAINER.CLIPADAPTER to `cfg` unless it is there."""
+        if "CLIPADAPTER" not in cfg.TRAINER:
+            node = FeatureTrainer.new_node(cfg, views=10)
+            node.RATIO = 0.2  # a, share of the adapted image feature, in (0, 1] (source: 0.2)
+            node.REDUCTION = 4  # E over the bottleneck's width, at least 1 (source: 4)
+            node.FINAL_RELU = True  # a second ReLU, after the bottleneck (source: in its code, not in the paper)
+            cfg.TRAINER.CLIPADAPTER = node
+
+    def check_node(self, cfg: Any) -> None:
+        """See LearnerTrainer."""
+        check_number(cfg, "TRAINER.CLIPADAPTER.RATIO", 0, 1, open_low=True)
+        check_whole(cfg, "TRAINER.CLIPADAPTER.REDUCTION")
+        check_bool(cfg, "TRAINER.CLIPADAPTER.FINAL_RELU")
+
+    def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
+        """The adapter on the image side."""
+        node = self.node
+        return AdapterLearner(
+            clip,
+            classnames,
+            zeroshot,
+            image_ratio=node.RATIO,
+            reduction=node.REDUCTION,
+            final_relu=node.FINAL_RELU,
+        )

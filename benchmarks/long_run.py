@@ -27,6 +27,7 @@ from tabulate import tabulate
 
 import train
 from dassl.engine import SimpleTrainer
+from dassl.engine.evaluating import EvaluatingTrainer
 from dassl.engine.hooks import HookBase
 from dassl.utils.cli import run_main
 
@@ -111,15 +112,15 @@ def measure(trainer: str, steps: int, evaluations: int, pairs: Sequence[str] = (
         raise ValueError(f"Expected --steps to be a multiple of {evaluations * per_epoch} but got {steps}")
     epochs = steps // per_epoch
     every = epochs // evaluations
-    best, seen = SimpleTrainer.test, {"epochs": 0}
+    best, seen = EvaluatingTrainer.test, {"epochs": 0}
 
-    def test(self: SimpleTrainer, split: str | None = None) -> float:
+    def test(self: EvaluatingTrainer, split: str | None = None) -> float:
         seen["epochs"] += 1  # best_val tests after each epoch: most are left out
         skip = self.phase == "train" and seen["epochs"] % every
         return -1.0 if skip else best(self, split)
 
     with tempfile.TemporaryDirectory() as folder, sampled() as sampler:
-        SimpleTrainer.test = test  # type: ignore[method-assign]
+        EvaluatingTrainer.test = test  # type: ignore[method-assign]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 code = train.main(
@@ -132,7 +133,7 @@ def measure(trainer: str, steps: int, evaluations: int, pairs: Sequence[str] = (
                     ]
                 )
         finally:
-            SimpleTrainer.test = best  # type: ignore[method-assign]
+            EvaluatingTrainer.test = best  # type: ignore[method-assign]
         if code:
             raise ValueError(f"Expected the run to end well but its exit code is {code}")
     return sampler.samples

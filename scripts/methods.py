@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import trainers
@@ -97,14 +97,6 @@ def choose_methods(asked: str, config: str) -> list[Method]:
             find_variant(name, variant)
         chosen.append(Method(item.strip(), name, paths[name], variant))
     return chosen
-
-
-def unbuilt(cfg: Any) -> Any:
-    """The configuration's trainer without data and model, to be asked what follows from the configuration alone."""
-    cls = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
-    trainer = object.__new__(cls)
-    trainer.cfg = cfg
-    return trainer
 
 
 def check_datasets(names: Iterable[str]) -> None:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dassl.config import plain_config
+from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError
 from scripts.ablations import FULL, VARIANTS, Variant
 from scripts.grid import Run, command_line, few_shot_run
-from scripts.methods import Method, unbuilt
+from scripts.methods import Method
 
 # Shifted test sets of a source, whose classes are the source's or some of them.
 SHIFTED = {
@@ -79,19 +80,19 @@ class Asked:
 
 def trains(cfg: Any) -> bool:
     """Whether there is anything to train; if not, shots and seed do not matter."""
-    return bool(unbuilt(cfg).has_training_step())
+    return bool(TRAINER_REGISTRY.get(cfg.TRAINER.NAME).trains(cfg))
 
 
 def refusal(cfg: Any, other_classes: bool) -> str:
     """Why the configuration cannot be run, or not be evaluated on classes it was not trained on; "": it can."""
-    trainer = unbuilt(cfg)
+    trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
     try:
-        trainer.check_cfg(cfg)
+        trainer.check_settings(cfg)
     except OSError:
         pass  # files that are not here may be where the runs are; they will say
     except (ValueError, KeyError) as error:
         return str(error)
-    own = getattr(trainer, "of_each_class", "")
+    own = trainer.each_class_has(cfg)
     if other_classes and own:
         return f"it cannot be evaluated on classes that it was not trained on: each has {own} of its own"
     return ""

@@ -198,7 +198,7 @@ def test_saved_and_loaded_gives_equal_logits(name, build, tmp_path):
     learner = getattr(other.network, "learner", None)
     if learner is not None:
         learner.classnames = list(other.dm.dataset.classnames)
-    own = getattr(other, "of_each_class", "")
+    own = other.each_class_has(other.cfg)
     with pytest.raises(ValueError, match="that were trained on") if own else contextlib.nullcontext():
         other.load_model(str(tmp_path / "saved"), epoch=1)
 

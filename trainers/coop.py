@@ -115,10 +115,10 @@ class CoOp(EncoderTrainer):
     model_name = "prompt_learner"  # as published
     main_head = "coop"
 
-    @property
-    def of_each_class(self) -> str:  # type: ignore[override]  # read from the configuration, never set
-        """See CLIPTrainer: a context with CSC, which CTX_INIT overrules."""
-        node = self.cfg.TRAINER.COOP
+    @classmethod
+    def each_class_has(cls, cfg: Any) -> str:
+        """Return "a context" with CSC, which CTX_INIT overrules."""
+        node = cfg.TRAINER.COOP
         return "a context (CSC)" if node.CSC and not node.CTX_INIT else ""
 
     @staticmethod

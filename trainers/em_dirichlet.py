@@ -252,10 +252,10 @@ class EMDirichlet(FeatureTrainer):
     main_head = "em"
     views_key = False
 
-    @property
-    def of_each_class(self) -> str:  # type: ignore[override]  # read from the configuration, never set
-        """See CLIPTrainer: images, where they support the clusters."""
-        return "images" if self.node.SUPPORTS else ""
+    @classmethod
+    def each_class_has(cls, cfg: Any) -> str:
+        """Return "images" where they support the clusters."""
+        return "images" if cfg.TRAINER.EMDIRICHLET.SUPPORTS else ""
 
     @staticmethod
     def add_config(cfg: Any) -> None:
@@ -307,9 +307,10 @@ class EMDirichlet(FeatureTrainer):
         else:
             self._optim = None  # nothing to keep
 
-    def has_training_step(self) -> bool:
-        """Not in the zero-shot case: a run goes straight to the test."""
-        return bool(self.node.SUPPORTS)
+    @classmethod
+    def trains(cls, cfg: Any) -> bool:
+        """Return False in the zero-shot case: a run then goes straight to the test."""
+        return bool(cfg.TRAINER.EMDIRICHLET.SUPPORTS)
 
     def fit(self, features: FeatureSet) -> dict[str, float]:
         """Keeps the supports -> their number."""

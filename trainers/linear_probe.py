@@ -154,12 +154,6 @@ class LinearProbe(FeatureTrainer):
     drop_last = False  # of INIT text, which is ours
     eps = 1e-4
 
-    @property
-    def fitted_parameters(self) -> int:
-        """Weights and biases of the logistic regression, for reports; 0 where they are trained by gradients."""
-        learner: Any = self.network.learner
-        return 0 if learner.trained else learner.weight.numel() + learner.bias.numel()
-
     @staticmethod
     def add_config(cfg: Any) -> None:
         """Adds TRAINER.LINEARPROBE and MODEL.IMO_WEIGHTS to `cfg` unless they are there."""
@@ -188,7 +182,10 @@ class LinearProbe(FeatureTrainer):
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The linear classifier."""
-        return ProbeLearner(clip, classnames, zeroshot, trained=self.node.INIT == "text", raw=self.raw)
+        learner = ProbeLearner(clip, classnames, zeroshot, trained=self.node.INIT == "text", raw=self.raw)
+        if not learner.trained:  # L-BFGS fits weights and biases, which are no parameters of torch
+            self.fitted_parameters = learner.weight.numel() + learner.get_buffer("bias").numel()
+        return learner
 
     @property
     def raw(self) -> bool:

@@ -42,8 +42,9 @@ class ZeroshotCLIP(FeatureTrainer):
     def _register(self, learner: FeatureLearner, optim_cfg: Any) -> None:
         self._optim = None  # nothing to train or to save
 
-    def has_training_step(self) -> bool:
-        """There is none: a run goes straight to the test."""
+    @classmethod
+    def trains(cls, cfg: Any) -> bool:
+        """Return False: a run goes straight to the test."""
         return False
 
     @torch.no_grad()

@@ -30,7 +30,15 @@ from .transforms import INTERPOLATION_MODES, build_transform, to_float_tensor
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["DataManager", "DatasetWrapper", "build_data_loader", "data_digest", "seed_worker", "usable_workers"]
+__all__ = [
+    "DataManager",
+    "DatasetWrapper",
+    "build_data_loader",
+    "data_digest",
+    "dataset_of",
+    "seed_worker",
+    "usable_workers",
+]
 
 Transform = Callable[[Any], Any]
 
@@ -122,9 +130,15 @@ def build_data_loader(
     return loader
 
 
+def dataset_of(dm: Any) -> DatasetBase | None:
+    """Return a data manager's dataset; None: the manager is none of ours and has none."""
+    return getattr(dm, "dataset", None)
+
+
 def data_digest(dm: Any) -> str:
-    """Return the digest of a data manager's images and labels, whoever wrote manager and dataset; "": not known."""
-    return str(getattr(getattr(dm, "dataset", None), "data_digest", "") or "")
+    """Return the digest of a data manager's images and labels, whoever wrote the manager; "": not known."""
+    dataset = dataset_of(dm)
+    return "" if dataset is None else dataset.data_digest
 
 
 class DataManager:

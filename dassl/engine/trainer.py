@@ -1,18 +1,6 @@
 """The trainer classes that methods derive from: one labelled loader (TrainerX), or one more without labels (TrainerXU).
 
-What a subclass may offer beyond upstream's methods, all of it optional:
-
-* ``model_heads(input) -> dict[str, Tensor]``: logits [B, C] of several heads; without it there is the head "main".
-* ``main_head``: the name of the head that counts as the method's accuracy (default: the first).
-* ``model_report(input) -> dict``: what figures show beside the logits, of test images: ``heads`` as model_heads gives
-  them, ``values`` (name -> [B] or [B, 1]) and ``features`` (branch -> [B, E]); see predictions.py.
-* ``loss_terms``: names of losses in what forward_backward returns, beside those with "loss" in them.
-* ``reference_head``: the name of the head that pictures show as "before".
-* ``fitted_parameters``: how many numbers it fits without gradients, which count as trained ones.
-* ``selected``: what was chosen, on what: ``{"beta": {"value": 0.4, "on": "val", "n": 40}}``.
-* ``bind_classes(names, indices) -> bool``: set the class list that logits are for. ``indices`` says which of the
-  classes trained on they are; None: take them as new ones. True when they are a part of those: logits are then
-  computed over all classes trained on and cut to these columns.
+What a subclass may offer beyond upstream's methods stands in declared.py, with its defaults.
 """
 
 from __future__ import annotations
@@ -32,20 +20,19 @@ import torch
 from torch import Tensor
 
 from dassl.data import DataManager
-from dassl.data.data_manager import data_digest
-from dassl.data.loaders import part_of, share_of
+from dassl.data.data_manager import data_digest, dataset_of
+from dassl.data.loaders import share_of
 from dassl.engine.checkpointing.resume import batches_from, check_config, check_data, check_recipe
 from dassl.engine.reliability.finite import KeptBuffers, report
-from dassl.evaluation import build_evaluator, heads_table
-from dassl.evaluation.passes import Evaluation, as_heads, run_pass
-from dassl.evaluation.predictions import MEGABYTE, Recorder
+from dassl.evaluation import build_evaluator
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.upstream_names import upstream_name
-from dassl.utils import InputError, check_availability, count_num_param, distributed, load_pretrained_weights, stopping
+from dassl.utils import InputError, count_num_param, distributed, load_pretrained_weights, stopping
 from dassl.utils.logger import ensure_heard
 
 from .base import TrainerBase
 from .environment import why_no_gpu
+from .evaluating import EvaluatingTrainer
 from .hooks import HookBase, build_hooks
 from .hooks.losses import WHAT_HELPS, as_numbers, fault_of
 from .net import SimpleNet
@@ -59,7 +46,7 @@ __all__ = ["SimpleNet", "SimpleTrainer", "TrainerBase", "TrainerX", "TrainerXU"]
 NUM_EXAMPLES = 8  # test images shown in TensorBoard
 
 
-class SimpleTrainer(TrainerBase):
+class SimpleTrainer(EvaluatingTrainer):
     """Data, model, evaluator and hooks from a config; how batches are drawn is left to TrainerX and TrainerXU.
 
     Attributes:
@@ -83,7 +70,6 @@ class SimpleTrainer(TrainerBase):
         self.output_dir = cfg.OUTPUT_DIR
         self.cfg = cfg
         self.best_result = -math.inf
-        self._parts: list[tuple[Any, Any]] = []  # evaluation loaders, and this process's parts of them
 
         with distributed.main_first():  # splits, picks and rendered images are made by one process
             self.build_data_loader()
@@ -97,6 +83,7 @@ class SimpleTrainer(TrainerBase):
 
     def check_cfg(self, cfg: Any) -> None:
         """Raise when the config does not suit the method; called before anything is built."""
+        self.check_settings(cfg)
 
     @staticmethod
     def _check_run_cfg(cfg: Any) -> None:
@@ -138,7 +125,7 @@ class SimpleTrainer(TrainerBase):
         sums = []
         for split in ("train_x", "train_u", "val", "test"):
             total = 0
-            for item in getattr(getattr(self.dm, "dataset", None), split, None) or ():
+            for item in getattr(dataset_of(self.dm), split, None) or ():
                 name = f"{os.path.basename(item.impath)} {item.label}"  # folders may differ between machines
                 total = zlib.crc32(name.encode("utf-8", "surrogateescape"), total)
             sums.append(total)
@@ -185,9 +172,9 @@ class SimpleTrainer(TrainerBase):
             check_config(found, self.cfg)
         super().train(self.start_epoch, self.max_epoch)
 
-    def has_training_step(self) -> bool:
-        """Whether the class says how to train: forward_backward, or the whole of run_epoch."""
-        cls = type(self)
+    @classmethod
+    def trains(cls, cfg: Any) -> bool:
+        """Return whether the class says how to train: forward_backward, or the whole of run_epoch."""
         return cls.forward_backward is not TrainerBase.forward_backward or cls.run_epoch is not SimpleTrainer.run_epoch
 
     def before_train(self) -> None:
@@ -211,9 +198,9 @@ class SimpleTrainer(TrainerBase):
         """Test the final model unless TEST.NO_TEST."""
         logger.info("Finish training")
         self.call_hooks("after_train")
-        start = getattr(self, "time_start", None)  # a subclass may have replaced before_train
-        if start is not None:
-            logger.info("Elapsed: %s", datetime.timedelta(seconds=round(time.time() - start)))
+        if self.time_start is not None:  # a subclass may have replaced before_train
+            elapsed = round(time.time() - self.time_start)
+            logger.info("Elapsed: %s", datetime.timedelta(seconds=elapsed))
         self.close_writer()
 
     def run_epoch(self) -> None:
@@ -291,99 +278,6 @@ class SimpleTrainer(TrainerBase):
         logger.info("Dry run: OK")
 
     # ---- evaluation
-
-    @torch.no_grad()
-    def test(self, split: str | None = None) -> float:
-        """Evaluate all heads in one pass; returns the main head's accuracy (percent, unrounded).
-
-        Called outside of ``train`` (evaluation only) it also writes the run's result files.
-
-        Args:
-            split: "test" or "val"; None: TEST.SPLIT.
-
-        Raises:
-            InputError: there is no validation set; test images never stand in for it.
-        """
-        split = self.cfg.TEST.SPLIT if split is None else split
-        check_availability(split, ("test", "val"))
-        loader = self._part_of(self._loader_of(split, f'test("{split}")'))
-        alone = self.phase == "idle"
-        if alone:
-            self.call_hooks("start")
-        self.set_model_mode("eval")
-        self.evaluator.reset()
-        logger.info("Evaluate on the *%s* set", split)
-        evaluation = Evaluation(split, getattr(self, "main_head", ""))
-        limit = 0 if self.phase == "train" else self.cfg.TEST.PREDICTIONS_MB * MEGABYTE
-        recorder = Recorder(len(getattr(loader, "dataset", ())), limit, self.cfg.SEED) if limit else None
-        run_pass(
-            loader,
-            lambda batch: self._infer(batch, recorder),
-            evaluation,
-            self.evaluator.process,
-            num_examples=NUM_EXAMPLES if self.phase == "final" else 0,
-            keep_bar=self.phase != "train",
-            recorder=recorder,
-        )
-        if recorder is not None:
-            before = getattr(self, "reference_head", "")
-            evaluation.predictions = recorder.finish(split, evaluation.main, before, self.lab2cname)
-        evaluation.heads_kway = self._heads_kway(loader, evaluation)
-        results = self.evaluator.evaluate()
-        if self.phase == "train" and len(evaluation.heads) > 1:  # otherwise the closing lines have the table
-            logger.info("%s", heads_table(evaluation.heads, evaluation.main))
-        self.evaluation = evaluation
-        for name, value in results.items():
-            self.write_scalar(f"{split}/{name}", value, self.epoch)
-        self.call_hooks("after_test", evaluation)
-        if alone:
-            self.call_hooks("finish")
-        return next(iter(results.values()))
-
-    def _heads_kway(self, loader: Any, evaluation: Evaluation) -> dict[str, dict[str, float]]:
-        """Metrics by head with the dataset's k classes taken as new ones, where they are part of those trained on.
-
-        Shifted test sets often hold some of the classes only (ImageNet-A and -R 200 of 1000). Published numbers for
-        them rebuild the classifier for those k names; beside them stands, in ``evaluation.heads``, what the classifier
-        that was trained says when its columns are cut to these classes. Empty for all other datasets.
-        """
-        dataset: Any = getattr(self.dm, "dataset", None)
-        bind, indices = getattr(self, "bind_classes", None), getattr(dataset, "class_indices", None)
-        if bind is None or indices is None or not bind(dataset.classnames, indices):
-            return {}
-        bind(dataset.classnames, None)
-        kway = Evaluation(evaluation.split, evaluation.main)
-        run_pass(loader, self._infer, kway, lambda logits, labels: None, keep_bar=False)
-        bind(dataset.classnames, indices)
-        return kway.heads
-
-    def _part_of(self, loader: Any) -> Any:
-        """This process's part of an evaluation loader, made once: its worker processes are kept."""
-        for whole, part in self._parts:
-            if whole is loader:
-                return part
-        self._parts.append((loader, part_of(loader)))
-        return self._parts[-1][1]
-
-    def _loader_of(self, split: str, asked_by: str) -> Any:
-        loader = self.val_loader if split == "val" else self.test_loader
-        if loader is None:
-            raise InputError(f"Expected a {split} set for {asked_by} but the dataset {self.cfg.DATASET.NAME} has none")
-        return loader
-
-    def _infer(self, batch: Any, recorder: Recorder | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Logits [B, C] by head, and labels [B], of a test batch; what else there is goes to the recorder."""
-        input, label = self.parse_batch_test(batch)
-        model_heads = getattr(self, "model_heads", None)
-        model_report = None if recorder is None else getattr(self, "model_report", None)
-        with self.precision.autocast():
-            report = {} if model_report is None else model_report(input)
-            if model_report is None:
-                report["heads"] = self.model_inference(input) if model_heads is None else model_heads(input)
-        if recorder is not None:
-            paths = batch.get("impath") if isinstance(batch, dict) else None
-            recorder.tell(paths, report.get("values"), report.get("features"))
-        return as_heads(report["heads"]), label
 
     def model_inference(self, input: Any) -> Any:
         """Logits [B, C]."""

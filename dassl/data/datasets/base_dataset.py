@@ -149,6 +149,8 @@ class DatasetBase:
     missing_hint: str = ""  # ends the message about missing files: where they are to be had
     split_digest: str = ""  # SHA-256 of the whole split (paths, labels, names); "": the reader does not say
     data_digest: str = ""  # what a run is bound to: other images have another one; "": not known
+    class_indices: list[int] | None = None  # of a shifted test set: each class's label where a classifier was trained
+    test_only: bool = False  # whether nothing may be trained here; train_x then only carries the class names
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -23,6 +23,9 @@ from dassl.utils.checkpoints import BEST_NAME, POINTER_NAME, checkpoint_entry, i
 from dassl.utils.files import remove_checked
 
 from .generators import generator_states, set_generators
+
+if TYPE_CHECKING:
+    from dassl.engine.trainer import SimpleTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +238,7 @@ def _told(change: Any) -> tuple[str, Any, Any]:
 # ---- what is beside models and optimisers
 
 
-def progress_state(trainer: Any) -> dict[str, Any]:
+def progress_state(trainer: SimpleTrainer) -> dict[str, Any]:
     """Where the run is: plain values. All processes of a job call it."""
     state: dict[str, Any] = {"generators": distributed.gather_objects(generator_states())}
     if trainer.steps_done:

@@ -6,13 +6,16 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dassl.engine.checkpointing.resume import Position, named_newest, rotate, step_name
 from dassl.utils import InputError, distributed, load_checkpoint, stopping
 from dassl.utils.checkpoints import BEST_NAME, POINTER_NAME
 
 from .base import HookBase
+
+if TYPE_CHECKING:
+    from dassl.engine.trainer import SimpleTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +28,7 @@ class BestModel(HookBase):
     def __init__(self) -> None:
         self.choice: dict[str, dict[str, Any]] = {}  # the epoch chosen, in the form of ``trainer.selected``
 
-    def after_epoch(self, trainer: Any) -> None:
+    def after_epoch(self, trainer: SimpleTrainer) -> None:
         test = trainer.cfg.TEST
         if test.NO_TEST or test.FINAL_MODEL != "best_val":
             return
@@ -36,10 +39,10 @@ class BestModel(HookBase):
             self.choice = {"epoch": {"value": trainer.epoch + 1, "on": "val", "n": count}}
             trainer.save_model(trainer.epoch, trainer.output_dir, val_result=result, model_name=BEST_NAME)
 
-    def state_dict(self, trainer: Any) -> dict[str, Any]:
+    def state_dict(self, trainer: SimpleTrainer) -> dict[str, Any]:
         return {"best_result": trainer.best_result, "choice": self.choice}
 
-    def load_state_dict(self, trainer: Any, state: dict[str, Any]) -> None:
+    def load_state_dict(self, trainer: SimpleTrainer, state: dict[str, Any]) -> None:
         trainer.best_result = state["best_result"]
         self.choice = dict(state["choice"])
 
@@ -57,7 +60,7 @@ class Checkpoint(HookBase):
 
     # ---- resuming
 
-    def before_train(self, trainer: Any) -> None:
+    def before_train(self, trainer: SimpleTrainer) -> None:
         resume = trainer.cfg.RESUME
         names = trainer.get_model_names()
         if resume and names and not any((Path(resume) / name / POINTER_NAME).is_file() for name in names):
@@ -82,7 +85,7 @@ class Checkpoint(HookBase):
 
     # ---- saving
 
-    def between_steps(self, trainer: Any) -> None:
+    def between_steps(self, trainer: SimpleTrainer) -> None:
         train = trainer.cfg.TRAIN
         due = train.CHECKPOINT_STEPS > 0 and (trainer.global_step + 1) % train.CHECKPOINT_STEPS == 0
         number, late = distributed.largest(stopping.noted(), distributed.is_main() and self._late(train))
@@ -96,7 +99,7 @@ class Checkpoint(HookBase):
             else:
                 self._due = True  # the end of the epoch is as good, and needs no work to be done again
 
-    def after_epoch(self, trainer: Any) -> None:
+    def after_epoch(self, trainer: SimpleTrainer) -> None:
         train = trainer.cfg.TRAIN
         done, every = trainer.epoch + 1, train.CHECKPOINT_FREQ
         if done == trainer.max_epoch or (every > 0 and done % every == 0):
@@ -107,7 +110,7 @@ class Checkpoint(HookBase):
         if wanted:
             self._save_step(trainer, Position(done, 0))
 
-    def after_train(self, trainer: Any) -> None:
+    def after_train(self, trainer: SimpleTrainer) -> None:
         """Where a run was resumed from the best checkpoint, because it died before the last epoch's was named newest.
 
         That the last epoch's file is there is not enough: a run may die between the file and the pointer to it.
@@ -125,10 +128,10 @@ class Checkpoint(HookBase):
     def _late(self, train: Any) -> bool:
         return train.CHECKPOINT_MINUTES > 0 and time.monotonic() - self._saved >= 60 * train.CHECKPOINT_MINUTES
 
-    def _save_step(self, trainer: Any, place: Position) -> None:
+    def _save_step(self, trainer: SimpleTrainer, place: Position) -> None:
         self._save(trainer, place.epochs - 1, step_name(place))
 
-    def _save(self, trainer: Any, epoch: int, name: str) -> None:
+    def _save(self, trainer: SimpleTrainer, epoch: int, name: str) -> None:
         begin = time.monotonic()
         trainer.save_model(epoch, trainer.output_dir, model_name=name)
         if trainer.writes_files:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dassl.evaluation.passes import lines_above_bars
 
 from .base import HookBase
+
+if TYPE_CHECKING:
+    from dassl.engine.trainer import SimpleTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +22,7 @@ class ConsoleLine(HookBase):
     def __init__(self, print_freq: int) -> None:
         self.print_freq = print_freq
 
-    def after_step(self, trainer: Any) -> None:
+    def after_step(self, trainer: SimpleTrainer) -> None:
         few = trainer.num_batches < self.print_freq
         if not few and (trainer.batch_idx + 1) % self.print_freq != 0:
             return

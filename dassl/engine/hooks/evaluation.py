@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dassl.evaluation.passes import of_own_test
 
 from .base import HookBase
+
+if TYPE_CHECKING:
+    from dassl.engine.trainer import SimpleTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -15,7 +18,7 @@ logger = logging.getLogger(__name__)
 class FinalTest(HookBase):
     """Test the best or the last model, unless TEST.NO_TEST."""
 
-    def after_train(self, trainer: Any) -> None:
+    def after_train(self, trainer: SimpleTrainer) -> None:
         test = trainer.cfg.TEST
         trainer.evaluation = None
         if test.NO_TEST:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from dassl.engine.reliability.finite import lost_terms, report
 
 from .base import HookBase
+
+if TYPE_CHECKING:
+    from dassl.engine.trainer import SimpleTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ def as_numbers(summary: Mapping[str, Any] | None) -> dict[str, float]:
     }
 
 
-def fault_of(trainer: Any, summary: Mapping[str, float]) -> str:
+def fault_of(trainer: SimpleTrainer, summary: Mapping[str, float]) -> str:
     """What was not finite in the step that a trainer has just made; "": nothing."""
     lost = lost_terms(trainer, summary)
     if trainer.guard.fault == "the loss" or not lost:
@@ -45,7 +48,7 @@ class Losses(HookBase):
         self.means: dict[str, float] = {}
         self.skipped = 0
 
-    def after_step(self, trainer: Any) -> None:
+    def after_step(self, trainer: SimpleTrainer) -> None:
         fault = fault_of(trainer, trainer.stats.summary)
         if fault:
             self._lost(trainer, fault)
@@ -53,7 +56,7 @@ class Losses(HookBase):
         trainer.stats.losses.update(trainer.stats.summary)
         self.means = {name: meter.avg for name, meter in trainer.stats.losses.meters.items()}
 
-    def _lost(self, trainer: Any, fault: str) -> None:
+    def _lost(self, trainer: SimpleTrainer, fault: str) -> None:
         """Stop, or count the step; its numbers enter no mean.
 
         Raises:
@@ -74,9 +77,9 @@ class Losses(HookBase):
         count = f"{self.skipped} of at most {node.ON_NAN_LIMIT}"
         logger.warning("%s: %s is not finite; step %s (%s)", trainer.where(), fault, did, count)
 
-    def state_dict(self, trainer: Any) -> dict[str, Any]:
+    def state_dict(self, trainer: SimpleTrainer) -> dict[str, Any]:
         return {"means": self.means, "skipped": self.skipped}
 
-    def load_state_dict(self, trainer: Any, state: dict[str, Any]) -> None:
+    def load_state_dict(self, trainer: SimpleTrainer, state: dict[str, Any]) -> None:
         self.means = dict(state["means"])
         self.skipped = state.get("skipped", 0)  # older checkpoints lack it

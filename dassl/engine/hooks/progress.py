@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dassl.evaluation.passes import progress_bar
 
 from .base import HookBase
+
+if TYPE_CHECKING:
+    from dassl.engine.trainer import SimpleTrainer
 
 
 class ProgressBar(HookBase):
@@ -15,7 +18,7 @@ class ProgressBar(HookBase):
     def __init__(self) -> None:
         self._bar: Any = None
 
-    def after_step(self, trainer: Any) -> None:
+    def after_step(self, trainer: SimpleTrainer) -> None:
         # Made at the first step: only then is the number of batches known for sure.
         if self._bar is None:
             self._bar = progress_bar(
@@ -26,14 +29,14 @@ class ProgressBar(HookBase):
             )
         self._bar.update()
 
-    def after_epoch(self, trainer: Any) -> None:
+    def after_epoch(self, trainer: SimpleTrainer) -> None:
         if self._bar is not None:
             self._bar.clear()  # an evaluation's bar and lines may follow; the next step draws it again
 
-    def after_train(self, trainer: Any) -> None:
+    def after_train(self, trainer: SimpleTrainer) -> None:
         self.close(trainer)
 
-    def close(self, trainer: Any) -> None:
+    def close(self, trainer: SimpleTrainer) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

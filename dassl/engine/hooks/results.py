@@ -9,11 +9,11 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dassl.data.data_manager import data_digest
+from dassl.data.data_manager import data_digest, dataset_of
 from dassl.evaluation import HEAD_COLUMNS, heads_table
 from dassl.utils import InputError, atomic_write, one_line, take_log_name
 from dassl.utils.checkpoints import POINTER_NAME
@@ -23,6 +23,9 @@ from .base import HookBase
 from .checkpoint import BestModel
 from .losses import Losses
 from .timing import Timing
+
+if TYPE_CHECKING:
+    from dassl.engine.trainer import SimpleTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ class Results(HookBase):
         self._best = best
         self.aside = False  # evaluating only, in the folder of a training run
 
-    def start(self, trainer: Any) -> None:
+    def start(self, trainer: SimpleTrainer) -> None:
         folder = Path(trainer.output_dir)
         if trainer.writes_files:
             folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,7 @@ class Results(HookBase):
             with atomic_write(folder / BAD_IMAGES) as stream:
                 stream.writelines(f"{one_line(path)}\t{one_line(reason)}\n" for path, reason in bad.items())
 
-    def finish(self, trainer: Any) -> None:
+    def finish(self, trainer: SimpleTrainer) -> None:
         if not trainer.writes_files:
             return
         folder = Path(trainer.output_dir)
@@ -88,9 +91,9 @@ class Results(HookBase):
             finished = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             _write_json(folder / DONE, {"finished": finished, "metrics": name})
 
-    def metrics(self, trainer: Any) -> dict[str, Any]:
+    def metrics(self, trainer: SimpleTrainer) -> dict[str, Any]:
         """The content of metrics.json: percent and seconds, unrounded. The evaluated split is also a key of it."""
-        cfg, evaluation = trainer.cfg, trainer.evaluation
+        cfg, evaluation, dataset = trainer.cfg, trainer.evaluation, dataset_of(trainer.dm)
         training = trainer.phase != "idle"
         split = evaluation.split if evaluation is not None else cfg.TEST.SPLIT
         main = evaluation.heads.get(evaluation.main, {}) if evaluation is not None else {}
@@ -105,7 +108,7 @@ class Results(HookBase):
             "mode": "train" if training else "eval",
             "epochs": trainer.max_epoch if training and trainer.has_training_step() else 0,
             "split": split,
-            "split_digest": getattr(getattr(trainer.dm, "dataset", None), "split_digest", None) or None,
+            "split_digest": dataset.split_digest or None if dataset is not None else None,
             "data_digest": data_digest(trainer.dm) or None,
             "accuracy": main.get("accuracy"),
             split: {
@@ -122,11 +125,11 @@ class Results(HookBase):
             "timing": self._timing.summary(),
         }
 
-    def selected(self, trainer: Any) -> dict[str, dict[str, Any]]:
+    def selected(self, trainer: SimpleTrainer) -> dict[str, dict[str, Any]]:
         """What was chosen, on what: the best epoch, and what the method says of itself."""
         return {**self._best.choice, **trainer.selected}
 
-    def _closing_lines(self, trainer: Any, folder: Path) -> None:
+    def _closing_lines(self, trainer: SimpleTrainer, folder: Path) -> None:
         evaluation = trainer.evaluation
         if evaluation is not None and all(set(HEAD_COLUMNS) <= set(v) for v in evaluation.heads.values()):
             logger.info("%s", heads_table(evaluation.heads, evaluation.main))
@@ -160,32 +163,32 @@ def _check_same_classes(folder: Path, names: list[str]) -> None:
         )
 
 
-def count_images(trainer: Any) -> dict[str, int] | None:
+def count_images(trainer: SimpleTrainer) -> dict[str, int] | None:
     """Count the training images there are: in all, of the smallest and of the largest class; None: no dataset.
 
     A class may have fewer images than DATASET.NUM_SHOTS asks for.
     """
-    items = getattr(getattr(getattr(trainer, "dm", None), "dataset", None), "train_x", None)
-    if not items:
+    dataset = dataset_of(trainer.dm)
+    if dataset is None or not dataset.train_x:
         return None
+    items = dataset.train_x
     counts = Counter(item.label for item in items)
     return {"total": len(items), "fewest_per_class": min(counts.values()), "most_per_class": max(counts.values())}
 
 
-def count_parameters(trainer: Any) -> dict[str, int]:
+def count_parameters(trainer: SimpleTrainer) -> dict[str, int]:
     """Parameters of all modules a trainer holds, each counted once: those that are learnt, and all of them.
 
     Numbers that a solver fits without gradients are buffers; a trainer says how many as `fitted_parameters`.
     """
     parameters = {id(p): p for module in _modules(trainer) for p in module.parameters()}
-    fitted = getattr(trainer, "fitted_parameters", 0)
     return {
-        "trainable": sum(p.numel() for p in parameters.values() if p.requires_grad) + fitted,
-        "total": sum(p.numel() for p in parameters.values()) + fitted,
+        "trainable": sum(p.numel() for p in parameters.values() if p.requires_grad) + trainer.fitted_parameters,
+        "total": sum(p.numel() for p in parameters.values()) + trainer.fitted_parameters,
     }
 
 
-def _modules(trainer: Any) -> Iterator[nn.Module]:
+def _modules(trainer: SimpleTrainer) -> Iterator[nn.Module]:
     """Registered models, modules among the trainer's attributes, and modules hidden in attributes of those.
 
     A frozen backbone is often kept in a plain attribute or a list, so that it stays out of the state dict.

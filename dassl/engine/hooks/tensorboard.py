@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dassl.evaluation.passes import Evaluation
 
 from .base import HookBase
 
+if TYPE_CHECKING:
+    from dassl.engine.trainer import SimpleTrainer
+
 
 class TensorBoard(HookBase):
     """Losses, learning rate and speed per step; all heads per evaluation; pictures and hyper-parameters at the end."""
 
-    def before_train(self, trainer: Any) -> None:
+    def before_train(self, trainer: SimpleTrainer) -> None:
         steps = trainer.count_batches() if trainer.start_epoch else 0
         trainer.init_writer(Path(trainer.output_dir) / "tensorboard", purge_step=trainer.start_epoch * steps or None)
 
-    def after_step(self, trainer: Any) -> None:
+    def after_step(self, trainer: SimpleTrainer) -> None:
         stats, step = trainer.stats, trainer.global_step
         for name, meter in stats.losses.meters.items():
             trainer.write_scalar(f"train/{name}", meter.avg, step)
@@ -25,7 +28,7 @@ class TensorBoard(HookBase):
         if stats.batch_time.val > 0:
             trainer.write_scalar("train/images_per_second", stats.images / stats.batch_time.val, step)
 
-    def after_test(self, trainer: Any, evaluation: Evaluation) -> None:
+    def after_test(self, trainer: SimpleTrainer, evaluation: Evaluation) -> None:
         for head, values in evaluation.heads.items():
             for name, value in values.items():
                 trainer.write_scalar(f"{evaluation.split}/{head}/{name}", value, trainer.epoch)
@@ -33,7 +36,7 @@ class TensorBoard(HookBase):
             self._pictures(trainer, evaluation)
 
     @staticmethod
-    def _pictures(trainer: Any, evaluation: Evaluation) -> None:
+    def _pictures(trainer: SimpleTrainer, evaluation: Evaluation) -> None:
         from dassl.evaluation import figures  # matplotlib is slow to import, and wanted once per run
 
         split, step, names = evaluation.split, trainer.epoch, trainer.lab2cname
@@ -42,11 +45,10 @@ class TensorBoard(HookBase):
             image = figures.confusion_image(evaluation.confusion, names, title)
             trainer.writer.add_image(f"{split}/confusion_matrix", image, step, dataformats="HWC")
         if evaluation.examples:
-            before = getattr(trainer, "reference_head", "")
-            image = figures.examples_image(evaluation.examples, names, evaluation.main, before)
+            image = figures.examples_image(evaluation.examples, names, evaluation.main, trainer.reference_head)
             trainer.writer.add_image(f"{split}/examples", image, step, dataformats="HWC")
 
-    def after_train(self, trainer: Any) -> None:
+    def after_train(self, trainer: SimpleTrainer) -> None:
         evaluation = trainer.evaluation
         if trainer.writer is None or evaluation is None:
             return

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dassl.evaluation.passes import Evaluation
 
 from .base import HookBase
+
+if TYPE_CHECKING:
+    from dassl.engine.trainer import SimpleTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -23,27 +26,27 @@ class Timing(HookBase):
         self.test_seconds: dict[str, float] = {}  # by split
         self._mark = time.perf_counter()
 
-    def before_epoch(self, trainer: Any) -> None:
+    def before_epoch(self, trainer: SimpleTrainer) -> None:
         self._mark = time.perf_counter()
 
-    def before_step(self, trainer: Any) -> None:
+    def before_step(self, trainer: SimpleTrainer) -> None:
         waited = time.perf_counter() - self._mark
         trainer.stats.data_time.update(waited)
         self.data_seconds += waited
 
-    def after_step(self, trainer: Any) -> None:
+    def after_step(self, trainer: SimpleTrainer) -> None:
         now = time.perf_counter()
         trainer.stats.batch_time.update(now - self._mark)
         self.train_seconds += now - self._mark
         self.images += trainer.stats.images
         self._mark = now
 
-    def after_epoch(self, trainer: Any) -> None:
+    def after_epoch(self, trainer: SimpleTrainer) -> None:
         data, whole = trainer.stats.data_time.sum, trainer.stats.batch_time.sum
         if whole > 0:
             trainer.write_scalar("train/data_share", data / whole, trainer.global_step)
 
-    def after_train(self, trainer: Any) -> None:
+    def after_train(self, trainer: SimpleTrainer) -> None:
         if self.train_seconds > 0:
             share = 100 * self.data_share
             logger.info("Waiting for data: %.1f s of %.1f s (%.0f%%)", self.data_seconds, self.train_seconds, share)
@@ -53,7 +56,7 @@ class Timing(HookBase):
         """Share of the training time in which there was no batch to train on, in [0, 1]."""
         return self.data_seconds / self.train_seconds if self.train_seconds > 0 else 0.0
 
-    def after_test(self, trainer: Any, evaluation: Evaluation) -> None:
+    def after_test(self, trainer: SimpleTrainer, evaluation: Evaluation) -> None:
         self.test_seconds[evaluation.split] = self.test_seconds.get(evaluation.split, 0.0) + evaluation.seconds
 
     def summary(self) -> dict[str, float]:
@@ -68,7 +71,7 @@ class Timing(HookBase):
             **splits,
         }
 
-    def state_dict(self, trainer: Any) -> dict[str, Any]:
+    def state_dict(self, trainer: SimpleTrainer) -> dict[str, Any]:
         return {
             "train_seconds": self.train_seconds,
             "data_seconds": self.data_seconds,
@@ -76,7 +79,7 @@ class Timing(HookBase):
             "test_seconds": self.test_seconds,
         }
 
-    def load_state_dict(self, trainer: Any, state: dict[str, Any]) -> None:
+    def load_state_dict(self, trainer: SimpleTrainer, state: dict[str, Any]) -> None:
         self.train_seconds = state["train_seconds"]
         self.data_seconds = state.get("data_seconds", 0.0)  # older checkpoints lack it
         self.images = state["images"]
@@ -86,5 +89,5 @@ class Timing(HookBase):
 class LearningRate(HookBase):
     """The rate a step uses. Read before the step: trainers move the schedule on within their last step."""
 
-    def before_step(self, trainer: Any) -> None:
+    def before_step(self, trainer: SimpleTrainer) -> None:
         trainer.stats.lr = trainer.get_current_lr()

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from torch.optim import Optimizer
 
 from dassl.utils import InputError, atomic_write, distributed, one_line
 from dassl.utils.checkpoints import pointed_file
+
+if TYPE_CHECKING:
+    from dassl.engine.trainer import SimpleTrainer
 
 __all__ = ["RECORD", "KeptBuffers", "NotFiniteError", "StepGuard", "last_checkpoint", "lost_terms", "report"]
 
@@ -104,17 +107,16 @@ class KeptBuffers:
             module._buffers[name] = buffer.copy_(copy)
 
 
-def lost_terms(trainer: Any, summary: Mapping[str, float]) -> list[str]:
+def lost_terms(trainer: SimpleTrainer, summary: Mapping[str, float]) -> list[str]:
     """The losses in what forward_backward returned that are not finite: called "...loss...", or in ``loss_terms``."""
-    named = getattr(trainer, "loss_terms", ())
     return [
         name
         for name, value in summary.items()
-        if not math.isfinite(value) and ("loss" in name.lower() or name in named)
+        if not math.isfinite(value) and ("loss" in name.lower() or name in trainer.loss_terms)
     ]
 
 
-def last_checkpoint(trainer: Any) -> Path | None:
+def last_checkpoint(trainer: SimpleTrainer) -> Path | None:
     """The checkpoint that the same command would go on from; None: there is none."""
     names = trainer.get_model_names()
     for folder in (trainer.output_dir, trainer.cfg.RESUME) if names else ():
@@ -123,7 +125,7 @@ def last_checkpoint(trainer: Any) -> Path | None:
     return None
 
 
-def report(trainer: Any, what: str, remark: str, summary: Mapping[str, float], advice: str) -> NotFiniteError:
+def report(trainer: SimpleTrainer, what: str, remark: str, summary: Mapping[str, float], advice: str) -> NotFiniteError:
     """The error that ends a run at this step; ``not_finite.json`` gets all of it. To be called by all processes alike.
 
     Args:

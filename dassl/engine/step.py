@@ -1,0 +1,127 @@
+"""One optimisation step: precision, finiteness, the mean over processes, and whether the step was made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dassl.data.sharding import Share
+from dassl.engine.reliability.finite import StepGuard
+from dassl.utils import distributed
+
+from .models import Names, RegisteredModels
+from .parallel import average_gradients
+from .precision import Precision
+
+
+class Steps(RegisteredModels):
+    """Back-propagate a loss and step the registered optimisers, unless numbers were lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precision = Precision()
+        self.guard = StepGuard()
+        self.stepped = False  # whether the latest ``model_update`` changed the model
+        self.share: Share | None = None  # of several processes: who has how much of this step's batch; None: all of it
+        self._weighted = False  # whether the gradients there are come from a loss that was weighted
+        self._averaged: set[int] = set()  # optimisers whose gradients are averaged already, by id
+
+    def where(self) -> str:
+        """Return the place in the run, for messages."""
+        raise NotImplementedError
+
+    def set_precision(self, prec: str) -> None:
+        """Compute in fp32, fp16, amp or bf16 from now on; see Precision."""
+        self.precision = Precision(prec, torch.device(self.device).type)
+
+    def detect_anomaly(self, loss: Tensor) -> None:
+        """Raise a FloatingPointError that names the place when the loss is infinite or NaN."""
+        if not torch.isfinite(loss).all():
+            raise FloatingPointError(
+                f"Expected the loss to be finite but got {loss.detach().flatten().tolist()[:4]} at {self.where()}"
+            )
+
+    def model_zero_grad(self, names: Names = None) -> None:
+        """Clear the gradients of the named models (all by default)."""
+        self._weighted = False
+        self._averaged.clear()
+        for optimizer in self._optimizers(names):
+            optimizer.zero_grad()
+
+    def model_backward(self, loss: Tensor) -> bool:
+        """Check the loss and back-propagate it; while a run's step runs, one that is not finite is left alone.
+
+        ``model_update`` then changes nothing, and the step's end deals with it (TRAIN.ON_NAN).
+
+        Returns:
+            Whether the loss was back-propagated.
+
+        Of several processes, each gives the mean over its part of the batch; it is weighted by the size of that part,
+        so that the mean of the gradients is exactly that of the loss over the whole batch.
+        """
+        if not self.guard.active:
+            self.detect_anomaly(loss)
+        elif not self.guard.admits_loss(loss):
+            return False
+        if self.share is not None:
+            self._weighted = True
+            if self.share.weight != 1:
+                loss = loss * self.share.weight
+        self.precision.backward(loss)
+        return True
+
+    def average_gradients(self, names: Names = None) -> None:
+        """Average the gradients of the named models (all by default) over the processes.
+
+        ``model_update`` does it. To be called before it only by what looks at gradients in between, such as clipping.
+        """
+        for optimizer in self._optimizers(names):
+            self._average(optimizer)
+            self._averaged.add(id(optimizer))
+
+    def _average(self, optimizer: Any) -> None:
+        if id(optimizer) in self._averaged or distributed.world_size() == 1:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.share is not None and self.share.weight != 1 and not self._weighted:
+            for parameter in parameters:  # a trainer with a backward of its own
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.share.weight)
+        average_gradients(parameters)
+
+    def model_update(self, names: Names = None) -> bool:
+        """Step the optimisers of the named models (all by default) on the mean of the processes' gradients.
+
+        The step is left out where its loss or a gradient is not finite (with a loss scale, which may overflow, the
+        scale sees to that). Where it is made, ``after_update`` is called.
+
+        Returns:
+            Whether the step was made; ``stepped`` keeps it.
+        """
+        optimizers = self._optimizers(names)
+        self.stepped = False
+        if not self.guard.fault:
+            self.average_gradients(names)
+            scaled = self.precision.scaler is not None
+            if scaled or not self.guard.active or self.guard.admits_gradients(optimizers):
+                self.stepped = self.precision.update(optimizers)
+        self._averaged.clear()
+        if self.stepped:
+            self.after_update()
+        return self.stepped
+
+    def model_backward_and_update(self, loss: Tensor, names: Names = None) -> bool:
+        """Zero the gradients, check and back-propagate the loss, step; returns whether the step was made."""
+        self.model_zero_grad(names)
+        self.model_backward(loss)
+        return self.model_update(names)
+
+    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
+        """The mean over the whole batch of a step, where ``tensor`` is the mean over this process's part of it.
+
+        For what is not a sum over images, such as a running centre; a new tensor, without gradient. To be called by all
+        processes alike, as everything that talks to the others.
+        """
+        return distributed.all_reduce_mean(tensor, 1.0 if self.share is None else self.share.size)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainers.clip import CLIP, load_clip
 from trainers.clip.backbones import BACKBONES, resolve_backbone
+from trainers.dlrclip.config import DLRCLIPConfig
 from trainers.dlrclip.network import DLRCLIPNetwork
 
 # A CLIP for trying the benchmarks out: 64 pixels, 17 tokens, four blocks.
@@ -62,7 +63,9 @@ def build_network(clip: CLIP, classes: int, tokens: int = 13, seed: int = 0, **a
     torch.manual_seed(seed)
     depth = min(clip.visual.depth, clip.text.depth)
     defaults: dict[str, Any] = {"start": 5 if depth >= 5 else 2, "end": 12}
-    network = DLRCLIPNetwork(clip, class_names(classes, tokens), ["a photo of a {}."], **{**defaults, **arguments})
+    network = DLRCLIPNetwork(
+        clip, class_names(classes, tokens), ["a photo of a {}."], DLRCLIPConfig(**{**defaults, **arguments})
+    )
     return network.train()
 
 

@@ -105,9 +105,9 @@ def extend_cfg(cfg: Any) -> None:
     """Adds the keys of CLIP and of every registered trainer to `cfg`, in place; keys that exist are left alone."""
     add_clip_config(cfg)
     for name in TRAINER_REGISTRY.registered_names():
-        add_config = getattr(TRAINER_REGISTRY.get(name), "add_config", None)
-        if callable(add_config):
-            add_config(cfg)
+        trainer = TRAINER_REGISTRY.get(name)
+        if hasattr(trainer, "add_config"):  # other people's trainers on upstream have none
+            trainer.add_config(cfg)
 
 
 def complete_cfg(cfg: Any, given: Collection[str]) -> None:

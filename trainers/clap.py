@@ -15,6 +15,7 @@ Legend: N training images, B images in a batch, C classes, E width of the joint 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import FeatureLearner, FeatureTrainer
+from .base import FeatureLearner, FeatureTrainer, MethodConfig, kept_views
 from .clip import CLIP, IMAGENET_TEMPLATES_SELECT_OWN, mean_text_features
 from .features import FeatureSet
 
@@ -70,12 +71,20 @@ class CLAPLearner(FeatureLearner):
         return self.scale * features @ F.normalize(self.prototypes, dim=-1).t()
 
 
+@dataclass(frozen=True)
+class CLAPConfig(MethodConfig):
+    """Settings of CLAP. An epoch draws max(1, floor(N / batch size)) batches from the views of all N images."""
+
+    views: int = kept_views(20, source="20")
+
+
 @TRAINER_REGISTRY.register()
 class CLAP(FeatureTrainer):
     """The class-adaptive linear probe."""
 
     recipe = 2
     node_name = "CLAP"
+    config = CLAPConfig
     model_name = "clap"
     main_head = "clap"
     of_each_class = "weights"
@@ -83,20 +92,13 @@ class CLAP(FeatureTrainer):
     imagenet_templates = IMAGENET_TEMPLATES_SELECT_OWN
     raw_mean = True
 
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.CLAP to `cfg` unless it is there."""
-        if "CLAP" not in cfg.TRAINER:
-            # Source: 20. An epoch draws max(1, floor(N / batch size)) batches from the views of all N images.
-            cfg.TRAINER.CLAP = FeatureTrainer.new_node(cfg, views=20)
-
     def epoch_steps(self) -> int:
         """Whole batches of one view, at least 1: the source counts by its loader of images, which drops the last."""
         return max(1, len(self.dm.dataset.train_x) // self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE)
 
     def pooled_views(self) -> int:
         """All of them."""
-        return max(1, self.node.VIEWS)
+        return max(1, self.views)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The prototypes."""
@@ -108,9 +110,8 @@ class CLAP(FeatureTrainer):
         x, y = features.flat()
         learner.multipliers.copy_(class_multipliers(self.network(x), y))
 
-    def loss(self, features: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """See FeatureTrainer."""
+    def loss(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return cross-entropy and penalty."""
         learner: Any = self.network.learner
-        logits = self.network(features)
         penalty = clap_penalty(learner.prototypes, learner.base, learner.multipliers)
-        return {"ce": F.cross_entropy(logits, labels), "penalty": penalty}, logits
+        return {"ce": F.cross_entropy(outputs, labels), "penalty": penalty}

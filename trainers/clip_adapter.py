@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import FeatureLearner, FeatureTrainer, check_bool, check_number, check_whole
+from .base import FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
 from .clip import CLIP
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,10 @@ class AdapterLearner(FeatureLearner):
         classnames: Sequence[str],
         zeroshot: Tensor,
         *,
-        image_ratio: float = 0.2,
-        text_ratio: float = 0.0,
-        reduction: int = 4,
-        final_relu: bool = False,
+        image_ratio: float,
+        text_ratio: float,
+        reduction: int,
+        final_relu: bool,
     ) -> None:
         super().__init__(clip, classnames, zeroshot)
         self.facts["final_relu"] = final_relu
@@ -88,40 +89,36 @@ class AdapterLearner(FeatureLearner):
         return self.scale * self.adapt(features, "image") @ self.adapt(self.zeroshot, "text").t()
 
 
+@dataclass(frozen=True)
+class CLIPAdapterConfig(MethodConfig):
+    """Settings of CLIP-Adapter."""
+
+    views: int = kept_views(10)
+    ratio: float = key(0.2, "a, share of the adapted image feature", above=0, high=1, source="0.2")
+    reduction: int = key(4, "E over the bottleneck's width", low=1, source="4")
+    final_relu: bool = key(True, "a second ReLU, after the bottleneck", source="in its code, not in the paper")
+
+
 @TRAINER_REGISTRY.register()
 class CLIPAdapter(FeatureTrainer):
     """A bottleneck on image features."""
 
     recipe = 2
     node_name = "CLIPADAPTER"
+    config = CLIPAdapterConfig
     model_name = "adapter"
     main_head = "adapter"
     per_step = False  # as published
 
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.CLIPADAPTER to `cfg` unless it is there."""
-        if "CLIPADAPTER" not in cfg.TRAINER:
-            node = FeatureTrainer.new_node(cfg, views=10)
-            node.RATIO = 0.2  # a, share of the adapted image feature, in (0, 1] (source: 0.2)
-            node.REDUCTION = 4  # E over the bottleneck's width, at least 1 (source: 4)
-            node.FINAL_RELU = True  # a second ReLU, after the bottleneck (source: in its code, not in the paper)
-            cfg.TRAINER.CLIPADAPTER = node
-
-    def check_node(self, cfg: Any) -> None:
-        """See LearnerTrainer."""
-        check_number(cfg, "TRAINER.CLIPADAPTER.RATIO", 0, 1, open_low=True)
-        check_whole(cfg, "TRAINER.CLIPADAPTER.REDUCTION")
-        check_bool(cfg, "TRAINER.CLIPADAPTER.FINAL_RELU")
-
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The adapter on the image side."""
-        node = self.node
+        settings = self.settings
         return AdapterLearner(
             clip,
             classnames,
             zeroshot,
-            image_ratio=node.RATIO,
-            reduction=node.REDUCTION,
-            final_relu=node.FINAL_RELU,
+            image_ratio=settings.ratio,
+            text_ratio=0.0,
+            reduction=settings.reduction,
+            final_relu=settings.final_relu,
         )

@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import Classifier, EncoderTrainer, Learner, check_number, check_whole
-from .clip import CLIP, check_backbone, fill_template
+from .base import Classifier, EncoderTrainer, Learner, MethodConfig, key, precision
+from .clip import CLIP, fill_template
 from .modules.low_rank import LowRank
 
 logger = logging.getLogger(__name__)
@@ -35,30 +36,30 @@ class LoRALearner(Learner):
     Args:
         clip: the frozen CLIP.
         classnames: class names in the order of their labels.
-        rank, alpha, dropout: see LowRank.
+        settings: see CLIPLoRAConfig.
 
     Raises:
         ValueError: the image encoder is a ResNet.
     """
 
-    def __init__(
-        self, clip: CLIP, classnames: Sequence[str], *, rank: int = 2, alpha: float = 1.0, dropout: float = 0.25
-    ) -> None:
+    def __init__(self, clip: CLIP, classnames: Sequence[str], settings: CLIPLoRAConfig) -> None:
         if clip.visual.kind != "vit":
             raise ValueError(
                 f"Expected a vision transformer for CLIPLoRA, which updates queries, keys and values, but {clip.name} "
                 "is a ResNet"
             )
-        facts = {"backbone": clip.name, "weights_digest": clip.weights_digest, "alpha": float(alpha)}
+        facts = {"backbone": clip.name, "weights_digest": clip.weights_digest, "alpha": settings.alpha}
         super().__init__(classnames, facts)
+
+        update = settings.rank, settings.alpha, settings.dropout
 
         def updates(widths: Mapping[int, int]) -> nn.ModuleDict:
             blocks = {}
             for i, width in sorted(widths.items()):
-                blocks[str(i)] = nn.ModuleDict({p: LowRank(width, rank, alpha, dropout) for p in PROJECTIONS})
+                blocks[str(i)] = nn.ModuleDict({p: LowRank(width, *update) for p in PROJECTIONS})
             return nn.ModuleDict(blocks)
 
-        self.dropout = dropout
+        self.dropout = settings.dropout
         self.generator: torch.Generator | None = None  # None: torch's own
         self.visual, self.text = updates(clip.visual.widths), updates(clip.text.widths)
 
@@ -111,62 +112,50 @@ class LoRAClassifier(Classifier):
         return self.logits(self.clip.encode_image(images), self.zeroshot), self(images)
 
 
+@dataclass(frozen=True)
+class CLIPLoRAConfig(MethodConfig):
+    """Settings of CLIP-LoRA; defaults as published."""
+
+    rank: int = key(2, "rank of each update", low=1)
+    alpha: float = key(1.0, "scale of each update times the root of its rank", above=0)
+    dropout: float = key(0.25, "share of the updates' inputs that are dropped in training", low=0, high=0.99)
+    n_iters: int = key(500, "steps per shot (DATASET.NUM_SHOTS), in place of OPTIM.MAX_EPOCH, which 0 keeps", low=0)
+    lr_min: float = key(1e-6, "rate at which a cosine schedule without warm-up ends", low=0, high=1)
+    prec: str = precision("amp", "the updates are in fp32")
+
+
 @TRAINER_REGISTRY.register()
 class CLIPLoRA(EncoderTrainer):
     """Low-rank few-shot adaptation. Training is counted in steps: the number of epochs follows from it."""
 
     recipe = 2
     node_name = "CLIPLORA"
+    config = CLIPLoRAConfig
     model_name = "lora"
     main_head = "lora"
     per_step = True
     drop_last = False
     network: LoRAClassifier
 
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.CLIPLORA to `cfg` unless it is there; defaults as published."""
-        if "CLIPLORA" in cfg.TRAINER:
-            return
-        node = type(cfg)()
-        node.RANK = 2  # rank of each update, at least 1
-        node.ALPHA = 1.0  # scale of each update times the root of its rank, above 0
-        node.DROPOUT = 0.25  # share of the updates' inputs that are dropped in training, in [0, 0.99]
-        node.N_ITERS = 500  # steps per shot (DATASET.NUM_SHOTS), in place of OPTIM.MAX_EPOCH, which 0 keeps
-        node.LR_MIN = 1e-6  # where a cosine schedule ends, at least 0; without warm-up
-        node.PREC = "amp"  # precision of the frozen CLIP: fp32 | fp16 | amp | bf16; the updates are in fp32
-        cfg.TRAINER.CLIPLORA = node
-
-    def check_node(self, cfg: Any) -> None:
-        """Checks TRAINER.CLIPLORA."""
-        check_whole(cfg, "TRAINER.CLIPLORA.RANK")
-        check_number(cfg, "TRAINER.CLIPLORA.ALPHA", 0, 1e6, open_low=True)
-        check_number(cfg, "TRAINER.CLIPLORA.DROPOUT", 0, 0.99)
-        check_whole(cfg, "TRAINER.CLIPLORA.N_ITERS", 0)
-        check_number(cfg, "TRAINER.CLIPLORA.LR_MIN", 0, 1)
-        check_backbone(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None)
-
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> LoRAClassifier:
         """CLIP with low-rank updates."""
-        node = self.cfg.TRAINER.CLIPLORA
-        learner = LoRALearner(clip, classnames, rank=node.RANK, alpha=node.ALPHA, dropout=node.DROPOUT)
-        return LoRAClassifier(clip, classnames, templates, learner)
+        return LoRAClassifier(clip, classnames, templates, LoRALearner(clip, classnames, self.settings))
 
     def build_schedule(self, optim: Any) -> Any:
         """The schedule per step; the number of steps, and with it that of epochs, is settled here."""
-        node, num_batches = self.cfg.TRAINER.CLIPLORA, len(self.train_loader_x)
+        settings, num_batches = self.settings, len(self.train_loader_x)
         self._summary: dict[str, float] = {}
         self.total_steps = self.cfg.OPTIM.MAX_EPOCH * num_batches
         shots = self.cfg.DATASET.NUM_SHOTS
-        if node.N_ITERS and shots > 0:
-            self.total_steps = node.N_ITERS * shots
+        if settings.n_iters and shots > 0:
+            self.total_steps = settings.n_iters * shots
             self.max_epoch = math.ceil(self.total_steps / num_batches)
             logger.info("Steps: %d in %d epochs", self.total_steps, self.max_epoch)
-        elif node.N_ITERS:
+        elif settings.n_iters:
             logger.info("All images are used, no number of shots: OPTIM.MAX_EPOCH counts, %d", self.max_epoch)
         if self.cfg.OPTIM.LR_SCHEDULER != "cosine" or self.cfg.OPTIM.WARMUP_EPOCH > 0:
             return super().build_schedule(optim)
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optim, max(1, self.total_steps), eta_min=node.LR_MIN)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optim, max(1, self.total_steps), eta_min=settings.lr_min)
 
     def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """One step; none for the batches of the last epoch that are beyond the number of steps."""
@@ -174,8 +163,7 @@ class CLIPLoRA(EncoderTrainer):
         if step < self.total_steps:
             seed = self.cfg.SEED if self.cfg.SEED >= 0 else torch.initial_seed()
             # Of the step, not of what was drawn before it: a resumed run drops what an uninterrupted one does.
-            share = getattr(self, "share", None)  # of several processes: each drops entries of its own images
-            rank = 0 if share is None else share.rank
+            rank = 0 if self.share is None else self.share.rank  # each process drops entries of its own images
             self.network.learner.seed_dropout((1_000_003 * seed + step + (rank << 48)) % 2**63, self.device)
             summary = super().forward_backward(batch)
             if not self.stepped:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import Classifier, EncoderTrainer, check_whole, check_words
+from .base import Classifier, EncoderTrainer, MethodConfig, key, precision
 from .clip import CLIP
-from .coop import PromptLearner
+from .coop import CoOpConfig, PromptLearner
 
 REDUCTION = 16  # hidden width of the meta network: E / 16
 
@@ -32,11 +32,11 @@ class ConditionalPromptLearner(PromptLearner):
     Args:
         clip: the frozen CLIP.
         classnames: class names in the order of their labels.
-        n_ctx, words: see PromptLearner.
+        settings: see CoCoOpConfig.
     """
 
-    def __init__(self, clip: CLIP, classnames: Sequence[str], *, n_ctx: int = 16, words: str = "") -> None:
-        super().__init__(clip, classnames, n_ctx=n_ctx, words=words)
+    def __init__(self, clip: CLIP, classnames: Sequence[str], settings: CoCoOpConfig) -> None:
+        super().__init__(clip, classnames, CoOpConfig(n_ctx=settings.n_ctx, ctx_init=settings.ctx_init))
         hidden = max(1, clip.embed_dim // REDUCTION)
         self.meta_net = nn.Sequential(
             OrderedDict(
@@ -79,32 +79,25 @@ class CoCoOpClassifier(Classifier):
         return self.logits(features, self.zeroshot), self._conditional(features)
 
 
+@dataclass(frozen=True)
+class CoCoOpConfig(MethodConfig):
+    """Settings of CoCoOp; keys and defaults as published."""
+
+    n_ctx: int = key(16, "number of context vectors; with CTX_INIT its number of tokens counts", low=1)
+    ctx_init: str = key("", "words that the context starts as, such as 'a photo of a'; '': random", words=True)
+    prec: str = precision("fp16")
+
+
 @TRAINER_REGISTRY.register()
 class CoCoOp(EncoderTrainer):
     """Conditional context optimisation."""
 
     node_name = "COCOOP"
+    config = CoCoOpConfig
     model_name = "prompt_learner"  # as published
     main_head = "cocoop"
 
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.COCOOP to `cfg` unless it is there; keys and defaults as published."""
-        if "COCOOP" in cfg.TRAINER:
-            return
-        node = type(cfg)()
-        node.N_CTX = 16  # number of context vectors, at least 1; with CTX_INIT its number of tokens counts
-        node.CTX_INIT = ""  # words that the context starts as, e.g. "a photo of a"; "": random
-        node.PREC = "fp16"  # precision of the frozen CLIP: fp32 | fp16 | amp | bf16; what is learnt is kept in fp32
-        cfg.TRAINER.COCOOP = node
-
-    def check_node(self, cfg: Any) -> None:
-        """Checks TRAINER.COCOOP."""
-        check_whole(cfg, "TRAINER.COCOOP.N_CTX")
-        check_words(cfg, "TRAINER.COCOOP.CTX_INIT")
-
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> CoCoOpClassifier:
         """CLIP with a conditional prompt learner."""
-        node = self.cfg.TRAINER.COCOOP
-        learner = ConditionalPromptLearner(clip, classnames, n_ctx=node.N_CTX, words=node.CTX_INIT)
+        learner = ConditionalPromptLearner(clip, classnames, self.settings)
         return CoCoOpClassifier(clip, classnames, templates, learner)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import Classifier, EncoderTrainer, Learner, check_bool, check_choice, check_whole, check_words, class_rows
+from .base import Classifier, EncoderTrainer, Learner, MethodConfig, class_rows, key, precision
 from .clip import CLIP
 from .modules.context_prompts import POSITIONS, ContextPrompts, word_vectors
 
@@ -45,24 +46,15 @@ class PromptLearner(Learner):
     Args:
         clip: the frozen CLIP.
         classnames: class names in the order of their labels.
-        n_ctx: n.
-        csc: a context for each class instead of one for all.
-        words: whose embeddings the vectors start as; n is then their number of tokens, and `csc` is ignored.
-        position: of the class name: "end", "middle" or "front".
+        settings: see CoOpConfig. CTX_INIT gives the words whose embeddings the vectors start as; n is then their number
+            of tokens, and CSC is ignored.
     """
 
     RECOMPUTED = ("token_prefix", "token_suffix")
 
-    def __init__(
-        self,
-        clip: CLIP,
-        classnames: Sequence[str],
-        *,
-        n_ctx: int = 16,
-        csc: bool = False,
-        words: str = "",
-        position: str = "end",
-    ) -> None:
+    def __init__(self, clip: CLIP, classnames: Sequence[str], settings: CoOpConfig) -> None:
+        n_ctx, csc, words = settings.n_ctx, settings.csc, settings.ctx_init
+        position = settings.class_token_position
         facts = {"backbone": clip.name, "weights_digest": clip.weights_digest, "position": position}
         super().__init__(classnames, facts)
         if csc and words:
@@ -107,11 +99,23 @@ class CoOpClassifier(Classifier):
         return self.logits(features, self.zeroshot), self.logits(features, self.text_features())
 
 
+@dataclass(frozen=True)
+class CoOpConfig(MethodConfig):
+    """Settings of CoOp; keys and defaults as published."""
+
+    n_ctx: int = key(16, "number of context vectors; with CTX_INIT its number of tokens counts", low=1)
+    csc: bool = key(False, "a context for each class; it can then classify no other classes")
+    ctx_init: str = key("", "words that the context starts as, such as 'a photo of a'; '': random", words=True)
+    prec: str = precision("fp16", "the context is kept in fp32")
+    class_token_position: str = key("end", "where the class name is, beside the context", choices=POSITIONS)
+
+
 @TRAINER_REGISTRY.register()
 class CoOp(EncoderTrainer):
     """Context optimisation."""
 
     node_name = "COOP"
+    config = CoOpConfig
     model_name = "prompt_learner"  # as published
     main_head = "coop"
 
@@ -121,35 +125,6 @@ class CoOp(EncoderTrainer):
         node = cfg.TRAINER.COOP
         return "a context (CSC)" if node.CSC and not node.CTX_INIT else ""
 
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.COOP to `cfg` unless it is there; keys and defaults as published."""
-        if "COOP" in cfg.TRAINER:
-            return
-        node = type(cfg)()
-        node.N_CTX = 16  # number of context vectors, at least 1; with CTX_INIT its number of tokens counts
-        node.CSC = False  # a context for each class; it can then classify no other classes
-        node.CTX_INIT = ""  # words that the context starts as, e.g. "a photo of a"; "": random
-        node.PREC = "fp16"  # precision of the frozen CLIP: fp32 | fp16 | amp | bf16; the context is kept in fp32
-        node.CLASS_TOKEN_POSITION = "end"  # where the class name is: end | middle | front of the context
-        cfg.TRAINER.COOP = node
-
-    def check_node(self, cfg: Any) -> None:
-        """Checks TRAINER.COOP."""
-        check_whole(cfg, "TRAINER.COOP.N_CTX")
-        check_bool(cfg, "TRAINER.COOP.CSC")
-        check_words(cfg, "TRAINER.COOP.CTX_INIT")
-        check_choice(cfg, "TRAINER.COOP.CLASS_TOKEN_POSITION", POSITIONS)
-
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> CoOpClassifier:
         """CLIP with a prompt learner."""
-        node = self.cfg.TRAINER.COOP
-        learner = PromptLearner(
-            clip,
-            classnames,
-            n_ctx=node.N_CTX,
-            csc=node.CSC,
-            words=node.CTX_INIT,
-            position=node.CLASS_TOKEN_POSITION,
-        )
-        return CoOpClassifier(clip, classnames, templates, learner)
+        return CoOpClassifier(clip, classnames, templates, PromptLearner(clip, classnames, self.settings))

@@ -11,7 +11,8 @@ Legend: B images (and as many prompts) in a batch, T templates, C classes, E wid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,17 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import FeatureLearner, FeatureTrainer, check_bool, check_choice, check_whole
+from .base import CorrectedKeys, FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
 from .clip import CLIP, IMAGENET_TEMPLATES_SELECT, zeroshot_weights
 from .clip.templates import ensemble_templates
-from .features.corrected import add_imo_weights
+
+
+class Outputs(NamedTuple):
+    """Logits of a batch of images and of as many prompts [B, C] each, and the labels of the prompts [B]."""
+
+    images: Tensor
+    texts: Tensor
+    text_labels: Tensor
 
 
 def cross_modal_loss(image_logits: Tensor, image_labels: Tensor, text_logits: Tensor, text_labels: Tensor) -> Tensor:
@@ -54,12 +62,40 @@ class CrossModalLearner(FeatureLearner):
         return self.scale * self.compared(features) @ self.weight.t()
 
 
+@dataclass(frozen=True)
+class CrossModalConfig(MethodConfig):
+    """Settings of the cross-modal probe."""
+
+    views: int = kept_views(0)
+    flip: bool = key(
+        False,
+        "a mirrored view of each training image beside it, as an example of its own; only with VIEWS 0",
+        source="in its published runs, and not where a mirrored object is another one",
+    )
+    templates: str = key(
+        "dataset", "prompts: those of the dataset, or with ImageNet's seven (select)", choices=("dataset", "select")
+    )
+    steps: int = key(
+        50, "steps in an epoch, after which TEST.FINAL_MODEL best_val looks at validation; 0: one pass", low=0
+    )
+
+    def check(self, path: str) -> None:
+        """See MethodConfig."""
+        if self.flip and self.views:
+            raise ValueError(
+                f"Expected {path}.VIEWS to be 0 where .FLIP is True, which mirrors images as they are at test time, "
+                f"but got {self.views!r}"
+            )
+
+
 @TRAINER_REGISTRY.register()
 class CrossModalProbe(FeatureTrainer):
     """A linear classifier trained on image and text features."""
 
     recipe = 2
     node_name = "CROSSMODAL"
+    config = CrossModalConfig
+    extra_keys = {"MODEL": CorrectedKeys}
     model_name = "cross_modal"
     main_head = "probe"
     of_each_class = "weights"
@@ -70,41 +106,16 @@ class CrossModalProbe(FeatureTrainer):
     @property
     def mirror(self) -> bool:  # type: ignore[override]  # read from the configuration, never set
         """See FeatureTrainer: FLIP."""
-        return bool(self.node.FLIP)
-
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.CROSSMODAL and MODEL.IMO_WEIGHTS to `cfg` unless they are there."""
-        add_imo_weights(cfg)
-        if "CROSSMODAL" in cfg.TRAINER:
-            return
-        node = FeatureTrainer.new_node(cfg, views=0)
-        # A mirrored view of each training image beside it, as an example of its own; only with VIEWS 0 (source: in its
-        # published runs, and not where a mirrored object is another one).
-        node.FLIP = False
-        node.TEMPLATES = "dataset"  # prompts: dataset (its own template) | select (with ImageNet's seven)
-        node.STEPS = 50  # steps in an epoch, after which TEST.FINAL_MODEL best_val looks at validation; 0: one pass
-        cfg.TRAINER.CROSSMODAL = node
-
-    def check_node(self, cfg: Any) -> None:
-        """See LearnerTrainer."""
-        check_choice(cfg, "TRAINER.CROSSMODAL.TEMPLATES", ("dataset", "select"))
-        check_whole(cfg, "TRAINER.CROSSMODAL.STEPS", 0)
-        check_bool(cfg, "TRAINER.CROSSMODAL.FLIP")
-        if cfg.TRAINER.CROSSMODAL.FLIP and cfg.TRAINER.CROSSMODAL.VIEWS:
-            raise ValueError(
-                "Expected TRAINER.CROSSMODAL.VIEWS to be 0 where .FLIP is True, which mirrors images as they are at "
-                f"test time, but got {cfg.TRAINER.CROSSMODAL.VIEWS!r}"
-            )
+        return bool(self.settings.flip)
 
     def epoch_steps(self) -> int:
         """STEPS."""
-        return self.node.STEPS
+        return self.settings.steps
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The classifier; the features of the prompts are kept beside it."""
         own = self.templates()
-        templates = own if self.node.TEMPLATES == "dataset" else ensemble_templates(own, "select", "")
+        templates = own if self.settings.templates == "dataset" else ensemble_templates(own, "select", "")
         texts = torch.stack([zeroshot_weights(clip, classnames, [template]) for template in templates])
         self.texts = texts.flatten(0, 1)  # [T * C, E]
         start = zeroshot_weights(clip, classnames, templates, self.raw_mean)
@@ -120,8 +131,15 @@ class CrossModalProbe(FeatureTrainer):
         rows = text_rows(len(self.texts), n, self._seed, step).to(self.texts.device)
         return self.texts[rows], rows % len(self.network.learner.classnames)
 
-    def loss(self, features: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """See FeatureTrainer: over the images and as many prompts."""
+    def run(self, inputs: Tensor, labels: Tensor) -> Outputs:
+        """Classify the images and as many prompts."""
         texts, text_labels = self.sample_texts(len(labels))
-        logits = self.network(features)
-        return {"loss": cross_modal_loss(logits, labels, self.network(texts), text_labels)}, logits
+        return Outputs(self.network(inputs), self.network(texts), text_labels)
+
+    def loss(self, outputs: Outputs, labels: Tensor) -> dict[str, Tensor]:
+        """Return the cross-entropy over images and prompts."""
+        return {"loss": cross_modal_loss(outputs.images, labels, outputs.texts, outputs.text_labels)}
+
+    def shown_logits(self, outputs: Outputs) -> Tensor:
+        """Return those of the images."""
+        return outputs.images

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import FeatureLearner, FeatureTrainer, check_bool, check_number, check_whole
+from .base import FeatureLearner, FeatureTrainer, MethodConfig, key
 from .clip import CLIP
 from .features import Batch, FeatureLoader, FeatureSet
 
@@ -242,67 +243,55 @@ class DirichletLearner(FeatureLearner):
         return logits.float()
 
 
+@dataclass(frozen=True)
+class EMDirichletConfig(MethodConfig):
+    """Settings of EM-Dirichlet."""
+
+    supports: bool = key(True, "few-shot: the training images are supports; False: zero-shot")
+    hard: bool = key(False, "the hard variant: one-hot assignments, from the first turn on")
+    t: float = key(30.0, "temperature of the simplex", above=0, source="30")
+    iter: int = key(0, "turns of alpha, pi and u; 0: as many as in the source", low=0, source="20, hard variant: 10")
+    iter_mm: int = key(1000, "inner steps for alpha, at most", low=1, source="1000")
+    task_size: int = key(
+        0, "test images that are classified together: 0: all of them; else tasks of that size", low=0, source="75"
+    )
+    num_tasks: int = key(1000, "number of such tasks", low=1)
+    task_classes: int = key(5, "random classes in each task; lambda = images * floor(all classes / these)", low=1)
+
+
 @TRAINER_REGISTRY.register()
 class EMDirichlet(FeatureTrainer):
     """Transductive: every set of test images (all of them, or tasks) is classified as a whole."""
 
     recipe = 2
     node_name = "EMDIRICHLET"
+    config = EMDirichletConfig
     model_name = "em_dirichlet"
     main_head = "em"
-    views_key = False
 
     @classmethod
     def each_class_has(cls, cfg: Any) -> str:
         """Return "images" where they support the clusters."""
         return "images" if cfg.TRAINER.EMDIRICHLET.SUPPORTS else ""
 
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.EMDIRICHLET to `cfg` unless it is there."""
-        if "EMDIRICHLET" in cfg.TRAINER:
-            return
-        node = FeatureTrainer.new_node(cfg)
-        node.SUPPORTS = True  # few-shot: the training images are supports; False: zero-shot
-        node.HARD = False  # the hard variant: one-hot assignments, from the first turn on
-        node.T = 30.0  # temperature of the simplex, above 0 (source: 30)
-        node.ITER = 0  # turns of alpha, pi and u; 0: as many as in the source, 20, or 10 of the hard variant
-        node.ITER_MM = 1000  # inner steps for alpha, at most, at least 1 (source: 1000)
-        # Test images that are classified together: 0 = all of them; else tasks of that size (source: 75), drawn with
-        # TASK_CLASSES random classes each.
-        node.TASK_SIZE = 0
-        node.NUM_TASKS = 1000  # number of such tasks, at least 1
-        node.TASK_CLASSES = 5  # classes in each, at least 1; lambda = images * floor(all classes / these)
-        cfg.TRAINER.EMDIRICHLET = node
-
-    def check_node(self, cfg: Any) -> None:
-        """See LearnerTrainer."""
-        check_number(cfg, "TRAINER.EMDIRICHLET.T", 0, 1e6, open_low=True)
-        for key in ("ITER_MM", "NUM_TASKS", "TASK_CLASSES"):
-            check_whole(cfg, f"TRAINER.EMDIRICHLET.{key}")
-        for key in ("ITER", "TASK_SIZE"):
-            check_whole(cfg, f"TRAINER.EMDIRICHLET.{key}", 0)
-        for key in ("SUPPORTS", "HARD"):
-            check_bool(cfg, f"TRAINER.EMDIRICHLET.{key}")
-
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The supports' features, empty until the fit."""
-        node = self.node
+        settings = self.settings
         return DirichletLearner(
             clip,
             classnames,
             zeroshot,
-            n=len(self.dm.dataset.train_x) if node.SUPPORTS else 0,
-            use_supports=node.SUPPORTS,
-            temperature=float(node.T),
-            effective=node.TASK_CLASSES if node.TASK_SIZE else 0,
-            hard=node.HARD,
-            iterations=node.ITER or (10 if node.HARD else 20),
-            mm_iterations=node.ITER_MM,
+            n=len(self.dm.dataset.train_x) if settings.supports else 0,
+            use_supports=settings.supports,
+            temperature=settings.t,
+            effective=settings.task_classes if settings.task_size else 0,
+            hard=settings.hard,
+            iterations=settings.iter or (10 if settings.hard else 20),
+            mm_iterations=settings.iter_mm,
         )
 
     def _register(self, learner: FeatureLearner, optim_cfg: Any) -> None:
-        if self.node.SUPPORTS:
+        if self.settings.supports:
             super()._register(learner, optim_cfg)
         else:
             self._optim = None  # nothing to keep
@@ -321,11 +310,14 @@ class EMDirichlet(FeatureTrainer):
 
     def _set_up_loaders(self) -> None:
         super()._set_up_loaders()
-        node, labels = self.node, torch.tensor([item.label for item in self.dm.dataset.test or ()], dtype=torch.long)
-        if node.TASK_SIZE and len(labels):
-            draw_tasks(labels, node.TASK_SIZE, node.TASK_CLASSES, 0, 0)  # says now what would go wrong in the end
+        settings = self.settings
+        labels = torch.tensor([item.label for item in self.dm.dataset.test or ()], dtype=torch.long)
+        if settings.task_size and len(labels):
+            draw_tasks(
+                labels, settings.task_size, settings.task_classes, 0, 0
+            )  # says now what would go wrong in the end
         self.test_loader = TransductiveLoader(
-            self.test_loader, node.TASK_SIZE, node.TASK_CLASSES, node.NUM_TASKS, self._seed
+            self.test_loader, settings.task_size, settings.task_classes, settings.num_tasks, self._seed
         )
         if self.val_loader is not None:
             self.val_loader = TransductiveLoader(self.val_loader)

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import FeatureLearner, FeatureTrainer, check_bool, check_number, check_whole
+from .base import FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
 from .clip import CLIP, fill_template, zeroshot_weights
 from .clip_adapter import AdapterLearner
 from .files import write_png, write_text
@@ -61,41 +62,51 @@ def mapped_prompt(classname: str, prompt_map: dict[str, str], default: str) -> s
     return fill_template(prompt_map[prefix], classname[len(prefix) :].lstrip("_- ") or classname)
 
 
+@dataclass(frozen=True)
+class JCLIPAdapterConfig(MethodConfig):
+    """Settings of JCLIP-Adapter."""
+
+    views: int = kept_views(10)
+    image_ratio: float = key(0.2, "a, share of the adapted image feature; 0: no adapter there", low=0, high=1)
+    text_ratio: float = key(0.2, "b, share of the adapted text feature; 0: no adapter there", low=0, high=1)
+    reduction: int = key(4, "E over the bottlenecks' width", low=1)
+    final_relu: bool = key(False, "a second ReLU after each bottleneck, as in CLIP-Adapter's code")
+
+    def check(self, path: str) -> None:
+        """See MethodConfig."""
+        if not (self.image_ratio or self.text_ratio):
+            raise ValueError(
+                f"Expected {path}.IMAGE_RATIO or .TEXT_RATIO to be above 0 but got 0 for both: nothing would be learnt"
+            )
+
+
+@dataclass(frozen=True)
+class PromptMapKeys:
+    """Keys of DATASET for prompts by super-category."""
+
+    prompt_map: tuple[str, ...] = key(
+        (),
+        "templates by super-category, 'prefix of the class name=template', such as "
+        "('Animal=a photo of a {}, an animal.',)",
+    )
+
+
 @TRAINER_REGISTRY.register()
 class JCLIPAdapter(FeatureTrainer):
     """Bottlenecks on image and text features, prompts by super-category, curves, and result.txt."""
 
     node_name = "JCLIPADAPTER"
+    config = JCLIPAdapterConfig
+    extra_keys = {"DATASET": PromptMapKeys}
     model_name = "jclip"
     main_head = "jclip"
     drop_last = False
     _sums: tuple[float, float, int] = (0.0, 0.0, 0)  # loss, accuracy (each times images) and images of this epoch
 
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.JCLIPADAPTER, and DATASET.PROMPT_MAP, to `cfg` unless they are there."""
-        if "PROMPT_MAP" not in cfg.DATASET:
-            # Templates by super-category, "prefix of the class name=template": ("Animal=a photo of a {}, an animal.",)
-            cfg.DATASET.PROMPT_MAP = ()
-        if "JCLIPADAPTER" not in cfg.TRAINER:
-            node = FeatureTrainer.new_node(cfg, views=10)
-            node.IMAGE_RATIO = 0.2  # a, share of the adapted image feature, in [0, 1]; 0: no adapter there
-            node.TEXT_RATIO = 0.2  # b, share of the adapted text feature, in [0, 1]; 0: no adapter there
-            node.REDUCTION = 4  # E over the bottlenecks' width, at least 1
-            node.FINAL_RELU = False  # a second ReLU after each bottleneck, as in CLIP-Adapter's code
-            cfg.TRAINER.JCLIPADAPTER = node
-
-    def check_node(self, cfg: Any) -> None:
-        """See LearnerTrainer."""
-        check_number(cfg, "TRAINER.JCLIPADAPTER.IMAGE_RATIO", 0, 1)
-        check_number(cfg, "TRAINER.JCLIPADAPTER.TEXT_RATIO", 0, 1)
-        check_whole(cfg, "TRAINER.JCLIPADAPTER.REDUCTION")
-        check_bool(cfg, "TRAINER.JCLIPADAPTER.FINAL_RELU")
-        if not (cfg.TRAINER.JCLIPADAPTER.IMAGE_RATIO or cfg.TRAINER.JCLIPADAPTER.TEXT_RATIO):
-            raise ValueError(
-                "Expected TRAINER.JCLIPADAPTER.IMAGE_RATIO or .TEXT_RATIO to be above 0 but got 0 for both: "
-                "nothing would be learnt"
-            )
+    @classmethod
+    def check_settings(cls, cfg: Any) -> None:
+        """See CLIPTrainer; the map of prompts is checked, too."""
+        super().check_settings(cfg)
         parse_prompt_map(cfg.DATASET.PROMPT_MAP)
 
     def zeroshot(self, clip: CLIP, classnames: Sequence[str]) -> Tensor:
@@ -108,15 +119,15 @@ class JCLIPAdapter(FeatureTrainer):
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The adapters."""
-        node = self.node
+        settings = self.settings
         return AdapterLearner(
             clip,
             classnames,
             zeroshot,
-            image_ratio=node.IMAGE_RATIO,
-            text_ratio=node.TEXT_RATIO,
-            reduction=node.REDUCTION,
-            final_relu=node.FINAL_RELU,
+            image_ratio=settings.image_ratio,
+            text_ratio=settings.text_ratio,
+            reduction=settings.reduction,
+            final_relu=settings.final_relu,
         )
 
     # Curves
@@ -146,22 +157,17 @@ class JCLIPAdapter(FeatureTrainer):
             point["val"] = {"loss": float(F.cross_entropy(logits, known.labels)), "accuracy": 100.0 * float(correct)}
             for name, value in point["val"].items():
                 self.write_scalar(f"val/{name}_per_epoch", value, self.epoch)
-        if self._writes:
+        if self.writes_files:
             earlier = [p for p in self._read_curves() if p["epoch"] <= self.epoch]  # of the run that this one continues
             write_text(self._file("curves.json"), json.dumps([*earlier, point], indent=1))
         super().after_epoch()
 
     def after_train(self) -> None:
         """Draws the curves, and tests."""
-        curves = self._read_curves() if self._writes else []
+        curves = self._read_curves() if self.writes_files else []
         if curves:
             draw_curves(curves, self._file("curves.png"))
         super().after_train()
-
-    @property
-    def _writes(self) -> bool:
-        """Whether this process writes the run's files; of several, an engine that knows them has one do so."""
-        return getattr(self, "writes_files", True)
 
     def _file(self, name: str) -> str:
         return os.path.join(self.output_dir, name)
@@ -188,7 +194,7 @@ class JCLIPAdapter(FeatureTrainer):
     def test(self, split: str | None = None) -> float:
         """Evaluates a split; after the test set, also writes result.txt: each image's file and its best classes."""
         result = super().test(split)
-        if (split or self.cfg.TEST.SPLIT) == "test" and self._writes:
+        if (split or self.cfg.TEST.SPLIT) == "test" and self.writes_files:
             self.write_result(self._file("result.txt"))
         return result
 

@@ -13,6 +13,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +25,9 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import FeatureLearner, FeatureTrainer, check_choice, check_number, check_whole
+from .base import CorrectedKeys, FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
 from .clip import CLIP
 from .features import FeatureSet, ImageEncoder
-from .features.corrected import add_imo_weights
 
 logger = logging.getLogger(__name__)
 
@@ -141,12 +141,42 @@ class ProbeLearner(FeatureLearner):
         return images @ self.weight.t() + self.get_buffer("bias")
 
 
+@dataclass(frozen=True)
+class LinearProbeConfig(MethodConfig):
+    """Settings of the linear probe."""
+
+    views: int = kept_views(0)
+    init: str = key(
+        "zeros",
+        "zeros: logistic regression by L-BFGS; text: start at the zero-shot weights, trained with CLIP's temperature "
+        "by the optimizer of OPTIM",
+        choices=("zeros", "text"),
+    )
+    features: str = key(
+        "raw",
+        "what is fitted (zeros): features as CLIP gives them, or of length 1 (unit); those that MODEL.IMO_WEIGHTS "
+        "corrects, and those of INIT text, have unit length",
+        choices=("raw", "unit"),
+        source="raw",
+    )
+    c: float = key(
+        0.316,
+        "inverse strength of the penalty (zeros), where there are no validation images to search on; for unit features "
+        "31.6 is its equal",
+        above=0,
+        source="0.316, for features of length about 10",
+    )
+    max_iter: int = key(1000, "iterations of L-BFGS (zeros)", low=1, source="1000")
+
+
 @TRAINER_REGISTRY.register()
 class LinearProbe(FeatureTrainer):
     """Logistic regression on image features, or the zero-shot weights trained further."""
 
     recipe = 2
     node_name = "LINEARPROBE"
+    config = LinearProbeConfig
+    extra_keys = {"MODEL": CorrectedKeys}
     model_name = "probe"
     main_head = "probe"
     of_each_class = "weights"
@@ -154,35 +184,9 @@ class LinearProbe(FeatureTrainer):
     drop_last = False  # of INIT text, which is ours
     eps = 1e-4
 
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.LINEARPROBE and MODEL.IMO_WEIGHTS to `cfg` unless they are there."""
-        add_imo_weights(cfg)
-        if "LINEARPROBE" in cfg.TRAINER:
-            return
-        node = FeatureTrainer.new_node(cfg, views=0)
-        # zeros: logistic regression by L-BFGS; text: start at the zero-shot weights, trained with CLIP's temperature
-        # by the optimiser of OPTIM.
-        node.INIT = "zeros"
-        # What is fitted (zeros): raw features, as CLIP gives them (source), or unit ones, of length 1. Features that
-        # MODEL.IMO_WEIGHTS corrects, and those of INIT text, have unit length.
-        node.FEATURES = "raw"
-        # Inverse strength of the penalty (zeros), above 0, where there are no validation images to search on. CLIP's
-        # authors use 0.316 for features of length about 10; for unit ones that is 31.6.
-        node.C = 0.316
-        node.MAX_ITER = 1000  # iterations of L-BFGS (zeros), at least 1 (source: 1000)
-        cfg.TRAINER.LINEARPROBE = node
-
-    def check_node(self, cfg: Any) -> None:
-        """See LearnerTrainer."""
-        check_choice(cfg, "TRAINER.LINEARPROBE.INIT", ("zeros", "text"))
-        check_choice(cfg, "TRAINER.LINEARPROBE.FEATURES", ("raw", "unit"))
-        check_number(cfg, "TRAINER.LINEARPROBE.C", 0, 1e12, open_low=True)
-        check_whole(cfg, "TRAINER.LINEARPROBE.MAX_ITER")
-
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The linear classifier."""
-        learner = ProbeLearner(clip, classnames, zeroshot, trained=self.node.INIT == "text", raw=self.raw)
+        learner = ProbeLearner(clip, classnames, zeroshot, trained=self.settings.init == "text", raw=self.raw)
         if not learner.trained:  # L-BFGS fits weights and biases, which are no parameters of torch
             self.fitted_parameters = learner.weight.numel() + learner.get_buffer("bias").numel()
         return learner
@@ -190,8 +194,8 @@ class LinearProbe(FeatureTrainer):
     @property
     def raw(self) -> bool:
         """Whether features come as CLIP gives them."""
-        node, corrected = self.node, self.cfg.MODEL.get("IMO_WEIGHTS", "")
-        return bool(node.INIT == "zeros" and node.FEATURES == "raw" and not corrected)
+        settings, corrected = self.settings, self.cfg.MODEL.get("IMO_WEIGHTS", "")
+        return bool(settings.init == "zeros" and settings.features == "raw" and not corrected)
 
     def build_encoder(self, clip: CLIP) -> ImageEncoder:
         """See FeatureTrainer."""
@@ -207,11 +211,11 @@ class LinearProbe(FeatureTrainer):
 
         def fitted(c: float) -> Linear:
             if c not in fits:
-                fits[c] = fit_logistic(x, y, len(learner.classnames), c, self.node.MAX_ITER)
+                fits[c] = fit_logistic(x, y, len(learner.classnames), c, self.settings.max_iter)
             return fits[c]
 
         if isinstance(known, str):
-            c, on, n = float(self.node.C), f"TRAINER.LINEARPROBE.C ({known})", 0
+            c, on, n = self.settings.c, f"TRAINER.LINEARPROBE.C ({known})", 0
         else:
             images, labels = learner.compared(known[0]), known[1]
 

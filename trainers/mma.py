@@ -10,6 +10,7 @@ Legend: B images, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import Classifier, EncoderTrainer, Learner, check_bool, check_number, check_whole, check_words
+from .base import Classifier, EncoderTrainer, Learner, MethodConfig, key, precision
+from .base.keys import check_number
 from .clip import CLIP, clean_classname
 from .modules.cross_modal_adapter import CrossModalAdapter, build_adapter
 
@@ -42,27 +44,22 @@ class MMAClassifier(Classifier):
 
     Args:
         clip, classnames, templates: see Classifier.
-        context: words before the class name in the adapted branch's prompt "<context> <class>."; "": none.
-        start, end, dim, scale, grad_scaling: see `build_adapter`.
+        settings: see MMAConfig.
     """
 
     learner: AdapterLearner
 
-    def __init__(
-        self,
-        clip: CLIP,
-        classnames: Sequence[str],
-        templates: Sequence[str],
-        *,
-        context: str = "a photo of a",
-        start: int = 5,
-        end: int = 12,
-        dim: int = 32,
-        scale: float = 0.001,
-        grad_scaling: bool = True,
-    ) -> None:
-        adapter = build_adapter(clip, start, end, dim, scale, learn_scale=False, grad_scaling=grad_scaling)
-        context = context.replace("_", " ").strip()
+    def __init__(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str], settings: MMAConfig) -> None:
+        adapter = build_adapter(
+            clip,
+            settings.adapter_start,
+            settings.adapter_end,
+            settings.adapter_dim,
+            settings.adapter_scale,
+            learn_scale=False,
+            grad_scaling=settings.grad_scaling,
+        )
+        context = settings.text_ctx_init.replace("_", " ").strip()
         facts = {"backbone": clip.name, "weights_digest": clip.weights_digest, "context": context}
         super().__init__(clip, classnames, templates, AdapterLearner(adapter, classnames, facts))
         self._text_start, self._visual_start = min(int(i) for i in adapter.text), min(adapter.share)
@@ -95,55 +92,37 @@ class MMAClassifier(Classifier):
         return self.logits(plain, self.zeroshot), self._adapted(hidden)
 
 
+@dataclass(frozen=True)
+class MMAConfig(MethodConfig):
+    """Settings of MMA.
+
+    The defaults are those of the source's train.py, so that its own YAML files mean here what they mean there. Its
+    experiments set other values in these files: ADAPTER_START 5, ADAPTER_SCALE 0.001 (configs/trainers/mma).
+    """
+
+    text_ctx_init: str = key("", "words before the class name in the prompt of the adapted branch", words=True)
+    prec: str = precision("amp", "the adapters are in fp32")
+    adapter_start: int = key(4, "first adapted block, counted from 1", low=1)
+    adapter_end: int = key(12, "last adapted block, at least ADAPTER_START; clipped to each encoder's depth", low=1)
+    adapter_dim: int = key(32, "bottleneck width", low=1)
+    adapter_scale: float = key(0.1, "factor of what an adapter adds; not learnt", above=0)
+    grad_scaling: bool = key(True, "adapters' weights get 1 / ADAPTER_SCALE times their gradient, as in the source")
+
+    def check(self, path: str) -> None:
+        """See MethodConfig."""
+        check_number(self.adapter_end, f"{path}.ADAPTER_END", low=self.adapter_start)
+
+
 @TRAINER_REGISTRY.register()
 class MMA(EncoderTrainer):
     """Multi-modal adapter."""
 
     recipe = 2
     node_name = "MMADAPTER"
+    config = MMAConfig
     model_name = "adapter_learner"  # as published
     main_head = "mma"
 
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.MMADAPTER to `cfg` unless it is there.
-
-        The defaults are those of the source's train.py, so that its own YAML files mean here what they mean there. Its
-        experiments set other values in these files: ADAPTER_START 5, ADAPTER_SCALE 0.001 (configs/trainers/mma).
-        """
-        if "MMADAPTER" in cfg.TRAINER:
-            return
-        node = type(cfg)()
-        node.TEXT_CTX_INIT = ""  # words before the class name in the prompt of the adapted branch
-        node.PREC = "amp"  # precision of the frozen CLIP: fp32 | fp16 | amp | bf16; the adapters are in fp32
-        node.ADAPTER_START = 4  # first adapted block, counted from 1
-        node.ADAPTER_END = 12  # last adapted block, at least ADAPTER_START; clipped to each encoder's depth
-        node.ADAPTER_DIM = 32  # bottleneck width, at least 1
-        node.ADAPTER_SCALE = 0.1  # factor of what an adapter adds, above 0; not learnt
-        # Adapters' weights get 1 / ADAPTER_SCALE times their gradient, as in the source; False: their own gradient.
-        node.GRAD_SCALING = True
-        cfg.TRAINER.MMADAPTER = node
-
-    def check_node(self, cfg: Any) -> None:
-        """Checks TRAINER.MMADAPTER."""
-        check_words(cfg, "TRAINER.MMADAPTER.TEXT_CTX_INIT")
-        for key in ("ADAPTER_START", "ADAPTER_DIM"):
-            check_whole(cfg, f"TRAINER.MMADAPTER.{key}")
-        check_whole(cfg, "TRAINER.MMADAPTER.ADAPTER_END", cfg.TRAINER.MMADAPTER.ADAPTER_START)
-        check_number(cfg, "TRAINER.MMADAPTER.ADAPTER_SCALE", 0, 1e6, open_low=True)
-        check_bool(cfg, "TRAINER.MMADAPTER.GRAD_SCALING")
-
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> MMAClassifier:
         """CLIP with adapters."""
-        node = self.cfg.TRAINER.MMADAPTER
-        return MMAClassifier(
-            clip,
-            classnames,
-            templates,
-            context=node.TEXT_CTX_INIT,
-            start=node.ADAPTER_START,
-            end=node.ADAPTER_END,
-            dim=node.ADAPTER_DIM,
-            scale=node.ADAPTER_SCALE,
-            grad_scaling=node.GRAD_SCALING,
-        )
+        return MMAClassifier(clip, classnames, templates, self.settings)

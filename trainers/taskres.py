@@ -9,7 +9,7 @@ Legend: B images, C classes, E width of the joint embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import FeatureLearner, FeatureTrainer, check_number
+from .base import FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
 from .clip import CLIP, IMAGENET_TEMPLATES_SELECT_OWN, mean_text_features
 
 
@@ -48,12 +48,21 @@ class TaskResLearner(FeatureLearner):
         return taskres_logits(features, self.base, self.residual, self.alpha, self.scale)
 
 
+@dataclass(frozen=True)
+class TaskResConfig(MethodConfig):
+    """Settings of TaskRes."""
+
+    views: int = kept_views(10)
+    alpha: float = key(0.5, "scale of the residual", above=0, source="0.5, and 1 on OxfordFlowers")
+
+
 @TRAINER_REGISTRY.register()
 class TaskRes(FeatureTrainer):
     """A residual on the class weights, trained by cross-entropy."""
 
     recipe = 2
     node_name = "TASKRES"
+    config = TaskResConfig
     model_name = "taskres"
     main_head = "taskres"
     of_each_class = "weights"
@@ -61,19 +70,7 @@ class TaskRes(FeatureTrainer):
     imagenet_templates = IMAGENET_TEMPLATES_SELECT_OWN
     raw_mean = True
 
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.TASKRES to `cfg` unless it is there."""
-        if "TASKRES" not in cfg.TRAINER:
-            node = FeatureTrainer.new_node(cfg, views=10)
-            node.ALPHA = 0.5  # scale of the residual, above 0 (source: 0.5, and 1 on OxfordFlowers)
-            cfg.TRAINER.TASKRES = node
-
-    def check_node(self, cfg: Any) -> None:
-        """See LearnerTrainer."""
-        check_number(cfg, "TRAINER.TASKRES.ALPHA", 0, 1e6, open_low=True)
-
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The residual on the text features of the dataset's template."""
         base = mean_text_features(clip, classnames, self.templates())
-        return TaskResLearner(clip, classnames, zeroshot, base, float(self.node.ALPHA))
+        return TaskResLearner(clip, classnames, zeroshot, base, self.settings.alpha)

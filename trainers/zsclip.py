@@ -9,6 +9,7 @@ Legend: B images, C classes, E width of the joint embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import FeatureLearner, FeatureTrainer, check_choice
+from .base import FeatureLearner, FeatureTrainer, MethodConfig, key
 from .clip import CLIP, zeroshot_weights
 from .clip.templates import ensemble_templates
 
@@ -27,13 +28,6 @@ class ZeroshotCLIP(FeatureTrainer):
 
     node_name = "ZEROSHOTCLIP"
     main_head = "clip"
-    views_key = False
-
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.ZEROSHOTCLIP to `cfg` unless it is there."""
-        if "ZEROSHOTCLIP" not in cfg.TRAINER:
-            cfg.TRAINER.ZEROSHOTCLIP = FeatureTrainer.new_node(cfg)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """Zero-shot logits."""
@@ -71,28 +65,26 @@ class EnsembleLearner(FeatureLearner):
         return self.scale * features @ self.weights.t()
 
 
+@dataclass(frozen=True)
+class EnsembleConfig(MethodConfig):
+    """Settings of the ensemble."""
+
+    templates: str = key(
+        "select", "of ImageNet's templates: seven (select, as CoOp), or all eighty", choices=("select", "all")
+    )
+
+
 @TRAINER_REGISTRY.register()
 class ZeroshotCLIP2(ZeroshotCLIP):
     """Zero-shot CLIP with an ensemble of templates, beside the one with the dataset's template."""
 
     node_name = "ZEROSHOTCLIP2"
+    config = EnsembleConfig
     main_head = "ensemble"
-
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.ZEROSHOTCLIP2 to `cfg` unless it is there."""
-        if "ZEROSHOTCLIP2" not in cfg.TRAINER:
-            node = FeatureTrainer.new_node(cfg)
-            node.TEMPLATES = "select"  # of ImageNet's templates: select (seven of them, as CoOp) | all (eighty)
-            cfg.TRAINER.ZEROSHOTCLIP2 = node
-
-    def check_node(self, cfg: Any) -> None:
-        """See LearnerTrainer."""
-        check_choice(cfg, "TRAINER.ZEROSHOTCLIP2.TEMPLATES", ("select", "all"))
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """Logits by the ensemble."""
-        templates = ensemble_templates(self.templates(), self.node.TEMPLATES, self.cfg.DATASET.NAME)
+        templates = ensemble_templates(self.templates(), self.settings.templates, self.cfg.DATASET.NAME)
         return EnsembleLearner(clip, classnames, zeroshot, zeroshot_weights(clip, classnames, templates))
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from random_clip import random_open_clip
 
 from trainers.clip import CLIP
+from trainers.dlrclip.config import DLRCLIPConfig
 from trainers.dlrclip.network import DLRCLIPNetwork
 
 CLASSES = ["ox", "sea lake", "a very large hot air balloon", "forest", "industrial buildings over there"]
@@ -22,7 +23,9 @@ def gradients(rank, processes):
     """Loss terms and the gradient of each learnt parameter for the images that are this process's share."""
     torch.manual_seed(0)
     clip = CLIP(random_open_clip(vision_layers=2, text_layers=3), name="random")
-    network = DLRCLIPNetwork(clip, CLASSES, ["a photo of a {}."], start=2, end=3, dim=8, scale=0.5, glr_dim=8).train()
+    network = DLRCLIPNetwork(
+        clip, CLASSES, ["a photo of a {}."], DLRCLIPConfig(start=2, end=3, dim=8, scale=0.5, glr_dim=8)
+    ).train()
     images = torch.randn(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(IMAGES)
     share = slice(rank * IMAGES // processes, (rank + 1) * IMAGES // processes)

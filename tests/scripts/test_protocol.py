@@ -17,7 +17,7 @@ from scripts.methods import choose_methods
 from scripts.protocol import main, make_plan, parse_args
 from scripts.protocol_plan import runs_of
 from scripts.protocol_table import harmonic
-from trainers.dlrclip.config import check_dlrclip_config
+from trainers.dlrclip import DLRCLIP
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +87,7 @@ def test_every_variant_of_an_ablation_is_a_configuration_that_the_trainer_takes(
     _, cells, _ = plan("ablation", "--config", config, "--seeds", "1", *groups)
     assert len({cell.row for cell in cells}) == len(cells) >= least
     for cell in cells:
-        check_dlrclip_config(cell.run.cfg())
+        DLRCLIP.read_settings(cell.run.cfg())
 
 
 def test_a_variant_is_a_method_with_folders_of_its_own():

@@ -177,7 +177,7 @@ def test_other_views_miss_and_the_rest_is_found(make, entries, pairs):
     trainer = make("TipAdapter", *pairs)
     seen = encodings(trainer)
     everything(trainer)
-    assert sum(seen) == 4 * trainer.node.VIEWS and len(entries()) == 4
+    assert sum(seen) == 4 * trainer.views and len(entries()) == 4
 
 
 def test_other_weights_miss(make, tmp_path, random_tiny):

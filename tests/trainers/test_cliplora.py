@@ -6,7 +6,7 @@ import torch
 from random_clip import random_open_clip
 from torch.nn import functional as F
 
-from trainers.cliplora import LoRAClassifier, LoRALearner
+from trainers.cliplora import CLIPLoRAConfig, LoRAClassifier, LoRALearner
 from trainers.modules.low_rank import LowRank
 
 TEMPLATE = "a blurry photo of a {}."
@@ -32,7 +32,7 @@ def make(make_clip, names):
     def build(kind="vit", classnames=names, scatter=True, **arguments):
         clip = make_clip(kind)
         torch.manual_seed(3)
-        learner = LoRALearner(clip, classnames, **{"dropout": 0.0, **arguments})
+        learner = LoRALearner(clip, classnames, CLIPLoRAConfig(**{"dropout": 0.0, **arguments}))
         if scatter:
             with torch.no_grad():
                 for name, p in learner.named_parameters():

@@ -5,7 +5,7 @@ from naive_text import encode_embedded
 from random_clip import random_open_clip
 from torch.nn import functional as F
 
-from trainers.cocoop import CoCoOpClassifier, ConditionalPromptLearner
+from trainers.cocoop import CoCoOpClassifier, CoCoOpConfig, ConditionalPromptLearner
 
 
 def naive_logits(model, learner, images, names, words=""):
@@ -29,7 +29,7 @@ def make(make_clip, names):
     def build(kind="vit", classnames=names, **arguments):
         clip = make_clip(kind)
         torch.manual_seed(3)
-        learner = ConditionalPromptLearner(clip, classnames, **{"n_ctx": 5, **arguments})
+        learner = ConditionalPromptLearner(clip, classnames, CoCoOpConfig(**{"n_ctx": 5, **arguments}))
         return CoCoOpClassifier(clip, classnames, ["a photo of a {}."], learner)
 
     return build
@@ -38,7 +38,7 @@ def make(make_clip, names):
 @pytest.mark.parametrize("words", ["", "a photo of a"])
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_logits_and_gradients_are_the_naive_ones(make, images, labels, names, kind, words):
-    classifier = make(kind, words=words)
+    classifier = make(kind, ctx_init=words)
     classifier.train()
     model, learner = random_open_clip(kind), classifier.learner
     want = naive_logits(model, learner, images, names, words)

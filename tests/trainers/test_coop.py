@@ -6,7 +6,7 @@ from random_clip import random_open_clip
 from torch.nn import functional as F
 
 from trainers.clip import CLIP, zeroshot_weights
-from trainers.coop import CoOpClassifier, PromptLearner, class_rows
+from trainers.coop import CoOpClassifier, CoOpConfig, PromptLearner, class_rows
 from trainers.modules.context_prompts import ContextPrompts, word_vectors
 
 TEMPLATE = "a photo of a {}."
@@ -40,7 +40,7 @@ def make(make_clip, names):
     def build(kind="vit", classnames=names, clip=None, **arguments):
         clip = clip or make_clip(kind)
         torch.manual_seed(3)
-        learner = PromptLearner(clip, classnames, **{"n_ctx": 5, **arguments})
+        learner = PromptLearner(clip, classnames, CoOpConfig(**{"n_ctx": 5, **arguments}))
         return CoOpClassifier(clip, classnames, [TEMPLATE], learner)
 
     return build
@@ -50,7 +50,7 @@ def make(make_clip, names):
 @pytest.mark.parametrize("csc", [False, True])
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_logits_and_gradients_are_the_naive_ones(make, images, labels, names, kind, csc, position):
-    classifier = make(kind, csc=csc, position=position)
+    classifier = make(kind, csc=csc, class_token_position=position)
     model, learner = random_open_clip(kind), classifier.learner
     with torch.no_grad():
         learner.ctx.mul_(20)  # the usual start is too timid to matter
@@ -72,7 +72,7 @@ def test_logits_and_gradients_are_the_naive_ones(make, images, labels, names, ki
 
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 def test_words(make, images, names, position):
-    classifier = make(words="a_photo of a", position=position)
+    classifier = make(ctx_init="a_photo of a", class_token_position=position)
     assert classifier.learner.ctx.shape == (4, 32)
     want = naive_logits(random_open_clip(), classifier.learner, images, names, position, "a photo of a")
     torch.testing.assert_close(classifier(images) / 100, want / 100, rtol=0, atol=1e-5)
@@ -82,7 +82,7 @@ def test_words(make, images, names, position):
 
 
 def test_words_leave_one_context_for_all(make, caplog):
-    assert make(words="a photo of a", csc=True).learner.ctx.ndim == 2
+    assert make(ctx_init="a photo of a", csc=True).learner.ctx.ndim == 2
     assert "CSC is ignored" in caplog.text
 
 
@@ -146,7 +146,7 @@ class TestLoading:
         ("change", "message"),
         [
             ({"n_ctx": 4}, r"ctx to have shape \(4, 32\) but got \(5, 32\)"),
-            ({"position": "front"}, "position 'front' but got 'end'"),
+            ({"class_token_position": "front"}, "position 'front' but got 'end'"),
         ],
     )
     def test_does_not_fit(self, make, change, message):
@@ -186,12 +186,12 @@ def test_unknown_position(make_clip, names):
 def test_a_class_name_may_fill_the_context_and_no_more(make, images, names, position):
     n_ctx = 16
     name = " ".join(["cat"] * (77 - 2 - n_ctx - 1))  # start, end, vectors, full stop
-    full = make(classnames=[name, *names[1:]], n_ctx=n_ctx, position=position)
+    full = make(classnames=[name, *names[1:]], n_ctx=n_ctx, class_token_position=position)
     want = naive_logits(random_open_clip(), full.learner, images, [name, *names[1:]], position)
     torch.testing.assert_close(full(images) / 100, want / 100, rtol=0, atol=1e-5)
     with pytest.raises(
         ValueError, match=r"at most 58 tokens beside 16 context vectors .* but 1 are longer, .* with 59"
     ):
-        make(classnames=[f"{name} cat", *names[1:]], n_ctx=n_ctx, position=position)
+        make(classnames=[f"{name} cat", *names[1:]], n_ctx=n_ctx, class_token_position=position)
     with pytest.raises(ValueError, match="with 200"):
-        make(classnames=[" ".join(["cat"] * 200), *names[1:]], n_ctx=n_ctx, position=position)
+        make(classnames=[" ".join(["cat"] * 200), *names[1:]], n_ctx=n_ctx, class_token_position=position)

@@ -44,7 +44,8 @@ def test_logits(make_clip, names, a, b, final_relu):
 def test_a_checkpoint_keeps_the_form_that_it_was_trained_in(make_clip, names, caplog):
     caplog.set_level("INFO")
     w, f = (torch.nn.functional.normalize(torch.randn(n, 24), dim=1) for n in (5, 6))
-    make = lambda form: AdapterLearner(make_clip(), names, w, final_relu=form)  # noqa: E731
+    sizes = {"image_ratio": 0.2, "text_ratio": 0.0, "reduction": 4}
+    make = lambda form: AdapterLearner(make_clip(), names, w, **sizes, final_relu=form)  # noqa: E731
     for form in (False, True):
         trained, other = make(form), make(not form)
         other.take(trained.state_dict())

@@ -128,7 +128,7 @@ def test_images_are_encoded_once(name, make, monkeypatch):
     if trainer.get_model_names():
         trainer.test()
     dataset = trainer.dm.dataset
-    views = max(1, trainer.node.get("VIEWS", 0))
+    views = max(1, trainer.views)
     assert sum(seen) <= views * len(dataset.train_x) + len(dataset.val) + len(dataset.test)
 
 

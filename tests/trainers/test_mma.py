@@ -4,7 +4,7 @@ import torch
 from random_clip import random_open_clip
 from torch.nn import functional as F
 
-from trainers.mma import MMAClassifier
+from trainers.mma import MMAClassifier, MMAConfig
 from trainers.modules.cross_modal_adapter import CrossModalAdapter
 
 TEMPLATE = "a photo of a {}."
@@ -51,8 +51,9 @@ def make(make_clip, names):
     def build(kind="vit", classnames=names, **arguments):
         clip = make_clip(kind)
         torch.manual_seed(3)
-        arguments = {"start": 2, "end": 9, "dim": 16, "scale": 0.5, **arguments}
-        return MMAClassifier(clip, classnames, [TEMPLATE], **arguments)
+        blocks = {"adapter_start": 2, "adapter_end": 9, "adapter_dim": 16, "adapter_scale": 0.5}
+        words = {"text_ctx_init": "a photo of a"}
+        return MMAClassifier(clip, classnames, [TEMPLATE], MMAConfig(**{**words, **blocks, **arguments}))
 
     return build
 
@@ -61,7 +62,7 @@ def make(make_clip, names):
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 @pytest.mark.parametrize("grad_scaling", [True, False])
 def test_logits_and_gradients_are_the_naive_ones(make, images, labels, names, kind, context, grad_scaling):
-    classifier = make(kind, context=context, grad_scaling=grad_scaling)
+    classifier = make(kind, text_ctx_init=context, grad_scaling=grad_scaling)
     classifier.train()
     model, cma = random_open_clip(kind), classifier.learner.cma
     words = context.replace("_", " ")
@@ -88,7 +89,7 @@ def test_five_published_steps_move_the_adapters_as_if_their_scale_were_one(make,
     """
     scale, moved = 0.001, {}
     for grad_scaling, rate, decay in ((True, 0.0015, 5e-4), (False, 0.0015 / scale, 5e-4 * scale)):
-        classifier = make(scale=scale, grad_scaling=grad_scaling)
+        classifier = make(adapter_scale=scale, grad_scaling=grad_scaling)
         classifier.train()
         learnt = {name: p for name, p in classifier.learner.named_parameters() if p.requires_grad}
         start = {name: p.detach().clone() for name, p in learnt.items()}
@@ -105,7 +106,7 @@ def test_five_published_steps_move_the_adapters_as_if_their_scale_were_one(make,
 
 
 def test_it_is_the_adapter_of_dlr_clip_with_a_fixed_scale(make):
-    learner = make(scale=0.25).learner
+    learner = make(adapter_scale=0.25).learner
     assert isinstance(learner.cma, CrossModalAdapter)
     fixed = {name for name, p in learner.named_parameters() if not p.requires_grad}
     assert fixed == {name for name, _ in learner.named_parameters() if name.endswith(".scale")}
@@ -114,9 +115,9 @@ def test_it_is_the_adapter_of_dlr_clip_with_a_fixed_scale(make):
 
 def test_a_checkpoint_for_another_prompt(make):
     with pytest.raises(ValueError, match="the prompt context 'an image of' but got 'a photo of a'"):
-        make(context="an image of").learner.take(make().learner.state_dict())
+        make(text_ctx_init="an image of").learner.take(make().learner.state_dict())
 
 
 def test_a_checkpoint_with_other_blocks(make):
     with pytest.raises(ValueError, match="lacks"):
-        make(start=1).learner.take(make().learner.state_dict())
+        make(adapter_start=1).learner.take(make().learner.state_dict())

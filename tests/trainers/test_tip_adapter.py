@@ -95,7 +95,7 @@ def test_values_are_the_source_s(dataset, beta_end, alpha_end, beta, alpha, epoc
     assert (found.beta_end, found.alpha_end, found.beta, found.alpha) == (beta_end, alpha_end, beta, alpha)
     assert 20 * found.epoch_factor == epochs
     cfg = configured("vit_b16")
-    grid = grid_of(cfg.TRAINER.TIPADAPTER, dataset)
+    grid = grid_of("tip", dataset)
     for axis, end, steps in ((grid.beta, beta_end, 200), (grid.alpha, alpha_end, 20)):
         want = [0.1 + (end - 0.1) * i / steps for i in range(steps)]
         assert axis.values() == pytest.approx(want)
@@ -177,7 +177,7 @@ def test_wrong_grids_are_named():
     ):
         cfg = configured("tiny", f"TRAINER.TIPADAPTER.{pairs[0]}", pairs[1])
         with pytest.raises(ValueError, match=message):
-            TipAdapter.check_node(TipAdapter.__new__(TipAdapter), cfg)
+            TipAdapter.read_settings(cfg)
 
 
 def test_axes():

@@ -112,7 +112,7 @@ def test_grids_are_the_sources():
          [30 * i / 49 for i in range(50)]),
         ("TIPADAPTERPP", [20 * i / 199 for i in range(200)], [20 * i / 19 for i in range(20)], None),
     ):  # fmt: skip
-        grid = grid_of(cfg.TRAINER[node], "Food101")
+        grid = grid_of(cfg.TRAINER[node].GRID, "Food101")
         assert grid.alpha.values() == pytest.approx(alphas) and grid.beta.values() == pytest.approx(betas)
         assert gammas is None or grid.gamma.values() == pytest.approx(gammas)
         assert grid.first == "alpha"

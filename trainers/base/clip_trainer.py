@@ -1,36 +1,38 @@
-"""Set up a trainer on a frozen CLIP: precision, prompts, the model's step, and the report of several heads.
+"""Set up a trainer on a frozen CLIP: settings, precision, prompts, and the heads that are reported.
 
-This module uses only what upstream Dassl offers. What the toolbox of this project offers beyond that (mixed precision
-with gradient scaling, evaluation of several heads in one pass) is used where it is there.
+It stands on PortableTrainer (../compat.py), so that it runs on upstream Dassl, too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from dassl.engine import TrainerX
+from dassl.metrics import compute_accuracy
 
 from ..clip import CLIP, DEFAULT_TEMPLATE, check_backbone, load_clip, tell_preprocessing, templates_for
+from ..compat import OWN_TOOLBOX, PortableTrainer
 from ..configs import without_config
-from .checks import check_number
+from ..features.loaders import workers_like
+from .keys import MethodConfig, add_keys, check_number, has_keys, read_keys
 
 logger = logging.getLogger(__name__)
-PRECISIONS = ("fp32", "fp16", "amp", "bf16")
 
 
-class CLIPTrainer(TrainerX):
-    """A trainer on a frozen CLIP: set-up, and the report of its heads. Its keys lie in the node TRAINER.<node_name>.
+class CLIPTrainer(PortableTrainer):
+    """Set up a trainer on a frozen CLIP, and report its heads. Its keys lie in the node TRAINER.<node_name>.
 
-    What the engine may ask for beside the usual methods: `model_heads`, `main_head`, `reference_head`, `selected`.
+    See dassl/engine/declared.py for what the engine asks of a trainer.
     """
 
+    config: type[MethodConfig] = MethodConfig  # the keys of its node
+    extra_keys: dict[str, type] = {}  # keys that it adds to other sections: "INPUT" -> a dataclass of keys
     recipe = 1  # raised when the same settings give other numbers than before; the engine then tells runs apart
     node_name = ""
     main_head = ""
@@ -41,41 +43,91 @@ class CLIPTrainer(TrainerX):
     # Whether an epoch leaves out its last, smaller batch, as the method's source does. On upstream Dassl, loaders of
     # images always do.
     drop_last = True
-    adapters = "none"  # whether features are corrected by MODEL.IMO_WEIGHTS: none (refused) | optional | needed
-
-    @property
-    def _own_toolbox(self) -> bool:
-        """Whether the engine handles precision (and several heads) itself."""
-        return callable(getattr(self, "set_precision", None))
+    per_step = False  # whether the schedule of the learning rate counts steps; else epochs, as CoOp's
+    network: Any
 
     # Configuration
 
-    def check_clip_cfg(self, cfg: Any) -> None:
-        """Checks the keys that concern CLIP, before data and CLIP are loaded; the node itself is checked before.
+    @classmethod
+    def add_config(cls, cfg: Any) -> None:
+        """Add the method's keys to a configuration, in place; keys that exist are left alone."""
+        if cls.node_name not in cfg.TRAINER:
+            cfg.TRAINER[cls.node_name] = type(cfg)()
+            add_keys(cfg, cfg.TRAINER[cls.node_name], cls.config)
+        for section, keys in cls.extra_keys.items():
+            add_keys(cfg, cfg[section], keys)
+
+    @classmethod
+    def read_settings(cls, cfg: Any) -> Any:
+        """Check the method's node of a configuration and return its values, an instance of `config`.
+
+        Raises:
+            ValueError: the node is not there, or a value does not suit its key.
+        """
+        name = cls.node_name
+        if name not in cfg.TRAINER:
+            raise ValueError(f"Expected the configuration to have a node TRAINER.{name} but got none: call extend_cfg")
+        return read_keys(cfg.TRAINER[name], f"TRAINER.{name}", cls.config)
+
+    @property
+    def settings(self) -> Any:
+        """The method's settings, an instance of `config`."""
+        return self.read_settings(self.cfg)
+
+    @classmethod
+    def check_settings(cls, cfg: Any) -> None:
+        """Check all that can be checked before data and CLIP are loaded.
 
         Raises:
             ValueError: a key that is missing or wrong, or a backbone that does not exist.
             FileNotFoundError: the backbone's weights are not there.
         """
+        settings = cls.read_settings(cfg)
+        for section, keys in cls.extra_keys.items():
+            if has_keys(cfg[section], keys):
+                read_keys(cfg[section], section, keys)
         if "WEIGHTS" not in cfg.MODEL.BACKBONE or "TEMPLATE" not in cfg.DATASET:
             raise ValueError(
                 "Expected the configuration to have MODEL.BACKBONE.WEIGHTS and DATASET.TEMPLATE: call extend_cfg(cfg)"
             )
-        if cfg.TRAINER[self.node_name].PREC == "fp16" and not self._own_toolbox:
+        if settings.prec == "fp16" and not OWN_TOOLBOX:
             raise ValueError(
-                f"Expected TRAINER.{self.node_name}.PREC to be fp32, amp or bf16 but got fp16: "
+                f"Expected TRAINER.{cls.node_name}.PREC to be fp32, amp or bf16 but got fp16: "
                 "this toolbox cannot scale gradients, which half precision needs"
             )
-        if cfg.MODEL.get("IMO_WEIGHTS", "") and self.adapters == "none":
-            raise ValueError(
-                f"Expected MODEL.IMO_WEIGHTS to be '' for {type(self).__name__}, which uses no corrected features, "
-                f"but got {cfg.MODEL.IMO_WEIGHTS!r}"
-            )
+        cls.check_adapters(cfg)
         if not cfg.MODEL.BACKBONE.NAME:
             raise ValueError(without_config(cfg.TRAINER.NAME))
-        templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE, self.imagenet_templates)
-        check_number(cfg, "FEATURE_CACHE.LIMIT", 0, 1e6)
+        templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE, cls.imagenet_templates)
+        check_number(cfg.FEATURE_CACHE.LIMIT, "FEATURE_CACHE.LIMIT", low=0)
         check_backbone(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None)
+
+    @classmethod
+    def check_adapters(cls, cfg: Any) -> None:
+        """Refuse MODEL.IMO_WEIGHTS where the method has no use for corrected features.
+
+        Raises:
+            ValueError: they are given all the same.
+        """
+        if cfg.MODEL.get("IMO_WEIGHTS", ""):
+            raise ValueError(
+                f"Expected MODEL.IMO_WEIGHTS to be '' for {cls.__name__}, which uses no corrected features, "
+                f"but got {cfg.MODEL.IMO_WEIGHTS!r}"
+            )
+
+    def check_cfg(self, cfg: Any) -> None:
+        """Check the configuration; see `check_settings`, which needs no trainer."""
+        self.check_settings(cfg)
+
+    @classmethod
+    def each_class_has(cls, cfg: Any) -> str:
+        """Return what each class trained on has of its own; see `of_each_class`."""
+        return cls.of_each_class
+
+    @classmethod
+    def trains(cls, cfg: Any) -> bool:
+        """Return whether there is anything to train or to fit."""
+        return True
 
     @classmethod
     def memory_advice(cls, cfg: Any) -> list[str]:
@@ -124,39 +176,76 @@ class CLIPTrainer(TrainerX):
             raise ValueError(f"Expected INPUT.SIZE to be {size} for {clip.name} but got {tuple(cfg.INPUT.SIZE)}")
         return clip, classnames
 
-    def _set_up_precision(self, prec: str) -> None:
-        """`self._autocast` = a function that gives the context in which the forward pass runs."""
-        self._autocast: Any = contextlib.nullcontext
-        if self._own_toolbox:
-            self.set_precision(prec)
-            self._autocast = self.precision.autocast
-        elif prec == "amp":
-            logger.info("This toolbox cannot scale gradients: amp means bfloat16 here, which needs no scaling")
-            self._autocast = lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)
-
     def in_order(self, images: Dataset[Any]) -> DataLoader[Any]:
         """A loader of these images, one after the other, otherwise as the test loader."""
         return DataLoader(
             images,
             batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE,
-            num_workers=getattr(self.dm.test_loader, "num_workers", 0),
-            worker_init_fn=getattr(self.dm.test_loader, "worker_init_fn", None),
-            pin_memory=getattr(self.dm.test_loader, "pin_memory", False),
+            **workers_like(self.dm.test_loader),
             generator=torch.Generator(),  # of the workers; the program's own draws do not depend on what is cached
         )
 
     # One step
 
-    def after_update(self) -> None:
-        """Move what follows the model from step to step, now that a step was made; a step left out never gets here."""
+    def run(self, inputs: Any, labels: Tensor) -> Any:
+        """Run the network on a training batch.
 
-    def model_update(self, names: Any = None) -> bool:
-        """Step the optimisers, call `after_update` where the step was made, and return (and keep) whether it was."""
-        counted = super().model_update(names)
-        if not self._own_toolbox:  # upstream makes every step: it stops at a loss that is not finite
-            counted = self.stepped = True
-            self.after_update()
-        return counted
+        Args:
+            inputs: what `parse_batch_train` gives beside the labels, such as images [B, 3, H, W].
+            labels: [B].
+
+        Returns:
+            Logits [B, C], or whatever `loss` takes.
+        """
+        return self.network(inputs)
+
+    def loss(self, outputs: Any, labels: Tensor) -> dict[str, Tensor]:
+        """Return the named losses of a step; their sum is minimised. Here: cross-entropy.
+
+        Args:
+            outputs: what `run` returned.
+            labels: [B].
+        """
+        return {"loss": F.cross_entropy(outputs, labels)}
+
+    def shown_logits(self, outputs: Any) -> Tensor:
+        """Return the logits [B, C] whose accuracy on the training batch is shown."""
+        return outputs
+
+    def watch(self, outputs: Any) -> dict[str, Tensor]:
+        """Return numbers [] for TensorBoard beside the losses."""
+        return {}
+
+    def step_context(self) -> Any:
+        """Return the context in which a step computes outputs and losses."""
+        return self._autocast()
+
+    def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """Make one step.
+
+        Returns:
+            The loss, the accuracy (percent), and each loss where there are several. A step whose loss or gradients are
+            not finite changes nothing (see `model_update`), and is told all the same.
+        """
+        inputs, labels = self.parse_batch_train(batch)
+        with self.step_context():
+            outputs = self.run(inputs, labels)
+            terms = self.loss(outputs, labels)
+            loss = torch.stack(list(terms.values())).sum()
+        self.model_backward_and_update(loss)
+        if self.per_step or self.batch_idx + 1 == self.num_batches:
+            self.update_lr()
+        summary = {
+            "loss": loss.detach(),
+            "acc": compute_accuracy(self.shown_logits(outputs).detach(), labels)[0].squeeze(),
+            **{name: value.detach() for name, value in terms.items()},
+        }
+        watched = self.watch(outputs)
+        values = torch.stack([v.float() for v in (*summary.values(), *watched.values())]).tolist()  # one transfer
+        step = self.epoch * self.num_batches + self.batch_idx
+        for name, value in zip(watched, values[len(summary) :], strict=True):
+            self.write_scalar(f"train/{name}", value, step)
+        return dict(zip(summary, values, strict=False))
 
     def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """-> images [B, 3, H, W] and labels [B], on the device."""
@@ -169,7 +258,7 @@ class CLIPTrainer(TrainerX):
         val, test = self.dm.dataset.val, self.dm.dataset.test
         if self.val_loader is None or not val:
             return "no validation set"
-        if str(getattr(self.cfg.DATASET, "VAL", "")).lower() == "coop":
+        if str(self.cfg.DATASET.get("VAL", "")).lower() == "coop":
             return "DATASET.VAL is coop: the validation images are test images"
         tested = {item.impath for item in test or ()}
         if any(item.impath in tested for item in val):
@@ -185,22 +274,6 @@ class CLIPTrainer(TrainerX):
     def model_inference(self, input: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> logits [B, C] of the main head."""
         return self.model_heads(input)[self.main_head]
-
-    def test(self, split: str | None = None) -> float:
-        """Evaluates a split; an engine that knows one head only is followed by a pass that reports all."""
-        result = super().test(split)
-        if not self._own_toolbox:
-            self._report_heads(split or self.cfg.TEST.SPLIT)
-        return result
-
-    @torch.no_grad()
-    def _report_heads(self, split: str) -> None:
-        use_val = split == "val" and self.val_loader is not None
-        heads, labels = self._collect(self.val_loader if use_val else self.test_loader)
-        for head, logits in heads.items():
-            accuracy = 100.0 * (logits.argmax(dim=1) == labels).float().mean().item()
-            logger.info("* head %s: accuracy %.2f%%", head, accuracy)
-            self.write_scalar(f"{'val' if use_val else 'test'}/{head}/accuracy", accuracy, self.epoch)
 
     @torch.no_grad()
     def _collect(self, loader: Any) -> tuple[dict[str, Tensor], Tensor]:

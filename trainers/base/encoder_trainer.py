@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 
 from ..clip import CLIP
@@ -28,7 +26,6 @@ class EncoderTrainer(LearnerTrainer):
     """
 
     network: Classifier
-    per_step = False
 
     # Building
 
@@ -38,8 +35,7 @@ class EncoderTrainer(LearnerTrainer):
 
     def build_model(self) -> None:
         """CLIP, the classifier around it, and the optimiser of what is learnt."""
-        cfg = self.cfg
-        clip, classnames = self.load_frozen_clip(cfg.TRAINER[self.node_name].PREC)
+        clip, classnames = self.load_frozen_clip(self.settings.prec)
         self.network = self.build_network(clip, classnames, self.templates())
         learner = self.network.learner
         count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
@@ -55,20 +51,6 @@ class EncoderTrainer(LearnerTrainer):
         """The schedule of the learning rate."""
         node = self.cfg.OPTIM
         return build_lr_scheduler(optim, count_steps(node, len(self.train_loader_x)) if self.per_step else node)
-
-    # One step
-
-    def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """One step -> loss and accuracy (percent)."""
-        images, labels = self.parse_batch_train(batch)
-        with self._autocast():
-            logits = self.network(images)
-            loss = F.cross_entropy(logits, labels)
-        self.model_backward_and_update(loss)
-        if self.per_step or self.batch_idx + 1 == self.num_batches:
-            self.update_lr()
-        values = torch.stack([loss.detach(), compute_accuracy(logits.detach(), labels)[0].squeeze()]).tolist()
-        return {"loss": values[0], "acc": values[1]}
 
     # Evaluation
 

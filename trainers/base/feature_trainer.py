@@ -5,18 +5,18 @@ Legend: B images, N training images, C classes, E width of the joint embedding. 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.transforms import Compose
 
 from dassl.data import DatasetWrapper
 from dassl.data.transforms import build_transform
-from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 
 from ..clip import CLIP, zeroshot_weights
@@ -25,20 +25,30 @@ from ..features.corrected import CorrectedEncoder, check_adapters, load_adapters
 from ..features.encoder import FeatureSet, ImageEncoder
 from ..features.loaders import FeatureLoader, OneStep, TrainingFeatures, collect_features
 from ..features.views import Mirror, SeededViews
-from .checks import check_whole
 from .feature_learner import FeatureLearner, FeatureNetwork
+from .keys import key
 from .learner_trainer import LearnerTrainer
 from .schedule import build_optimizer_with_eps, count_steps
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class CorrectedKeys:
+    """Keys of MODEL for methods that can use corrected features."""
+
+    imo_weights: str = key(
+        "",
+        "file of adapters that IMO or IMODINO saved, or the output folder of such a run; '': features as CLIP gives "
+        "them",
+    )
+
+
 class FeatureTrainer(LearnerTrainer):
     """Trains a `FeatureLearner` by cross-entropy, or, where it has no parameters to train, fits it in one step.
 
-    Keys of its node that all such trainers have: PREC, and (unless `views_key` is off) VIEWS. The schedule of the
-    learning rate counts steps where `per_step`, else epochs. `model_heads` takes images or features; the loaders of
-    training, validation and test hand out features.
+    The schedule of the learning rate counts steps where `per_step`, else epochs. `model_heads` takes images or
+    features; the loaders of training, validation and test hand out features.
     """
 
     network: FeatureNetwork
@@ -47,42 +57,36 @@ class FeatureTrainer(LearnerTrainer):
     val_loader: Any
     test_loader: Any
     per_step = True
-    views_key = True
+    adapters = "none"  # whether features are corrected by MODEL.IMO_WEIGHTS: none (refused) | optional | needed
     mirror = False  # whether a mirrored copy of each training image, as it is at test time, stands beside it
     raw_mean = False  # whether text features of several templates are averaged as CLIP gives them, not normalised
     eps = 0.0  # of Adam-type optimisers; 0: their own
 
     # Configuration
 
-    @staticmethod
-    def new_node(cfg: Any, *, views: int | None = None) -> Any:
-        """A node of the configuration with the keys that such trainers share."""
-        node = type(cfg)()
-        node.PREC = "fp32"  # of the frozen backbone: fp32 | fp16 | amp (fp32 weights, autocast) | bf16
-        if views is not None:
-            # Seeded augmentations of each training image, encoded once; epoch e uses view e mod VIEWS. 0: the images
-            # as they are at test time.
-            node.VIEWS = views
-        return node
+    @classmethod
+    def check_adapters(cls, cfg: Any) -> None:
+        """Check MODEL.IMO_WEIGHTS, where the method uses corrected features; see CLIPTrainer.
 
-    def check_cfg(self, cfg: Any) -> None:
-        """See LearnerTrainer."""
-        super().check_cfg(cfg)
+        Raises:
+            ValueError: they are missing, not wanted, or made for another backbone.
+            FileNotFoundError: there is no such file.
+        """
         weights = cfg.MODEL.get("IMO_WEIGHTS", "")
-        if self.adapters == "needed" and not weights:
+        if cls.adapters == "none":
+            super().check_adapters(cfg)
+        elif weights:
+            check_adapters(weights, cfg.MODEL.BACKBONE.NAME)
+        elif cls.adapters == "needed":
             raise ValueError(
-                f"Expected MODEL.IMO_WEIGHTS to be adapters that IMO or IMODINO saved, which {type(self).__name__} "
+                f"Expected MODEL.IMO_WEIGHTS to be adapters that IMO or IMODINO saved, which {cls.__name__} "
                 "needs, but got ''"
             )
-        if self.adapters != "none" and weights:
-            check_adapters(weights, cfg.MODEL.BACKBONE.NAME)
-        if self.views_key:
-            check_whole(cfg, f"TRAINER.{self.node_name}.VIEWS", 0)
 
     @property
-    def node(self) -> Any:
-        """The trainer's own keys."""
-        return self.cfg.TRAINER[self.node_name]
+    def views(self) -> int:
+        """Augmentations of each training image whose features are kept; 0: the images as they are at test time."""
+        return int(self.cfg.TRAINER[self.node_name].get("VIEWS", 0))
 
     # Building
 
@@ -97,7 +101,7 @@ class FeatureTrainer(LearnerTrainer):
     def build_model(self) -> None:
         """CLIP, the learner on its features, the loaders of features, and the optimiser of what is learnt."""
         cfg = self.cfg
-        clip, classnames = self.load_frozen_clip(self.node.PREC)
+        clip, classnames = self.load_frozen_clip(self.settings.prec)
         learner = self.build_learner(clip, classnames, self.zeroshot(clip, classnames).float())
         self.network = FeatureNetwork(self.build_encoder(clip), learner)
         self.selected = {}
@@ -108,8 +112,8 @@ class FeatureTrainer(LearnerTrainer):
         """What encodes images: CLIP, and where MODEL.IMO_WEIGHTS is set CLIP with those adapters beside it."""
         weights = self.cfg.MODEL.get("IMO_WEIGHTS", "")
         if not weights:
-            return ImageEncoder(clip, self.node.PREC, self._autocast)
-        return CorrectedEncoder(clip, self.node.PREC, self._autocast, load_adapters(weights, clip))
+            return ImageEncoder(clip, self.settings.prec, self._autocast)
+        return CorrectedEncoder(clip, self.settings.prec, self._autocast, load_adapters(weights, clip))
 
     def _set_up_loaders(self) -> None:
         cfg = self.cfg
@@ -159,7 +163,7 @@ class FeatureTrainer(LearnerTrainer):
 
     def _encode_training_images(self) -> FeatureSet:
         """Features of the training images, in all views."""
-        views = int(self.node.get("VIEWS", 0))
+        views = self.views
         known = self._encode_views(build_transform(self.cfg, is_train=views > 0), views)
         if not self.mirror:
             return known
@@ -190,11 +194,6 @@ class FeatureTrainer(LearnerTrainer):
         """Fits a learner without trainable parameters to the training features -> what to show of it."""
         raise NotImplementedError
 
-    def loss(self, features: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Features [B, E] and labels [B] -> named losses, to be summed, and logits [B, C] with their labels' order."""
-        logits = self.network(features)
-        return {"loss": F.cross_entropy(logits, labels)}, logits
-
     def before_epoch(self) -> None:
         """Has the training features follow the epoch."""
         super().before_epoch()
@@ -210,7 +209,7 @@ class FeatureTrainer(LearnerTrainer):
         return features, batch["label"].to(self.device)
 
     def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """One step, or the fit -> loss and accuracy (percent), or what the fit has to show."""
+        """Make one step, or fit, and return what there is to show of it; see CLIPTrainer."""
         learner = self.network.learner
         if not bool(learner.prepared):
             with torch.no_grad():
@@ -219,18 +218,11 @@ class FeatureTrainer(LearnerTrainer):
         if self._optim is None:
             with torch.no_grad():
                 return self.fit(self.train_features.all())
-        features, labels = self.parse_batch_train(batch)
-        terms, logits = self.loss(features, labels)
-        loss = torch.stack(list(terms.values())).sum()
-        self.model_backward_and_update(loss)
-        if self.per_step or self.batch_idx + 1 == self.num_batches:
-            self.update_lr()
-        shown = {
-            "loss": loss.detach(),
-            "acc": compute_accuracy(logits.detach(), labels)[0].squeeze(),
-            **({name: value.detach() for name, value in terms.items()} if len(terms) > 1 else {}),
-        }
-        return dict(zip(shown, torch.stack([v.float() for v in shown.values()]).tolist(), strict=True))
+        return super().forward_backward(batch)
+
+    def step_context(self) -> Any:
+        """Return a context that does nothing: what learns on features computes in fp32."""
+        return contextlib.nullcontext()
 
     def get_current_lr(self, names: Any = None) -> float:
         """The learning rate; 0 where nothing is trained."""

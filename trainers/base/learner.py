@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,7 @@ class Learner(nn.Module):
     """
 
     RECOMPUTED: tuple[str, ...] = ()  # names in a checkpoint that follow from the class names: not loaded
+    UNSAID: Mapping[str, Any] = {}  # facts of checkpoints that were made before their facts had these names
 
     def __init__(self, classnames: Sequence[str], facts: Mapping[str, Any]) -> None:
         super().__init__()
@@ -118,6 +119,7 @@ class Learner(nn.Module):
         other = [name for name, value in state.items() if not isinstance(value, Tensor)]
         if other:
             raise ValueError(f"Expected every entry of a checkpoint to be a tensor but {other[0]!r} is not")
+        facts = {**self.UNSAID, **facts}
         self.adopt(facts)
         for name, ours in self.facts.items():
             if name in facts and facts[name] != ours:
@@ -127,7 +129,8 @@ class Learner(nn.Module):
         missing, unexpected = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
         if missing or unexpected:
             raise ValueError(
-                f"Expected a checkpoint with {len(wanted)} entries such as {sorted(wanted)[0]} but it lacks "
+                f"Expected a checkpoint made with the same settings, so with {len(wanted)} entries such as "
+                f"{sorted(wanted)[0]}, but it lacks "
                 f"{missing[:3]} and has {unexpected[:3]} beside (the first three of each)"
             )
         state = self.for_classes(state, trained, indices)
@@ -144,6 +147,29 @@ class Learner(nn.Module):
     ) -> dict[str, Tensor]:
         """What of `state`, trained on the classes `trained`, serves the present classes; here all of it."""
         return state
+
+
+class TextCache:
+    """Keep text features while nothing that they depend on is learnt."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Any, Tensor] | None = None
+
+    def get(self, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the features [C, E]: computed anew in training, else once, until a parameter has changed.
+
+        Args:
+            module: what they depend on; its mode counts, too.
+            compute: gives them.
+        """
+        if module.training:
+            self._known = None
+            return compute()
+        key = tuple((p.data_ptr(), p._version) for p in module.parameters())
+        if self._known is None or self._known[0] != key:
+            with torch.no_grad():
+                self._known = key, compute()
+        return self._known[1]
 
 
 class Classifier(nn.Module):
@@ -166,7 +192,7 @@ class Classifier(nn.Module):
         with torch.no_grad():
             zeroshot = zeroshot_weights(clip, classnames, templates).float()
         self.register_buffer("zeroshot", zeroshot, persistent=False)
-        self._cache: tuple[Any, Tensor] | None = None
+        self._cache = TextCache()
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
@@ -187,14 +213,7 @@ class Classifier(nn.Module):
 
     def text_features(self) -> Tensor:
         """`compute_text`, every time in training; else once, until a parameter has changed."""
-        if self.learner.training:
-            self._cache = None
-            return self.compute_text()
-        key = tuple((p.data_ptr(), p._version) for p in self.learner.parameters())
-        if self._cache is None or self._cache[0] != key:
-            with torch.no_grad():
-                self._cache = key, self.compute_text()
-        return self._cache[1]
+        return self._cache.get(self.learner, self.compute_text)
 
     def train(self, mode: bool = True) -> Classifier:
         """Sets the learner's mode; the frozen CLIP stays in evaluation mode."""

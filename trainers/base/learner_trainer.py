@@ -10,8 +10,8 @@ from typing import Any
 
 from dassl.utils import load_checkpoint
 
-from .checks import check_choice
-from .clip_trainer import PRECISIONS, CLIPTrainer
+from ..compat import class_indices
+from .clip_trainer import CLIPTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -21,25 +21,6 @@ class LearnerTrainer(CLIPTrainer):
 
     network: Any
     model_name = ""
-
-    # Configuration
-
-    def check_cfg(self, cfg: Any) -> None:
-        """Checks all that can be checked before data and CLIP are loaded.
-
-        Raises:
-            ValueError: a wrong key in the trainer's node, or a backbone that does not exist.
-            FileNotFoundError: the backbone's weights are not there.
-        """
-        name = self.node_name
-        if name not in cfg.TRAINER:
-            raise ValueError(f"Expected the configuration to have a node TRAINER.{name} but got none: call extend_cfg")
-        check_choice(cfg, f"TRAINER.{name}.PREC", PRECISIONS)
-        self.check_node(cfg)
-        self.check_clip_cfg(cfg)
-
-    def check_node(self, cfg: Any) -> None:
-        """Checks the keys of the trainer's node but PREC."""
 
     # Checkpoints
 
@@ -64,11 +45,15 @@ class LearnerTrainer(CLIPTrainer):
         if not isinstance(state, Mapping):
             raise ValueError(f"Expected a checkpoint of {method} but got something else: {path}")
         try:
-            self.network.learner.take(state, getattr(self.dm.dataset, "class_indices", None))
+            self.network.learner.take(state, class_indices(self.dm.dataset))
         except ValueError as error:
             raise ValueError(f"{error}: {path}") from error
-        self.selected = dict((checkpoint.get("engine") or {}).get("selected", {}))
+        self.after_load(checkpoint)
         logger.info("Loaded %s (epoch %s)", path, checkpoint.get("epoch"))
+
+    def after_load(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take over what a loaded checkpoint says beside the weights: what was chosen, on what."""
+        self.selected = dict((checkpoint.get("engine") or {}).get("selected", {}))
 
 
 def checkpoint_path(directory: str | os.PathLike[str], model_name: str, epoch: int | None, method: str) -> str:

@@ -1,175 +1,169 @@
-"""The configuration keys of DLR-CLIP, TRAINER.DLRCLIP.* and INPUT.VIEWS*, and their check."""
+"""Settings of DLR-CLIP: TRAINER.DLRCLIP.* and INPUT.VIEWS*.
+
+"source" is the published method and its code. The source's encoder, which applies the adapters, is not public: what is
+called a guess may be other there.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from dataclasses import dataclass, field
+
+from ..base import MethodConfig, key, precision
 
 HEADS = ("clip", "cma", "glr", "final", "fused")
 ROBUST_HEAD = "robust"  # the sixth, where TRAINER.DLRCLIP.FUSION is robust
-FUSIONS = ("learned", "robust")
-PRECISIONS = ("fp32", "fp16", "amp", "bf16")
-GLR_MODES = ("dense", "shared")
-BETA_TIES = ("weight", "smallest")
 
 
-def add_dlrclip_config(cfg: Any) -> None:
-    """Adds the keys to `cfg` unless they are there. "source" below is the published method and its code."""
-    if "INPUT" in cfg and "VIEWS" not in cfg.INPUT:
-        # Seeded augmentations of each training image; epoch e uses view e mod VIEWS. What the frozen blocks make of a
-        # view is computed once and kept. 0: fresh augmentation in every epoch, as in the source.
-        cfg.INPUT.VIEWS = 0
-        cfg.INPUT.VIEWS_MEMORY = 4.0  # GiB of RAM (in each process) to keep it in, at least 0; more goes to a file
-    if "DLRCLIP" in cfg.TRAINER:
-        return
-    node = type(cfg)()
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the losses; 0: absent. L1 is the mean absolute difference to clip_logits."""
 
-    # Switches of the three parts; for ablations.
-    node.CMA = True  # cross-modal adapter; off: cma_logits = clip_logits
-    node.GLR = True  # gate logit refiner; off: glr_logits = clip_logits (the source then puts cma_logits there)
-    node.SKD = True  # smoothed distillation from the zero-shot branch; on: no direct losses on the CMA branch
+    ce_cma: float = key(1.0, "cross-entropy of cma_logits; absent when SKD is on or CMA is off", low=0)
+    ce_glr: float = key(1.0, "cross-entropy of glr_logits; absent when GLR is off", low=0)
+    ce_final: float = key(1.0, "cross-entropy of final_logits", low=0)
+    l1_cma: float = key(1.0, "L1(cma, clip); absent when SKD is on or CMA is off", low=0)
+    l1_glr: float = key(1.0, "L1(glr, clip); absent when GLR is off", low=0)
 
-    # Precision of the frozen backbone: fp32 | fp16 | amp (fp32 weights, autocast) | bf16. What is learnt is fp32.
-    node.PREC = "fp32"
+
+@dataclass(frozen=True)
+class DLRCLIPConfig(MethodConfig):
+    """Settings of DLR-CLIP. The defaults are the published form."""
+
+    # Switches of the three parts, for ablations.
+    cma: bool = key(True, "cross-modal adapter; off: cma_logits = clip_logits")
+    glr: bool = key(True, "gate logit refiner; off: glr_logits = clip_logits", source="off: glr_logits = cma_logits")
+    skd: bool = key(True, "smoothed distillation from the zero-shot branch; on: no direct losses on the CMA branch")
+    prec: str = precision("fp32", "what is learnt is fp32")
 
     # Memory and speed; none of these changes the numbers beyond rounding.
-    node.TEXT_CHUNK = (
-        0  # training: most classes whose prompts are encoded at once, each chunk once more backward; 0: all
+    text_chunk: int = key(
+        0,
+        "training: most classes whose prompts are encoded at once, each chunk once more backward; 0: all",
+        low=0,
     )
-    node.CHECKPOINTING = False  # training: adapted blocks are computed again backward, not kept
-    node.COMPILE = False  # training: the encoders run through torch.compile (minutes at the start; needs a compiler)
+    checkpointing: bool = key(False, "training: adapted blocks are computed again backward, not kept")
+    compile: bool = key(
+        False, "training: the encoders run through torch.compile (minutes at the start; needs a compiler)"
+    )
 
     # CMA
-    node.TEXT_CTX_INIT = "a photo of a"  # prompt of the adapted text branch: "<this> <class>."
-    # The source's encoder, which applies the adapters, is not public: what is marked "guess" may be other there.
-    node.START = 5  # first adapted block, counted from 1 (source: 5)
-    # Last adapted block, at least START; clipped to each encoder's depth (source: 12). Guess: that this means eight
-    # blocks, 5 to 12. The source's cma.py builds seven adapters, numbered 5 to 11, of encoders with 12 blocks: END 11
-    # where blocks are counted from 1 there, as its "index 0" suggests, START 6 where they are counted from 0.
-    node.END = 12
-    node.DIM = 32  # bottleneck width r, at least 1 (source: 32)
-    node.SCALE = 0.01  # (initial) value of the scale of each block's adapter, finite (source: 0.01)
-    node.LEARN_SCALE = True  # guess: the scales are learnt (source: its README says so, its cma.py keeps a number)
-    # Adapters' weights get 1 / SCALE times their gradient, as in MMA, whose adapters these are. Guess: they do not.
-    node.GRAD_SCALING = False
+    text_ctx_init: str = key("a photo of a", "prompt of the adapted text branch: '<this> <class>.'")
+    start: int = key(5, "first adapted block, counted from 1", low=1, source="5")
+    # The source's cma.py builds seven adapters, numbered 5 to 11, of encoders with 12 blocks: END 11 where blocks are
+    # counted from 1 there, as its "index 0" suggests, START 6 where they are counted from 0.
+    end: int = key(
+        12,
+        "last adapted block, at least START; clipped to each encoder's depth",
+        low=1,
+        source="12; a guess that this means eight blocks, 5 to 12",
+    )
+    dim: int = key(32, "bottleneck width r", low=1, source="32")
+    scale: float = key(0.01, "(initial) value of the scale of each block's adapter", source="0.01")
+    learn_scale: bool = key(
+        True, "the scales are learnt", source="guess: its README says so, its cma.py keeps a number"
+    )
+    grad_scaling: bool = key(
+        False,
+        "adapters' weights get 1 / SCALE times their gradient, as in MMA, whose adapters these are",
+        source="guess: they do not",
+    )
 
     # GLR
-    # dense: layers of the size of the class list, as in the source; on other classes GLR passes zero-shot logits on.
-    # shared: GLR and the fusion gate see statistics of each class's logits through one network for all classes, and
-    # apply to any class list (ours).
-    node.GLR_MODE = "dense"
-    node.GLR_DIM = 512  # dense: feature size d, at least 1 (source: 512)
-    node.SHARED_DIM = 64  # shared: feature size d of each class, at least 1; memory grows with images * classes * d
-    node.RES_SCALE = 0.01  # initial value of the learnable scale of the residual on the logits, finite (source: 0.01)
-    node.FIXED_ALPHA = None  # in [0, 1]: replaces the gate alpha; None: learnt
+    glr_mode: str = key(
+        "dense",
+        "dense: layers of the size of the class list; on other classes GLR passes zero-shot logits on; shared (ours): "
+        "GLR and the fusion gate see statistics of each class's logits through one network for all classes, and apply "
+        "to any class list",
+        choices=("dense", "shared"),
+        source="dense",
+    )
+    glr_dim: int = key(512, "dense: feature size d", low=1, source="512")
+    shared_dim: int = key(64, "shared: feature size d of each class; memory grows with images * classes * d", low=1)
+    res_scale: float = key(0.01, "initial value of the learnable scale of the residual on the logits", source="0.01")
+    fixed_alpha: float | None = key(None, "replaces the gate alpha; None: learnt", low=0, high=1)
 
     # Fusion
-    node.FUSION_DIM = 128  # hidden width of the fusion gate, at least 1 (guess: the source's gate is not public)
-    node.FIXED_WEIGHT = None  # in [0, 1]: replaces the fusion weight w; None: learnt
-    # Which of equally good betas is taken: weight (the one nearest to the mean learnt w; ours) | smallest (source).
-    node.BETA_TIES = "weight"
+    fusion_dim: int = key(128, "hidden width of the fusion gate", low=1, source="guess: its gate is not public")
+    fixed_weight: float | None = key(None, "replaces the fusion weight w; None: learnt", low=0, high=1)
+    beta_ties: str = key(
+        "weight",
+        "which of equally good betas is taken: the one nearest to the mean learnt w (weight, ours), or the smallest",
+        choices=("weight", "smallest"),
+        source="smallest",
+    )
+    fusion: str = key(
+        "learned",
+        "learned: the five heads; robust (ours): a sixth head beside them, which leans to zero-shot CLIP where signs "
+        "that need no label speak against the adapted branch; fitted after training to validation images and "
+        "corruptions of them",
+        choices=("learned", "robust"),
+    )
 
-    # learned: the five heads. robust: a sixth head beside them, which leans to zero-shot CLIP where signs that need no
-    # label speak against the adapted branch; fitted after training to validation images and corruptions of them (ours).
-    node.FUSION = "learned"
-
-    # Weights of the losses, each at least 0 and 0 = absent. L1 is the mean absolute difference to clip_logits.
-    node.LOSS = type(cfg)()
-    node.LOSS.CE_CMA = 1.0  # cross-entropy of cma_logits; absent when SKD is on or CMA is off
-    node.LOSS.CE_GLR = 1.0  # cross-entropy of glr_logits; absent when GLR is off
-    node.LOSS.CE_FINAL = 1.0  # cross-entropy of final_logits
-    node.LOSS.L1_CMA = 1.0  # L1(cma, clip); absent when SKD is on or CMA is off
-    node.LOSS.L1_GLR = 1.0  # L1(glr, clip); absent when GLR is off
+    loss: LossWeights = field(default_factory=LossWeights)
 
     # SKD
-    node.LAMBDA = 0.01  # weight of the distillation loss, at least 0 (source: 0.01)
-    node.T = 2.0  # temperature, above 0 (source: 2)
-    node.SMOOTHING = 0.2  # share of the uniform distribution in the teacher, in [0, 1) (source: 0.2)
+    lambda_: float = key(0.01, "weight of the distillation loss", low=0, source="0.01")
+    t: float = key(2.0, "temperature", above=0, source="2")
+    smoothing: float = key(0.2, "share of the uniform distribution in the teacher", low=0, below=1, source="0.2")
 
-    node.EPS = 1e-4  # epsilon of Adam-type optimisers, above 0 (source: 1e-4); others have none
-    node.HEAD = "final"  # the head that is reported as the accuracy: clip | cma | glr | final | fused | robust
+    eps: float = key(1e-4, "epsilon of Adam-type optimizers; others have none", above=0, source="1e-4")
+    head: str = key(
+        "final", "the head that is reported as the accuracy; robust only with FUSION robust",
+        choices=(*HEADS, ROBUST_HEAD),
+    )  # fmt: skip
 
-    cfg.TRAINER.DLRCLIP = node
+    def check(self, path: str) -> None:
+        """See MethodConfig."""
+        if not (self.cma or self.glr):
+            raise ValueError(f"Expected {path}.CMA or .GLR to be on but got both off: nothing would be learnt")
+        if self.head == ROBUST_HEAD and self.fusion != "robust":
+            raise ValueError(
+                f"Expected {path}.HEAD to be one of {', '.join(HEADS)} but got {self.head!r}, which needs FUSION robust"
+            )
+        if not self.text_ctx_init.strip() or "{" in self.text_ctx_init:
+            raise ValueError(
+                f"Expected {path}.TEXT_CTX_INIT to be the words before the class name, such as 'a photo of a', "
+                f"but got {self.text_ctx_init!r}"
+            )
+        if self.start > self.end:
+            raise ValueError(f"Expected {path}.START to be at most .END but got START {self.start} and END {self.end}")
+        if self.grad_scaling and self.scale == 0:
+            raise ValueError(f"Expected {path}.SCALE not to be 0 where .GRAD_SCALING is True but got 0")
+
+    def present_losses(self) -> dict[str, float]:
+        """Return name -> weight of the losses that take part.
+
+        Without distillation: CE(cma) + CE(glr) + CE(final) + L1(cma, clip) + L1(glr, clip). With it, the two direct
+        losses of the adapted branch go and the distillation of clip into final comes.
+
+        Raises:
+            ValueError: none is left.
+        """
+        wanted = {
+            "ce_cma": self.cma and not self.skd,
+            "ce_glr": self.glr,
+            "ce_final": True,
+            "l1_cma": self.cma and not self.skd,
+            "l1_glr": self.glr,
+        }
+        present = {name: getattr(self.loss, name) for name, on in wanted.items() if on}
+        if self.skd:
+            present["kd"] = self.lambda_
+        present = {name: weight for name, weight in present.items() if weight != 0}
+        if not present:
+            raise ValueError("Expected at least one loss with a weight above 0 but got none")
+        return present
 
 
-def _check_number(
-    node: Any,
-    key: str,
-    low: float,
-    high: float = math.inf,
-    *,
-    open_low: bool = False,
-    open_high: bool = False,
-    path: str = "TRAINER.DLRCLIP",
-) -> None:
-    value = node[key]
-    number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-    if number and low <= value <= high and not (open_low and value == low) and not (open_high and value == high):
-        return
-    bounds = []
-    if low > -math.inf:
-        bounds.append(f"{'above' if open_low else 'at least'} {low:g}")
-    if high < math.inf:
-        bounds.append(f"{'below' if open_high else 'at most'} {high:g}")
-    wanted = " and ".join(bounds) or "finite"
-    raise ValueError(f"Expected {path}.{key} to be a number, {wanted}, but got {value!r}")
+@dataclass(frozen=True)
+class ViewsKeys:
+    """Keys of INPUT for kept views of training images."""
 
-
-def _check_whole(node: Any, key: str, low: int = 1, path: str = "TRAINER.DLRCLIP") -> None:
-    value = node[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"Expected {path}.{key} to be a whole number, at least {low}, but got {value!r}")
-
-
-def _check_choice(node: Any, key: str, choices: tuple[str, ...]) -> None:
-    if node[key] not in choices:
-        raise ValueError(f"Expected TRAINER.DLRCLIP.{key} to be one of {', '.join(choices)} but got {node[key]!r}")
-
-
-def check_dlrclip_config(cfg: Any) -> None:
-    """Checks every key of TRAINER.DLRCLIP, and INPUT.VIEWS*; needs neither CLIP nor data.
-
-    Raises:
-        ValueError: naming the key, what was expected and what came.
-    """
-    if "DLRCLIP" not in cfg.TRAINER:
-        raise ValueError("Expected the configuration to have a node TRAINER.DLRCLIP but got none: call extend_cfg(cfg)")
-    if "VIEWS" in cfg.INPUT:
-        _check_whole(cfg.INPUT, "VIEWS", 0, path="INPUT")
-        _check_number(cfg.INPUT, "VIEWS_MEMORY", 0, path="INPUT")
-    node = cfg.TRAINER.DLRCLIP
-    for key in ("CMA", "GLR", "SKD", "CHECKPOINTING", "COMPILE", "LEARN_SCALE", "GRAD_SCALING"):
-        if not isinstance(node[key], bool):
-            raise ValueError(f"Expected TRAINER.DLRCLIP.{key} to be True or False but got {node[key]!r}")
-    if not (node.CMA or node.GLR):
-        raise ValueError("Expected TRAINER.DLRCLIP.CMA or .GLR to be on but got both off: nothing would be learnt")
-    _check_choice(node, "PREC", PRECISIONS)
-    _check_choice(node, "FUSION", FUSIONS)
-    _check_choice(node, "HEAD", HEADS if node.FUSION == "learned" else (*HEADS, ROBUST_HEAD))
-    _check_choice(node, "GLR_MODE", GLR_MODES)
-    _check_choice(node, "BETA_TIES", BETA_TIES)
-    if not isinstance(node.TEXT_CTX_INIT, str) or not node.TEXT_CTX_INIT.strip() or "{" in node.TEXT_CTX_INIT:
-        raise ValueError(
-            "Expected TRAINER.DLRCLIP.TEXT_CTX_INIT to be the words before the class name, such as 'a photo of a', "
-            f"but got {node.TEXT_CTX_INIT!r}"
-        )
-    for key in ("START", "END", "DIM", "GLR_DIM", "SHARED_DIM", "FUSION_DIM"):
-        _check_whole(node, key)
-    _check_whole(node, "TEXT_CHUNK", 0)
-    if node.START > node.END:
-        raise ValueError(
-            f"Expected TRAINER.DLRCLIP.START to be at most .END but got START {node.START} and END {node.END}"
-        )
-    for key in ("SCALE", "RES_SCALE"):
-        _check_number(node, key, -math.inf)
-    if node.GRAD_SCALING and node.SCALE == 0:
-        raise ValueError("Expected TRAINER.DLRCLIP.SCALE not to be 0 where .GRAD_SCALING is True but got 0")
-    for key in ("FIXED_ALPHA", "FIXED_WEIGHT"):
-        if node[key] is not None:
-            _check_number(node, key, 0, 1)
-    _check_number(node, "LAMBDA", 0)
-    _check_number(node, "T", 0, open_low=True)
-    _check_number(node, "SMOOTHING", 0, 1, open_high=True)
-    _check_number(node, "EPS", 0, open_low=True)
-    for key in node.LOSS:
-        _check_number(node.LOSS, key, 0, path="TRAINER.DLRCLIP.LOSS")
+    views: int = key(
+        0,
+        "seeded augmentations of each training image; epoch e uses view e mod VIEWS, and what the frozen blocks make "
+        "of a view is computed once and kept; 0: fresh augmentation in every epoch",
+        low=0,
+        source="0",
+    )
+    views_memory: float = key(4.0, "GiB of RAM (in each process) to keep the views in; more goes to a file", low=0)

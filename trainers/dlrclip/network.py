@@ -24,116 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..base import pack_record, unpack_record
+from ..base.learner import TextCache
 from ..clip import CLIP, clean_classname, zeroshot_weights
 from ..clip.blocks import add_adapter
 from ..features import FrozenPart
 from ..modules.cross_modal_adapter import CrossModalAdapter, build_adapter
-from .config import HEADS, ROBUST_HEAD
-from .glr import FusionGate, GateLogitRefiner, fuse
-from .robust import RobustMixture
-from .shared import SharedFusion, SharedRefiner, neighbour_weights
+from .config import HEADS, ROBUST_HEAD, DLRCLIPConfig
+from .glr import fuse
+from .learner import DLRCLIPLearner
+from .shared import neighbour_weights
 from .skd import mean_abs_difference, skd_loss
 from .text_branch import AdaptedText
 
 logger = logging.getLogger(__name__)
-
-# The running mean of w forgets with this momentum once it has seen 1 / MOMENTUM steps; before, it is the plain mean.
-MOMENTUM = 0.1
-
-
-class DLRCLIPLearner(nn.Module):
-    """What is trained and saved: CMA, GLR, the fusion gate, and what they were trained on.
-
-    A checkpoint describes itself: its state holds the training class list and `facts` about the frozen CLIP beside
-    the weights, and loading it gives the layers of size C (dense mode) that class list's size.
-
-    Args:
-        classnames: the training class list.
-        cma: the adapter, or None where CMA is off.
-        glr: arguments of the refiner other than the number of classes, or None where GLR is off.
-        shared: refiner and fusion gate are SharedRefiner and SharedFusion, which serve any class list.
-        fusion_dim: hidden width of the fusion gate.
-        fixed_weight: a number that replaces the fusion gate; None: learn it.
-        robust: the mixture of the robust head, or None where there is no such head.
-        facts: plain values that a checkpoint must agree on to be used with this learner.
-    """
-
-    weight_mean: Tensor  # running mean of w over training
-    weight_steps: Tensor  # number of steps it has seen
-    beta: Tensor  # chosen fusion coefficient; nan: not chosen
-    beta_n: Tensor  # number of validation images it was chosen on; 0: on none
-
-    def __init__(
-        self,
-        classnames: Sequence[str],
-        *,
-        cma: CrossModalAdapter | None,
-        glr: Mapping[str, Any] | None,
-        shared: bool = False,
-        fusion_dim: int = 128,
-        fixed_weight: float | None = None,
-        robust: RobustMixture | None = None,
-        facts: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.cma = cma
-        self.robust = robust
-        self.glr: GateLogitRefiner | SharedRefiner | None = None
-        self.fusion: FusionGate | SharedFusion | None = None
-        self.shared = shared
-        self.fixed_weight = fixed_weight
-        self.facts = dict(facts or {})
-        self._glr_arguments = None if glr is None else dict(glr)
-        self._fusion_dim = fusion_dim
-        self.register_buffer("weight_mean", torch.tensor(0.5 if fixed_weight is None else float(fixed_weight)))
-        self.register_buffer("weight_steps", torch.tensor(0))
-        self.register_buffer("beta", torch.tensor(float("nan"), dtype=torch.float64))  # 0.54 stays 0.54
-        self.register_buffer("beta_n", torch.tensor(0))
-        self.classnames: list[str] = []
-        self._size_for(classnames)
-
-    def _size_for(self, classnames: Sequence[str]) -> None:
-        """Makes the class list the training class list; builds the layers of size C anew where C changes."""
-        old, self.classnames = len(self.classnames), list(classnames)
-        if len(self.classnames) == old or (self.shared and old):
-            return
-        device, dense = self.beta.device, () if self.shared else (len(classnames),)
-        if self._glr_arguments is not None:
-            refiner: Any = SharedRefiner if self.shared else GateLogitRefiner
-            self.glr = refiner(*dense, **self._glr_arguments).to(device)
-        if self.fixed_weight is None:
-            gate: Any = SharedFusion if self.shared else FusionGate
-            self.fusion = gate(*dense, hidden=self._fusion_dim).to(device)
-
-    def fusion_weight(self, cma_logits: Tensor) -> Tensor:
-        """w [B, 1] from cma_logits [B, C]; of the training classes, unless the gate is a shared one."""
-        if self.fusion is None:
-            return cma_logits.new_full((len(cma_logits), 1), self.fixed_weight or 0.0)
-        return self.fusion(cma_logits)
-
-    def mean_weight(self) -> Tensor:
-        """The mean learnt w (or the fixed one), []."""
-        return self.weight_mean if self.fixed_weight is None else torch.full_like(self.weight_mean, self.fixed_weight)
-
-    def coefficient(self) -> Tensor:
-        """The chosen beta, or the mean learnt w while none is chosen, []."""
-        return torch.where(torch.isnan(self.beta), self.mean_weight(), self.beta)
-
-    @torch.no_grad()
-    def observe(self, weight: Tensor) -> None:
-        """Takes one step's w [B, 1] into the running mean."""
-        self.weight_steps += 1
-        rate = torch.clamp(1.0 / self.weight_steps, min=MOMENTUM)
-        self.weight_mean += rate * (weight.float().mean() - self.weight_mean)
-
-    def get_extra_state(self) -> Tensor:
-        """The training class list and the facts, as JSON in a uint8 tensor (which safe loaders admit)."""
-        return pack_record({"classnames": self.classnames, "facts": self.facts})
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Called by load_state_dict before the weights of the submodules are loaded."""
-        self._size_for(unpack_record(state)["classnames"])
 
 
 class DLRCLIPNetwork(nn.Module):
@@ -145,18 +48,7 @@ class DLRCLIPNetwork(nn.Module):
         clip: a frozen CLIP, on its device.
         classnames: class names in the order of their labels.
         templates: zero-shot prompt templates, each with one "{}".
-        cma, glr, skd: switches.
-        context: words before the class name in the prompt of the adapted branch.
-        start, end, dim, scale, learn_scale, grad_scaling: see `build_adapter` and CrossModalAdapter.
-        shared: see DLRCLIPLearner.
-        glr_dim, res_scale, fixed_alpha: see GateLogitRefiner and SharedRefiner.
-        fusion_dim, fixed_weight: see DLRCLIPLearner.
-        robust: whether there is a robust head.
-        loss_weights: weights of ce_cma, ce_glr, ce_final, l1_cma, l1_glr; 1 where absent.
-        kd_weight, temperature, smoothing: weight of the distillation loss, and see `skd_loss`.
-        text_chunk: most classes whose prompts are encoded at once in training (exact, less memory); 0: no limit.
-        checkpointing: in training, adapted blocks are computed again in the backward pass (exact, less memory).
-        compile: in training, the encoders run through torch.compile.
+        settings: see DLRCLIPConfig; of them, TEXT_CHUNK, CHECKPOINTING and COMPILE count in training only.
 
     Raises:
         ValueError: CMA and GLR are both off, no loss is left, or the blocks do not exist in this CLIP.
@@ -165,63 +57,31 @@ class DLRCLIPNetwork(nn.Module):
     zeroshot: Tensor  # [C, E], normalised
 
     def __init__(
-        self,
-        clip: CLIP,
-        classnames: Sequence[str],
-        templates: Sequence[str],
-        *,
-        cma: bool = True,
-        glr: bool = True,
-        skd: bool = True,
-        context: str = "a photo of a",
-        start: int = 5,
-        end: int = 12,
-        dim: int = 32,
-        scale: float = 0.01,
-        learn_scale: bool = True,
-        grad_scaling: bool = False,
-        shared: bool = False,
-        glr_dim: int = 512,
-        res_scale: float = 0.01,
-        fixed_alpha: float | None = None,
-        fusion_dim: int = 128,
-        fixed_weight: float | None = None,
-        robust: bool = False,
-        loss_weights: Mapping[str, float] | None = None,
-        kd_weight: float = 0.01,
-        temperature: float = 2.0,
-        smoothing: float = 0.2,
-        text_chunk: int = 0,
-        checkpointing: bool = False,
-        compile: bool = False,
+        self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str], settings: DLRCLIPConfig
     ) -> None:
         super().__init__()
-        if not (cma or glr):
-            raise ValueError("Expected CMA or GLR to be on but got both off: nothing would be learnt")
+        settings.check("TRAINER.DLRCLIP")
         self.clip = clip
         self.templates = list(templates)
-        self.context = context.strip()
-        adapter = build_adapter(clip, start, end, dim, scale, learn_scale, grad_scaling) if cma else None
-        facts: dict[str, Any] = {"backbone": clip.name, "weights_digest": clip.weights_digest}
-        if cma:
-            facts["context"] = self.context
-        facts["glr_mode"] = "shared" if shared else "dense"
-        self.learner = DLRCLIPLearner(
-            classnames,
-            cma=adapter,
-            glr={"dim": glr_dim, "res_scale": res_scale, "fixed_alpha": fixed_alpha} if glr else None,
-            shared=shared,
-            fusion_dim=fusion_dim,
-            fixed_weight=fixed_weight,
-            robust=RobustMixture(clip.embed_dim) if robust else None,
-            facts=facts,
-        ).to(clip.device)
-        self.loss_weights = _present_losses(cma, glr, skd, loss_weights or {}, kd_weight)
-        self.temperature, self.smoothing = temperature, smoothing
+        self.context = settings.text_ctx_init.strip()
+        adapter = None
+        if settings.cma:
+            adapter = build_adapter(
+                clip,
+                settings.start,
+                settings.end,
+                settings.dim,
+                settings.scale,
+                settings.learn_scale,
+                settings.grad_scaling,
+            )
+        self.learner = DLRCLIPLearner(clip, classnames, settings, adapter).to(clip.device)
+        self.loss_weights = settings.present_losses()
+        self.temperature, self.smoothing = settings.t, settings.smoothing
         self._text_start = min(int(i) for i in adapter.text) if adapter else 1
         self._visual_start = min(adapter.share) if adapter else 1
-        self._text_chunk, self._checkpointing = text_chunk, checkpointing
-        self._wrap: Callable[[Any], Any] | None = torch.compile if compile else None
+        self._text_chunk, self._checkpointing = settings.text_chunk, settings.checkpointing
+        self._wrap: Callable[[Any], Any] | None = torch.compile if settings.compile else None
         self._train_frozen, self._train_adapted = self._run_frozen, self._run_adapted
         if self._wrap is not None:
             self._train_frozen, self._train_adapted = self._wrap(self._run_frozen), self._wrap(self._run_adapted)
@@ -275,7 +135,7 @@ class DLRCLIPNetwork(nn.Module):
                 self._text = AdaptedText(
                     self.clip.text, tokens, self._text_start, self._text_chunk, self._checkpointing, self._wrap
                 )
-        self._text_cache: tuple[Any, Tensor] | None = None
+        self._text_cache = TextCache()
 
     # Branches
 
@@ -288,14 +148,8 @@ class DLRCLIPNetwork(nn.Module):
         """Normalised text features [C, E] of the adapted branch; kept between calls while nothing has been learnt."""
         cma = self.learner.cma
         assert cma is not None
-        if self.learner.training:
-            self._text_cache = None
-            return self._text.features(cma, training=torch.is_grad_enabled())
-        key = tuple((p.data_ptr(), p._version) for p in cma.parameters())
-        if self._text_cache is None or self._text_cache[0] != key:
-            with torch.no_grad():
-                self._text_cache = key, self._text.features(cma, training=False)
-        return self._text_cache[1]
+        training = self.learner.training and torch.is_grad_enabled()
+        return self._text_cache.get(cma, lambda: self._text.features(cma, training=training))
 
     def _run_frozen(self, hidden: Tensor, with_features: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """What enters the first adapted block -> what its adapter sees, its output, and the zero-shot features."""
@@ -423,32 +277,3 @@ class DLRCLIPNetwork(nn.Module):
         super().train(mode)
         self.clip.eval()
         return self
-
-
-def _present_losses(
-    cma: bool, glr: bool, skd: bool, weights: Mapping[str, float], kd_weight: float
-) -> dict[str, float]:
-    """Name -> weight of the losses that take part.
-
-    Without distillation: CE(cma) + CE(glr) + CE(final) + L1(cma, clip) + L1(glr, clip). With it, the two direct losses
-    of the adapted branch go and the distillation of clip into final comes.
-    """
-    unknown = set(weights) - {"ce_cma", "ce_glr", "ce_final", "l1_cma", "l1_glr"}
-    if unknown:
-        raise ValueError(
-            f"Expected loss weights for ce_cma, ce_glr, ce_final, l1_cma, l1_glr but got {sorted(unknown)}"
-        )
-    wanted = {
-        "ce_cma": cma and not skd,
-        "ce_glr": glr,
-        "ce_final": True,
-        "l1_cma": cma and not skd,
-        "l1_glr": glr,
-    }
-    present = {name: float(weights.get(name, 1.0)) for name, on in wanted.items() if on}
-    if skd:
-        present["kd"] = float(kd_weight)
-    present = {name: weight for name, weight in present.items() if weight != 0}
-    if not present:
-        raise ValueError("Expected at least one loss with a weight above 0 but got none")
-    return present

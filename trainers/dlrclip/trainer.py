@@ -7,7 +7,6 @@ gradient scaling, evaluation of several heads in one pass) is used where it is t
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,16 +16,14 @@ from torch import Tensor
 from dassl.data import DatasetWrapper
 from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY
-from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler
-from dassl.utils import load_checkpoint
 
-from ..base import CLIPTrainer, build_optimizer_with_eps, checkpoint_path, count_steps, unpack_record
-from ..base.learner import FACTS
+from ..base import LearnerTrainer, build_optimizer_with_eps, count_steps
 from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
+from ..compat import class_indices
 from ..features import FrozenPart, ImageEncoder, KnownFeatures, collect_features, feature_slot
 from ..features.kept_views import GIB, ViewLoader
-from .config import add_dlrclip_config, check_dlrclip_config
+from .config import DLRCLIPConfig, ViewsKeys
 from .glr import best_beta
 from .network import DLRCLIPNetwork
 from .pseudo_shifts import SHIFTS, shifted
@@ -34,7 +31,6 @@ from .robust import Evidence
 
 logger = logging.getLogger(__name__)
 
-MODEL_NAME = "dlrclip"  # folder of the checkpoints within a run's output folder
 NOT_CHOSEN = "mean learnt w (beta was not chosen)"
 
 
@@ -47,82 +43,37 @@ class GivenImages(NamedTuple):
 
 
 @TRAINER_REGISTRY.register()
-class DLRCLIP(CLIPTrainer):
+class DLRCLIP(LearnerTrainer):
     """Few-shot adaptation of CLIP by a cross-modal adapter and a gated logit refiner.
 
-    What the engine may ask for beside the usual methods: `model_heads`, `model_report`, `main_head`, `reference_head`,
-    `selected`, `bind_classes`.
+    See dassl/engine/declared.py for what the engine asks of a trainer.
     """
 
     network: DLRCLIPNetwork
     recipe = 2
     node_name = "DLRCLIP"
+    config = DLRCLIPConfig
+    extra_keys = {"INPUT": ViewsKeys}
+    model_name = "dlrclip"
+    main_head = "final"  # TRAINER.DLRCLIP.HEAD, once the model is built
+    per_step = True
     drop_last = False
     imagenet_templates = IMAGENET_TEMPLATES_SELECT
-
-    # Configuration
-
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.DLRCLIP to `cfg` unless it is there."""
-        add_dlrclip_config(cfg)
-
-    def check_cfg(self, cfg: Any) -> None:
-        """Checks all that can be checked before data and CLIP are loaded.
-
-        Raises:
-            ValueError: a key of TRAINER.DLRCLIP or a backbone that does not exist.
-            FileNotFoundError: the backbone's weights are not there.
-        """
-        check_dlrclip_config(cfg)
-        self.check_clip_cfg(cfg)
-
-    @property
-    def main_head(self) -> str:  # type: ignore[override]  # read from the configuration, never set
-        """The head whose accuracy is the trainer's."""
-        return self.cfg.TRAINER.DLRCLIP.HEAD
 
     # Building
 
     def build_model(self) -> None:
         """CLIP, the network around it, and the optimiser of what is learnt, stepped per batch."""
-        cfg, node = self.cfg, self.cfg.TRAINER.DLRCLIP
-        clip, classnames = self.load_frozen_clip(node.PREC)
-        self.network = DLRCLIPNetwork(
-            clip,
-            classnames,
-            self.templates(),
-            cma=node.CMA,
-            glr=node.GLR,
-            skd=node.SKD,
-            context=node.TEXT_CTX_INIT,
-            start=node.START,
-            end=node.END,
-            dim=node.DIM,
-            scale=node.SCALE,
-            learn_scale=node.LEARN_SCALE,
-            grad_scaling=node.GRAD_SCALING,
-            shared=node.GLR_MODE == "shared",
-            glr_dim=node.GLR_DIM if node.GLR_MODE == "dense" else node.SHARED_DIM,
-            res_scale=node.RES_SCALE,
-            fixed_alpha=node.FIXED_ALPHA,
-            fusion_dim=node.FUSION_DIM,
-            fixed_weight=node.FIXED_WEIGHT,
-            robust=node.FUSION == "robust",
-            loss_weights={key.lower(): node.LOSS[key] for key in node.LOSS},
-            kd_weight=node.LAMBDA,
-            temperature=node.T,
-            smoothing=node.SMOOTHING,
-            text_chunk=node.TEXT_CHUNK,
-            checkpointing=node.CHECKPOINTING,
-            compile=node.COMPILE,
-        )
+        settings, cfg = self.settings, self.cfg
+        clip, classnames = self.load_frozen_clip(settings.prec)
+        self.network = DLRCLIPNetwork(clip, classnames, self.templates(), settings)
+        self.main_head = settings.head
         self.loss_terms = tuple(self.network.loss_weights)
         learner = self.network.learner
         logger.info("Parameters to learn: %s", f"{sum(p.numel() for p in learner.parameters()):,}")
-        optim = build_optimizer_with_eps(learner, cfg.OPTIM, node.EPS)
+        optim = build_optimizer_with_eps(learner, cfg.OPTIM, settings.eps)
         sched = build_lr_scheduler(optim, count_steps(cfg.OPTIM, len(self.train_loader_x)))
-        self.register_model(MODEL_NAME, learner, optim, sched)
+        self.register_model(self.model_name, learner, optim, sched)
         self.selected = {}
         self._keep_views()
         self._share_features(clip)
@@ -141,7 +92,7 @@ class DLRCLIP(CLIPTrainer):
 
     def _share_features(self, clip: CLIP) -> None:
         """Zero-shot features of validation and test images come from the cache on disk, or go there."""
-        encoder = self._encoder = ImageEncoder(clip, self.cfg.TRAINER.DLRCLIP.PREC, self._autocast)
+        encoder = self._encoder = ImageEncoder(clip, self.settings.prec, self._autocast)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return  # each process then has a part of the images
         for split in ("val", "test"):
@@ -168,39 +119,34 @@ class DLRCLIP(CLIPTrainer):
             self._views.close()
         super().after_train()
 
-    def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """One step -> loss, accuracy (percent) and each loss term, for the console and TensorBoard."""
-        images: Tensor | None = None
+    def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
+        """Take the images [B, 3, H, W], or the frozen part of them (see INPUT.VIEWS), and the labels [B]."""
         if "img" in batch:
-            images, labels = self.parse_batch_train(batch)
-        else:  # the frozen part of the images, see INPUT.VIEWS
-            labels = batch["label"].to(self.device)
-        with self._autocast():
-            outputs = self.network(images, features=batch.get("feature"), hidden=batch.get("hidden"))
-            terms = self.network.losses(outputs, labels)
-            loss = torch.stack(list(terms.values())).sum()
+            images, labels = super().parse_batch_train(batch)
+            return {"images": images}, labels
+        known = {"images": None, "features": batch.get("feature"), "hidden": batch.get("hidden")}
+        return known, batch["label"].to(self.device)
+
+    def run(self, inputs: Any, labels: Tensor) -> dict[str, Tensor]:
+        """Return logits of all heads, alpha and w; see DLRCLIPNetwork."""
+        outputs = self.network(**inputs)
         self._weight = outputs["weight"].detach()
-        self.model_backward_and_update(loss)
-        self.update_lr()  # the schedule counts steps
-        head = self.main_head if self.main_head in outputs else "final"
-        summary = {
-            "loss": loss.detach(),
-            "acc": compute_accuracy(outputs[head].detach(), labels)[0].squeeze(),
-            **{name: value.detach() for name, value in terms.items()},
-        }
-        inside = self._inside(outputs)
-        values = torch.stack([v.float() for v in (*summary.values(), *inside.values())]).tolist()  # one transfer
-        step = self.epoch * len(self.train_loader_x) + self.batch_idx
-        for name, value in zip(inside, values[len(summary) :], strict=True):
-            self.write_scalar(f"train/{name}", value, step)
-        return dict(zip(summary, values[: len(summary)], strict=True))
+        return outputs
+
+    def loss(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Return the named losses, times their weights."""
+        return self.network.losses(outputs, labels)
+
+    def shown_logits(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return those of the main head, or of `final` where a step does not compute it."""
+        return outputs[self.main_head if self.main_head in outputs else "final"]
 
     def after_update(self) -> None:
         """Take the step's w into its running mean."""
         self.network.learner.observe(self._weight)
 
-    def _inside(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What to watch beside the losses: alpha and w, and the learnt scales."""
+    def watch(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return alpha and w, and the learnt scales."""
         learner = self.network.learner
         inside: dict[str, Tensor] = {}
         for name in ("alpha", "weight"):
@@ -267,7 +213,7 @@ class DLRCLIP(CLIPTrainer):
             value, n, on = mean, 0, f"mean learnt w ({reason})"
         else:
             logits, labels = self._collect(self.val_loader)
-            prefer = mean if self.cfg.TRAINER.DLRCLIP.BETA_TIES == "weight" else 0.0
+            prefer = mean if self.settings.beta_ties == "weight" else 0.0
             beta = best_beta(logits["cma"], logits["glr"], labels, prefer=prefer)
             value, n, on = beta.value, len(labels), "val"
             self.write_scalar("val/fused_at_beta", beta.accuracy, self.epoch)
@@ -323,45 +269,13 @@ class DLRCLIP(CLIPTrainer):
 
     # Checkpoints
 
-    def load_model(self, directory: str | os.PathLike[str], epoch: int | None = None) -> None:
-        """Loads what an earlier run learnt; its dataset may be another one.
-
-        Args:
-            directory: output folder of that run; empty: nothing is loaded.
-            epoch: the checkpoint after that many epochs; None: the best one, or the latest where none was called best.
-
-        Raises:
-            FileNotFoundError: no such checkpoint.
-            ValueError: it was made by something else, or with another CLIP, prompt or architecture.
-        """
-        if not directory:
-            logger.info("load_model() is skipped: no model folder is given")
-            return
-        path = checkpoint_path(directory, MODEL_NAME, epoch, "DLRCLIP")
-        checkpoint = load_checkpoint(path)
-        state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
-        if not isinstance(state, Mapping) or "_extra_state" not in state:
-            raise ValueError(f"Expected a checkpoint of DLRCLIP but got something else: {path}")
+    def after_load(self, checkpoint: Mapping[str, Any]) -> None:
+        """Set the dataset's class list, and tell what had been chosen."""
         learner = self.network.learner
-        facts = {"glr_mode": "dense", **unpack_record(state["_extra_state"])["facts"]}  # once there was no other
-        for name, ours in learner.facts.items():
-            if name in facts and facts[name] != ours:
-                raise ValueError(f"Expected a checkpoint for {FACTS[name]} {ours!r} but got {facts[name]!r}: {path}")
-        missing, unexpected = sorted(learner.state_dict().keys() - state), sorted(state.keys() - learner.state_dict())
-        if missing or unexpected:
-            raise ValueError(
-                "Expected a checkpoint with the same switches, blocks and fixed weights as TRAINER.DLRCLIP but it "
-                f"lacks {missing[:3]} and has {unexpected[:3]} beside (the first three of each): {path}"
-            )
-        try:
-            learner.load_state_dict(state)
-        except RuntimeError as error:  # the sizes of the layers
-            raise ValueError(f"Expected a checkpoint that fits TRAINER.DLRCLIP but got {path}: {error}") from error
-        self.bind_classes(list(self.dm.dataset.classnames), getattr(self.dm.dataset, "class_indices", None))
+        self.bind_classes(list(self.dm.dataset.classnames), class_indices(self.dm.dataset))
         beta, n = float(learner.coefficient()), int(learner.beta_n)
         unchosen = bool(torch.isnan(learner.beta))
         on = "val" if n else NOT_CHOSEN if unchosen else "mean learnt w (no validation set)"
         self.selected = {"beta": {"value": beta, "on": on, "n": n}}
         if learner.robust is not None:
             self.selected["robust"] = self._robust_choice()
-        logger.info("Loaded %s (epoch %s)", path, checkpoint.get("epoch"))

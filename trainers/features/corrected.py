@@ -137,11 +137,3 @@ class CorrectedEncoder(ImageEncoder):
         with self.autocast():
             corrected = self.adapters.encode(self.clip, images.to(self.clip.device), unit=self.unit)
         return torch.cat([original, corrected], dim=-1)
-
-
-def add_imo_weights(cfg: Any) -> None:
-    """Adds MODEL.IMO_WEIGHTS to `cfg` unless it is there."""
-    if "IMO_WEIGHTS" not in cfg.MODEL:
-        # File of adapters that IMO or IMODINO saved, or the output folder of such a run; "" = features as CLIP gives
-        # them. What uses it: TipAdapterPP, TipXPP (which need it), LinearProbe, CrossModalProbe.
-        cfg.MODEL.IMO_WEIGHTS = ""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .loaders import workers_like
 from .views import SeededViews
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ class ViewLoader:
         self._encode = encode
         self._data = SeededViews(loader.dataset, views, seed)
         self._new_store: Callable[[], FrozenViews] = lambda: FrozenViews(len(self._data), budget, folder)
-        self._options = {name: getattr(loader, name) for name in ("num_workers", "pin_memory", "worker_init_fn")}
+        self._options = workers_like(loader)
         self._todo: list[list[int]] = []  # what the reader reads next, in batches
         self.close()
 

@@ -17,6 +17,13 @@ from torch import Tensor
 
 from .encoder import Batch, Encode, FeatureSet, Slot
 
+WORKERS: dict[str, Any] = {"num_workers": 0, "worker_init_fn": None, "pin_memory": False}
+
+
+def workers_like(loader: Any) -> dict[str, Any]:
+    """Return the arguments that give a loader as many reader processes as another one has; without one, none."""
+    return {name: getattr(loader, name, default) for name, default in WORKERS.items()}
+
 
 def encode_batch(batch: Batch, encode: Encode) -> Tensor:
     """Features [B, E] of a batch: those it carries as "feature", else those of its images "img"."""

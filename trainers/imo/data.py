@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode, v2
 from dassl.data import DatasetWrapper
 
 from ..features import SeededViews
+from ..features.loaders import workers_like
 
 
 def process_rank() -> tuple[int, int]:
@@ -137,12 +138,12 @@ def training_loader(cfg: Any, items: Sequence[Any], transform: Any, seed: int, e
     Args:
         like: a loader of the toolbox's, which has as many reader processes; they begin as its own do.
     """
-    workers = getattr(like, "num_workers", 0)
+    readers = workers_like(like)
     views = SeededViews(DatasetWrapper(cfg, items, transform=transform), epochs, seed)
     return torch.utils.data.DataLoader(
         views,
         batch_sampler=EpochBatches(len(items), cfg.DATALOADER.TRAIN_X.BATCH_SIZE, seed),
-        num_workers=workers,
-        worker_init_fn=getattr(like, "worker_init_fn", None),
-        persistent_workers=workers > 0,
+        num_workers=readers["num_workers"],
+        worker_init_fn=readers["worker_init_fn"],
+        persistent_workers=readers["num_workers"] > 0,
     )

@@ -29,7 +29,7 @@ from ..base import EncoderTrainer
 from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from ..features.corrected import FILE_NAME, save_adapters
 from ..files import write_png, write_text
-from .config import add_imo_config, add_imodino_config, check_imo_config, check_imodino_config
+from .config import IMOConfig, IMODINOConfig
 from .data import EpochBatches, MultiCrop, mean_of_processes, process_rank, training_loader
 from .dino import (
     clip_gradients,
@@ -82,16 +82,11 @@ class AdapterTrainer(EncoderTrainer):
         return IMONetwork(clip, classnames, templates, self.build_learner(clip, classnames))
 
     @property
-    def node(self) -> Any:
-        """The trainer's own keys."""
-        return self.cfg.TRAINER[self.node_name]
-
-    @property
     def adapter_arguments(self) -> dict[str, Any]:
         """What the learners of both trainers take."""
-        node = self.node
-        adapters = {"form": node.FORM, "scale": node.SCALE, "dropout": node.DROPOUT}
-        return {"dim": node.DIM, "adapters": adapters, "raw": node.FEATURES == "raw"}
+        settings = self.settings
+        adapters = {"form": settings.form, "scale": settings.scale, "dropout": settings.dropout}
+        return {"dim": settings.dim, "adapters": adapters, "raw": settings.features == "raw"}
 
     # Training
 
@@ -117,7 +112,7 @@ class AdapterTrainer(EncoderTrainer):
         step = self.epoch * self.num_batches + self.batch_idx
         self.network.learner.adapters.dropout.seed((1_000_003 * self._seed + step) % 2**63, self.device, rank, world)
         summary = mean_of_processes(self.step(batch))
-        done, freq = self.epoch * self.num_batches + self.batch_idx + 1, self.node.MEASURE_FREQ
+        done, freq = self.epoch * self.num_batches + self.batch_idx + 1, self.settings.measure_freq
         if freq and done % freq == 0 and self.batch_idx + 1 < self.num_batches and self._held_out():
             self._log_measures(self._measure(), f"after {done} steps", done)
             self.set_model_mode("train")
@@ -159,7 +154,7 @@ class AdapterTrainer(EncoderTrainer):
         """
         items = list(self.dm.dataset.val or ()) if process_rank()[0] == 0 else []
         generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(len(items), generator=generator)[: self.node.MEASURE_IMAGES].tolist()
+        order = torch.randperm(len(items), generator=generator)[: self.settings.measure_images].tolist()
         items = [items[i] for i in sorted(order)]
         return items if 1 < len({item.label for item in items}) < len(items) else []
 
@@ -198,9 +193,8 @@ class AdapterTrainer(EncoderTrainer):
         write_text(os.path.join(self.output_dir, "overlap.json"), json.dumps(record, indent=2) + "\n")
         figure = draw_histograms(self._before, after, f"{self.cfg.DATASET.NAME}, held-out images")
         write_png(os.path.join(self.output_dir, "overlap.png"), figure, dpi=120)
-        writer = getattr(self, "writer", None)
-        if writer is not None:
-            writer.add_figure("held_out/histograms", figure, step)
+        if self.writer is not None:
+            self.writer.add_figure("held_out/histograms", figure, step)
 
 
 @TRAINER_REGISTRY.register()
@@ -208,27 +202,19 @@ class IMO(AdapterTrainer):
     """Adapters trained by cross-entropy through a linear classifier, which is thrown away."""
 
     node_name = "IMO"
-
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.IMO to `cfg` unless it is there."""
-        add_imo_config(cfg)
-
-    def check_node(self, cfg: Any) -> None:
-        """See LearnerTrainer."""
-        check_imo_config(cfg)
+    config = IMOConfig
 
     def training_transform(self) -> Any:
         """See AdapterTrainer."""
-        view, names = self.node.VIEW, self.cfg.INPUT.TRANSFORMS
+        view, names = self.settings.view, self.cfg.INPUT.TRANSFORMS
         if view == "center_crop_unnormalized":
             names = [name for name in ([names] if isinstance(names, str) else names) if name != "normalize"]
         return build_transform(self.cfg, is_train=view == "augmented", choices=names)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str]) -> AdapterLearner:
         """Adapters and classifier."""
-        learner = SupervisedLearner(clip, classnames, **self.adapter_arguments, scale=self.node.LOGIT_SCALE)
-        if self.node.INIT_IMAGES and self.dm.dataset.train_x:
+        learner = SupervisedLearner(clip, classnames, **self.adapter_arguments, scale=self.settings.logit_scale)
+        if self.settings.init_images and self.dm.dataset.train_x:
             learner.start_from(self._class_means(clip, len(classnames)))
         return learner
 
@@ -239,7 +225,7 @@ class IMO(AdapterTrainer):
         count = [0] * num_classes
         for item in self.dm.dataset.train_x:
             count[item.label] += 1
-            if count[item.label] <= self.node.INIT_IMAGES:
+            if count[item.label] <= self.settings.init_images:
                 items.append(item)
         features, labels = self._encode(items, clip.encode_image)
         sums = torch.zeros(num_classes, clip.embed_dim, device=features.device)
@@ -251,42 +237,34 @@ class IMODINO(AdapterTrainer):
     """Adapters trained by self-distillation, without labels: the student matches the teacher's view of another crop."""
 
     node_name = "IMODINO"
+    config = IMODINOConfig
     model_name = "imodino"
-
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.IMODINO to `cfg` unless it is there."""
-        add_imodino_config(cfg)
-
-    def check_node(self, cfg: Any) -> None:
-        """See LearnerTrainer."""
-        check_imodino_config(cfg)
 
     def training_transform(self) -> Any:
         """Two global crops and some local ones."""
-        node, size = self.node, self.cfg.INPUT.SIZE
+        settings, size = self.settings, self.cfg.INPUT.SIZE
         return MultiCrop(
             (size[0], size[1]),
-            node.LOCAL_CROPS,
-            tuple(node.GLOBAL_SCALE),
-            tuple(node.LOCAL_SCALE),
-            node.AUGMENT,
-            node.CROP_MEAN or self.cfg.INPUT.PIXEL_MEAN,
-            node.CROP_STD or self.cfg.INPUT.PIXEL_STD,
+            settings.local_crops,
+            tuple(settings.global_scale),
+            tuple(settings.local_scale),
+            settings.augment,
+            settings.crop_mean or self.cfg.INPUT.PIXEL_MEAN,
+            settings.crop_std or self.cfg.INPUT.PIXEL_STD,
         )
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str]) -> AdapterLearner:
         """Student and teacher."""
-        node = self.node
+        settings = self.settings
         return DINOLearner(
             clip,
             classnames,
             **self.adapter_arguments,
-            hidden=node.HIDDEN_DIM,
-            bottleneck=node.BOTTLENECK_DIM,
-            out=node.OUT_DIM,
-            save=node.SAVE,
-            train_head=node.TRAIN_HEAD,
+            hidden=settings.hidden_dim,
+            bottleneck=settings.bottleneck_dim,
+            out=settings.out_dim,
+            save=settings.save,
+            train_head=settings.train_head,
         )
 
     def build_optimiser(self, learner: AdapterLearner) -> Any:
@@ -304,9 +282,9 @@ class IMODINO(AdapterTrainer):
 
     def build_schedule(self, optim: Any) -> Any:
         """The schedule that TRAINER.IMODINO.SCHEDULE names."""
-        if self.node.SCHEDULE == "optim":
+        if self.settings.schedule == "optim":
             return super().build_schedule(optim)
-        full, least = float(optim.param_groups[0]["lr"]), self.node.LR_MIN
+        full, least = float(optim.param_groups[0]["lr"]), self.settings.lr_min
         per_epoch = len(self.train_loader_x)
         steps, warmup = self.max_epoch * per_epoch, self.cfg.OPTIM.WARMUP_EPOCH * per_epoch
         share = full or 1.0  # LambdaLR multiplies
@@ -316,25 +294,21 @@ class IMODINO(AdapterTrainer):
         """One step of the optimiser, with the step's weight decay and gradients of at most CLIP_GRAD."""
         optim = self._student_optim
         optim.param_groups[0]["weight_decay"] = cosine(
-            step, steps, self.cfg.OPTIM.WEIGHT_DECAY, self.node.WEIGHT_DECAY_END
+            step, steps, self.cfg.OPTIM.WEIGHT_DECAY, self.settings.weight_decay_end
         )
         self.model_zero_grad()
-        left_out = self.model_backward(loss) is False  # upstream's says nothing: there, a lost loss ends the run
-        if self.node.CLIP_GRAD and not left_out:
-            average = getattr(self, "average_gradients", None)  # of several processes, which upstream does not have
-            if callable(average):
-                average()
-            scaler = getattr(getattr(self, "precision", None), "scaler", None)
-            if scaler is not None:
-                scaler.unscale_(optim)
-            clip_gradients(self.network.learner.parameters(), self.node.CLIP_GRAD)
+        kept = self.model_backward(loss)
+        if self.settings.clip_grad and kept:
+            self.average_gradients()
+            self._unscale(optim)
+            clip_gradients(self.network.learner.parameters(), self.settings.clip_grad)
         self.model_update()
 
     def after_update(self) -> None:
         """Move the centre and the teacher."""
         learner, (seen, momentum) = self.network.learner, self._following
         assert isinstance(learner, DINOLearner)
-        update_centre(learner.centre, seen, self.node.CENTRE_MOMENTUM)
+        update_centre(learner.centre, seen, self.settings.centre_momentum)
         learner.follow(momentum)
 
     def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -344,20 +318,20 @@ class IMODINO(AdapterTrainer):
 
     def step(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """One step of the student, of the centre and of the teacher -> the loss and what moves it."""
-        node, learner = self.node, self.network.learner
+        settings, learner = self.settings, self.network.learner
         assert isinstance(learner, DINOLearner)
         big, small = self.parse_batch_train(batch)
         crops = torch.cat([big, small])  # [V, B, 3, S, S]
-        learner.head.freeze_last = self.epoch < node.FREEZE_LAST_LAYER
+        learner.head.freeze_last = self.epoch < settings.freeze_last_layer
         temperature = teacher_temperature(
-            self.epoch, node.TEACHER_TEMP_START, node.TEACHER_TEMP, node.TEACHER_TEMP_WARMUP
+            self.epoch, settings.teacher_temp_start, settings.teacher_temp, settings.teacher_temp_warmup
         )
         with self._autocast():
             seen = self.network.teacher(big.flatten(0, 1)).unflatten(0, big.shape[:2])  # [G, B, K]
             outputs = self.network.student(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # [V, B, K]
-        loss = dino_loss(outputs, teacher_targets(seen, learner.centre, temperature), node.STUDENT_TEMP)
+        loss = dino_loss(outputs, teacher_targets(seen, learner.centre, temperature), settings.student_temp)
         step, steps = self.epoch * self.num_batches + self.batch_idx, self.max_epoch * self.num_batches
-        momentum = cosine_momentum(step, steps, node.MOMENTUM)
+        momentum = cosine_momentum(step, steps, settings.momentum)
         self._following = seen, momentum
         self._update_student(loss, step, steps)
         self.update_lr()

@@ -22,7 +22,7 @@ class LowRank(nn.Module):
         dropout: share of x's entries that are dropped in training.
     """
 
-    def __init__(self, width: int, rank: int = 2, alpha: float = 1.0, dropout: float = 0.25) -> None:
+    def __init__(self, width: int, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
         self.A = nn.Parameter(torch.empty(rank, width))
         self.B = nn.Parameter(torch.zeros(width, rank))

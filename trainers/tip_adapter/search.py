@@ -9,7 +9,7 @@ Legend: n images, N keys, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,22 +95,30 @@ GRIDS = {
 }
 
 
-def grid_of(node: Any, dataset: str) -> Grid:
-    """Return the grid that a trainer's node asks for: the named one, with the ends and numbers of values that it gives.
+def grid_of(
+    name: str,
+    dataset: str,
+    scale: Sequence[float] = (),
+    steps: Sequence[int] = (),
+    gamma_end: float = 0.0,
+    gamma_steps: int = 0,
+) -> Grid:
+    """Return the named grid, with the ends and numbers of values that are given.
 
     Args:
-        node: GRID, SEARCH_SCALE and SEARCH_STEP, and perhaps GAMMA_SCALE and GAMMA_STEP.
-        dataset: its name.
+        name: of GRIDS.
+        dataset: its name; Tip-Adapter's grid depends on it.
+        scale: upper ends of (beta, alpha); (): the grid's.
+        steps: numbers of values of (beta, alpha); (): the grid's.
+        gamma_end, gamma_steps: the same of gamma; 0: the grid's.
     """
-    grid, values = GRIDS[node.GRID], tip_values(dataset)
-    beta_end, alpha_end = node.SEARCH_SCALE or (grid.beta.end or values.beta_end, grid.alpha.end or values.alpha_end)
-    betas, alphas = node.SEARCH_STEP or (grid.beta.steps, grid.alpha.steps)
+    grid, values = GRIDS[name], tip_values(dataset)
+    beta_end, alpha_end = scale or (grid.beta.end or values.beta_end, grid.alpha.end or values.alpha_end)
+    betas, alphas = steps or (grid.beta.steps, grid.alpha.steps)
     return Grid(
         grid.beta._replace(end=float(beta_end), steps=betas),
         grid.alpha._replace(end=float(alpha_end), steps=alphas),
-        grid.gamma._replace(
-            end=node.get("GAMMA_SCALE") or grid.gamma.end, steps=node.get("GAMMA_STEP") or grid.gamma.steps
-        ),
+        grid.gamma._replace(end=gamma_end or grid.gamma.end, steps=gamma_steps or grid.gamma.steps),
         grid.first,
     )
 

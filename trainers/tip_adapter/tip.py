@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from ..base import FeatureLearner, FeatureTrainer, check_choice, check_number, check_whole
+from ..base import FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
 from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from ..features import FeatureSet
 from .search import GRIDS, Grid, best_point, cache_logits, grid_accuracy, grid_of, tip_values, values_origin
@@ -87,47 +88,38 @@ class TipLearner(FeatureLearner):
         return tip_logits(images, clip_logits, self.keys, self.key_labels, float(self.alpha), float(self.beta))
 
 
-def add_tip_config(cfg: Any, name: str, grid: str = "tip") -> None:
-    """Add TRAINER.<name> to `cfg` unless it is there; `grid` is the default of its key GRID."""
-    if name in cfg.TRAINER:
-        return
-    node = FeatureTrainer.new_node(cfg, views=10)
-    # Weight of the cache where it is not searched, above 0; 0: the source's for the dataset, 1.17 to 10, and 1.17 for
-    # datasets that it does not have (the paper's text: 1).
-    node.ALPHA = 0.0
-    node.BETA = 0.0  # its sharpness where it is not searched, above 0; 0: the source's, 1 (the paper's text: 5.5)
-    node.GRID = grid  # that is searched: tip (Tip-Adapter's) | tipx (Tip-X's) | overlap (Tip-Adapter++'s and Tip-X++'s)
-    node.SEARCH_SCALE = ()  # upper ends of (beta, alpha), above the lower ones; (): the grid's (tip: by dataset)
-    node.SEARCH_STEP = ()  # numbers of values of (beta, alpha), at least 1; (): the grid's (tip: 200, 20)
-    cfg.TRAINER[name] = node
+@dataclass(frozen=True)
+class TipConfig(MethodConfig):
+    """Settings of Tip-Adapter."""
 
+    views: int = kept_views(10)
+    alpha: float = key(
+        0.0,
+        "weight of the cache where it is not searched; 0: the source's for the dataset, 1.17 to 10, and 1.17 for "
+        "datasets that it does not have",
+        low=0,
+        source="by dataset; the paper's text: 1",
+    )
+    beta: float = key(
+        0.0,
+        "sharpness of the cache where it is not searched; 0: the source's",
+        low=0,
+        source="1; the paper's text: 5.5",
+    )
+    grid: str = key(
+        "tip",
+        "that is searched: Tip-Adapter's (tip), Tip-X's (tipx), or Tip-Adapter++'s and Tip-X++'s (overlap)",
+        choices=tuple(GRIDS),
+    )
+    search_scale: tuple[float, ...] = key(
+        (), "upper ends of (beta, alpha), above the lower ones; (): the grid's", source="tip: by dataset"
+    )
+    search_step: tuple[int, ...] = key((), "numbers of values of (beta, alpha); (): the grid's", source="tip: 200, 20")
 
-@TRAINER_REGISTRY.register()
-class TipAdapter(FeatureTrainer):
-    """The training-free cache."""
-
-    recipe = 2
-    node_name = "TIPADAPTER"
-    model_name = "tip"
-    main_head = "tip"
-    imagenet_templates = IMAGENET_TEMPLATES_SELECT
-    of_each_class = "images in the cache"
-    eps = 1e-4
-    trained = False
-
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.TIPADAPTER to `cfg` unless it is there."""
-        add_tip_config(cfg, "TIPADAPTER")
-
-    def check_node(self, cfg: Any) -> None:
-        """See LearnerTrainer."""
-        path, node = f"TRAINER.{self.node_name}", cfg.TRAINER[self.node_name]
-        for key in ("ALPHA", "BETA"):
-            check_number(cfg, f"{path}.{key}", 0, 1e6)
-        check_choice(cfg, f"{path}.GRID", tuple(GRIDS))
-        scale, steps = node.SEARCH_SCALE, node.SEARCH_STEP
-        lows = (GRIDS[node.GRID].beta.start, GRIDS[node.GRID].alpha.start)
+    def check(self, path: str) -> None:
+        """See MethodConfig."""
+        scale, steps = self.search_scale, self.search_step
+        lows = (GRIDS[self.grid].beta.start, GRIDS[self.grid].alpha.start)
         if len(scale) not in (0, 2) or not all(low < end < math.inf for low, end in zip(lows, scale, strict=False)):
             raise ValueError(
                 f"Expected {path}.SEARCH_SCALE to be () or two numbers, above {lows[0]:g} and {lows[1]:g}, "
@@ -136,16 +128,32 @@ class TipAdapter(FeatureTrainer):
         if len(steps) not in (0, 2) or not all(isinstance(value, int) and value > 0 for value in steps):
             raise ValueError(f"Expected {path}.SEARCH_STEP to be () or two whole numbers above 0 but got {steps}")
 
+
+@TRAINER_REGISTRY.register()
+class TipAdapter(FeatureTrainer):
+    """The training-free cache."""
+
+    recipe = 2
+    node_name = "TIPADAPTER"
+    config: type[MethodConfig] = TipConfig
+    model_name = "tip"
+    main_head = "tip"
+    imagenet_templates = IMAGENET_TEMPLATES_SELECT
+    of_each_class = "images in the cache"
+    eps = 1e-4
+    trained = False
+
     @property
     def initial(self) -> dict[str, float]:
         """alpha and beta where they are not searched."""
         source = tip_values(self.cfg.DATASET.NAME)
-        return {"alpha": float(self.node.ALPHA or source.alpha), "beta": float(self.node.BETA or source.beta)}
+        return {"alpha": float(self.settings.alpha or source.alpha), "beta": float(self.settings.beta or source.beta)}
 
     @property
     def search(self) -> Grid:
         """The grid that is searched."""
-        return grid_of(self.node, self.cfg.DATASET.NAME)
+        settings = self.settings
+        return grid_of(settings.grid, self.cfg.DATASET.NAME, settings.search_scale, settings.search_step)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The cache, empty until `prepare`."""
@@ -221,32 +229,31 @@ class TipAdapter(FeatureTrainer):
         )
 
 
+@dataclass(frozen=True)
+class TipFConfig(TipConfig):
+    """Settings of Tip-Adapter-F."""
+
+    epoch_factor: int = key(
+        0,
+        "OPTIM.MAX_EPOCH is multiplied by this; 0: the source's factor",
+        low=0,
+        source="5 on EuroSAT (100 epochs in place of 20), 1 elsewhere",
+    )
+
+
 @TRAINER_REGISTRY.register()
 class TipAdapterF(TipAdapter):
     """The cache with trained keys; alpha and beta are the initial ones in training, and searched after it."""
 
     node_name = "TIPADAPTERF"
+    config = TipFConfig
     model_name = "tip_f"
     main_head = "tip_f"
     trained = True
     drop_last = False
 
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.TIPADAPTERF to `cfg` unless it is there."""
-        if "TIPADAPTERF" not in cfg.TRAINER:
-            add_tip_config(cfg, "TIPADAPTERF")
-            # OPTIM.MAX_EPOCH is multiplied by this, at least 1; 0: the source's factor, 5 on EuroSAT (100 epochs in
-            # place of 20) and 1 elsewhere.
-            cfg.TRAINER.TIPADAPTERF.EPOCH_FACTOR = 0
-
-    def check_node(self, cfg: Any) -> None:
-        """See LearnerTrainer."""
-        super().check_node(cfg)
-        check_whole(cfg, "TRAINER.TIPADAPTERF.EPOCH_FACTOR", 0)
-
     def _register(self, learner: FeatureLearner, optim_cfg: Any) -> None:
-        factor = self.node.EPOCH_FACTOR or tip_values(self.cfg.DATASET.NAME).epoch_factor
+        factor = self.settings.epoch_factor or tip_values(self.cfg.DATASET.NAME).epoch_factor
         if factor > 1:
             optim_cfg = optim_cfg.clone()
             optim_cfg.defrost()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +28,11 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from ..base import FeatureLearner, check_number, check_whole
+from ..base import CorrectedKeys, FeatureLearner, MethodConfig, key
 from ..clip import CLIP
 from ..features import FeatureSet
-from ..features.corrected import add_imo_weights
-from .search import GRIDS, grid_accuracy
-from .tip import TipAdapter, TipLearner, add_tip_config
+from .search import GRIDS, Grid, grid_accuracy, grid_of
+from .tip import TipAdapter, TipConfig, TipLearner
 
 
 def divergences(queries: Tensor, keys: Tensor) -> Tensor:
@@ -53,20 +53,23 @@ def scaling(kl: tuple[float, float], cosine: tuple[float, float]) -> tuple[float
     return slope * kl[0] - cosine[0], slope
 
 
+@dataclass(frozen=True)
+class TipPPConfig(TipConfig):
+    """Settings of Tip-Adapter++."""
+
+    grid: str = key("overlap", "that is searched; see TipConfig", choices=tuple(GRIDS))
+
+
 @TRAINER_REGISTRY.register()
 class TipAdapterPP(TipAdapter):
     """The training-free cache on corrected features."""
 
     node_name = "TIPADAPTERPP"
+    config: type[MethodConfig] = TipPPConfig
+    extra_keys = {"MODEL": CorrectedKeys}
     model_name = "tip_pp"
     main_head = "tip_pp"
     adapters = "needed"
-
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.TIPADAPTERPP and MODEL.IMO_WEIGHTS to `cfg` unless they are there."""
-        add_tip_config(cfg, "TIPADAPTERPP", grid="overlap")
-        add_imo_weights(cfg)
 
 
 class TipXLearner(TipLearner):
@@ -150,40 +153,58 @@ def _extended(bounds: tuple[float, float], values: Tensor) -> tuple[float, float
     return min(bounds[0], float(values.min())), max(bounds[1], float(values.max()))
 
 
+@dataclass(frozen=True)
+class TipXConfig(TipConfig):
+    """Settings of Tip-X."""
+
+    grid: str = key("tipx", "that is searched; see TipConfig", choices=tuple(GRIDS))
+    gamma: float = key(
+        0.1, "weight of the third term where it is not searched (ours: the source always searches)", low=0
+    )
+    temperature: float = key(0.5, "t of the third term's distributions over cosines", above=0, source="0.5")
+    gamma_scale: float = key(0.0, "upper end of gamma, above its lower one; 0: the grid's", low=0, source="30")
+    gamma_step: int = key(0, "number of values of gamma; 0: the grid's", low=0, source="50")
+
+    def check(self, path: str) -> None:
+        """See MethodConfig."""
+        super().check(path)
+        end, start = self.gamma_scale, GRIDS[self.grid].gamma.start
+        if end and end <= start:
+            raise ValueError(f"Expected {path}.GAMMA_SCALE to be 0 or above {start:g} but got {end}")
+
+
 @TRAINER_REGISTRY.register()
 class TipX(TipAdapterPP):
     """Tip-Adapter with a term that compares images by what they look like to the text."""
 
     node_name = "TIPX"
+    config: type[MethodConfig] = TipXConfig
+    extra_keys: dict[str, type] = {}
     model_name = "tipx"
     main_head = "tipx"
     adapters = "none"
 
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.TIPX to `cfg` unless it is there."""
-        _add_tipx_config(cfg, "TIPX", "tipx")
-
-    def check_node(self, cfg: Any) -> None:
-        """See LearnerTrainer."""
-        super().check_node(cfg)
-        path = f"TRAINER.{self.node_name}"
-        check_number(cfg, f"{path}.GAMMA", 0, 1e6)
-        check_number(cfg, f"{path}.TEMPERATURE", 0, 1e3, open_low=True)
-        check_number(cfg, f"{path}.GAMMA_SCALE", 0, 1e6)
-        end, start = cfg.TRAINER[self.node_name].GAMMA_SCALE, GRIDS[cfg.TRAINER[self.node_name].GRID].gamma.start
-        if end and end <= start:
-            raise ValueError(f"Expected {path}.GAMMA_SCALE to be 0 or above {start:g} but got {end}")
-        check_whole(cfg, f"{path}.GAMMA_STEP", 0)
-
     @property
     def initial(self) -> dict[str, float]:
         """See TipAdapter."""
-        return {**super().initial, "gamma": float(self.node.GAMMA)}
+        return {**super().initial, "gamma": self.settings.gamma}
+
+    @property
+    def search(self) -> Grid:
+        """See TipAdapter."""
+        settings = self.settings
+        return grid_of(
+            settings.grid,
+            self.cfg.DATASET.NAME,
+            settings.search_scale,
+            settings.search_step,
+            settings.gamma_scale,
+            settings.gamma_step,
+        )
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """The cache, empty until `prepare`."""
-        n, temperature = len(self.dm.dataset.train_x), float(self.node.TEMPERATURE)
+        n, temperature = len(self.dm.dataset.train_x), self.settings.temperature
         return TipXLearner(clip, classnames, zeroshot, n=n, **self.initial, temperature=temperature)
 
     def prepare(self, features: FeatureSet) -> None:
@@ -210,15 +231,11 @@ class TipX(TipAdapterPP):
         )
 
 
-def _add_tipx_config(cfg: Any, name: str, grid: str) -> None:
-    if name in cfg.TRAINER:
-        return
-    add_tip_config(cfg, name, grid)
-    node = cfg.TRAINER[name]
-    node.GAMMA = 0.1  # weight of the third term where it is not searched, at least 0 (our choice: the source searches)
-    node.TEMPERATURE = 0.5  # t of the third term's distributions over cosines, above 0 (source: 0.5)
-    node.GAMMA_SCALE = 0.0  # upper end of gamma, above its lower one; 0: the grid's (source: 30)
-    node.GAMMA_STEP = 0  # number of values of gamma; 0: the grid's (source: 50)
+@dataclass(frozen=True)
+class TipXPPConfig(TipXConfig):
+    """Settings of Tip-X++."""
+
+    grid: str = key("overlap", "that is searched; see TipConfig", choices=tuple(GRIDS))
 
 
 @TRAINER_REGISTRY.register()
@@ -226,12 +243,8 @@ class TipXPP(TipX):
     """Tip-X with the cache on corrected features."""
 
     node_name = "TIPXPP"
+    config = TipXPPConfig
+    extra_keys = {"MODEL": CorrectedKeys}
     model_name = "tipx_pp"
     main_head = "tipx_pp"
     adapters = "needed"
-
-    @staticmethod
-    def add_config(cfg: Any) -> None:
-        """Adds TRAINER.TIPXPP and MODEL.IMO_WEIGHTS to `cfg` unless they are there."""
-        _add_tipx_config(cfg, "TIPXPP", "overlap")
-        add_imo_weights(cfg)

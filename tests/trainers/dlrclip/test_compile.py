@@ -7,6 +7,7 @@ import torch
 from random_clip import NAMES
 
 from trainers.dlrclip import network
+from trainers.dlrclip.config import DLRCLIPConfig
 from trainers.dlrclip.network import DLRCLIPNetwork
 
 
@@ -20,7 +21,7 @@ def test_compiled_training_step_is_the_plain_one(make_clip, images, labels, monk
         torch.manual_seed(0)
         clip = make_clip(vision_layers=1, text_layers=1)
         settings = {"start": 1, "end": 1, "dim": 8, "scale": 0.5, "glr_dim": 8, "grad_scaling": grad_scaling}
-        net = DLRCLIPNetwork(clip, NAMES, ["a photo of a {}."], **settings, compile=compiled).train()
+        net = DLRCLIPNetwork(clip, NAMES, ["a photo of a {}."], DLRCLIPConfig(**settings, compile=compiled)).train()
         loss = sum(net.losses(net(images), labels).values())
         loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in net.learner.named_parameters()}))

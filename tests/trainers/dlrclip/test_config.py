@@ -1,4 +1,5 @@
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -6,7 +7,7 @@ from yacs.config import CfgNode
 
 import trainers
 from dassl.config import get_cfg_default
-from trainers.dlrclip.config import add_dlrclip_config, check_dlrclip_config
+from trainers.dlrclip import DLRCLIP
 
 FOLDER = Path(__file__).parents[3] / "configs" / "trainers" / "dlr"
 
@@ -18,8 +19,15 @@ def cfg():
     return cfg
 
 
+def check(cfg):
+    """Check the keys; with a backbone, which the defaults leave open."""
+    cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME or "tiny"
+    with mock.patch("trainers.base.clip_trainer.check_backbone"):  # the weights of others are not here
+        DLRCLIP.check_settings(cfg)
+
+
 def test_defaults_are_the_published_ones(cfg):
-    check_dlrclip_config(cfg)
+    check(cfg)
     node = cfg.TRAINER.DLRCLIP
     assert (node.CMA, node.GLR, node.SKD) == (True, True, True)
     assert (node.START, node.END, node.DIM, node.SCALE) == (5, 12, 32, 0.01)
@@ -38,8 +46,8 @@ def test_extending_twice_changes_nothing(cfg):
 
 
 def test_plain_yacs_nodes_are_extended_in_kind():
-    cfg = CfgNode({"TRAINER": {}})
-    add_dlrclip_config(cfg)
+    cfg = CfgNode({"TRAINER": {}, "INPUT": {}})
+    DLRCLIP.add_config(cfg)
     assert type(cfg.TRAINER.DLRCLIP) is CfgNode
 
 
@@ -51,7 +59,11 @@ def test_plain_yacs_nodes_are_extended_in_kind():
         (("COMPILE", "yes"), "COMPILE to be True or False but got 'yes'"),
         (("TEXT_CHUNK", -1), "TEXT_CHUNK to be a whole number, at least 0, but got -1"),
         (("PREC", "fp8"), "PREC to be one of fp32, fp16, amp, bf16 but got 'fp8'"),
-        (("HEAD", "best"), "HEAD to be one of clip, cma, glr, final, fused but got 'best'"),
+        (("HEAD", "best"), "HEAD to be one of clip, cma, glr, final, fused, robust but got 'best'"),
+        (
+            ("HEAD", "robust"),
+            "HEAD to be one of clip, cma, glr, final, fused but got 'robust', which needs FUSION robust",
+        ),
         (("TEXT_CTX_INIT", " "), "TEXT_CTX_INIT to be the words"),
         (("TEXT_CTX_INIT", "a photo of a {}."), "TEXT_CTX_INIT to be the words"),
         (("START", 0), "START to be a whole number, at least 1, but got 0"),
@@ -82,15 +94,15 @@ def test_each_key_is_checked(cfg, pair, message):
         node = node[name]
     node[last] = pair[1]
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        check_dlrclip_config(cfg)
+        check(cfg)
 
 
 def test_gradient_scaling_needs_a_scale(cfg):
     cfg.TRAINER.DLRCLIP.GRAD_SCALING = True
-    check_dlrclip_config(cfg)
+    check(cfg)
     cfg.TRAINER.DLRCLIP.SCALE = 0.0
     with pytest.raises(ValueError, match="SCALE not to be 0 where .GRAD_SCALING is True"):
-        check_dlrclip_config(cfg)
+        check(cfg)
 
 
 @pytest.mark.parametrize(
@@ -105,23 +117,23 @@ def test_keys_of_the_views_are_checked(cfg, key, value, message):
     assert (cfg.INPUT.VIEWS, cfg.INPUT.VIEWS_MEMORY) == (0, 4.0)
     cfg.INPUT[key] = value
     with pytest.raises(ValueError, match=message):
-        check_dlrclip_config(cfg)
+        check(cfg)
 
 
 def test_both_parts_off(cfg):
     cfg.merge_from_list(["TRAINER.DLRCLIP.CMA", False, "TRAINER.DLRCLIP.GLR", False])
     with pytest.raises(ValueError, match="nothing would be learnt"):
-        check_dlrclip_config(cfg)
+        check(cfg)
 
 
 def test_not_extended():
     with pytest.raises(ValueError, match="call extend_cfg"):
-        check_dlrclip_config(CfgNode({"TRAINER": {}}))
+        DLRCLIP.read_settings(CfgNode({"TRAINER": {}}))
 
 
 def test_fixed_values_from_the_command_line(cfg):
     cfg.merge_from_list(["TRAINER.DLRCLIP.FIXED_ALPHA", "1", "TRAINER.DLRCLIP.FIXED_WEIGHT", "0.5"])
-    check_dlrclip_config(cfg)
+    check(cfg)
     assert cfg.TRAINER.DLRCLIP.FIXED_WEIGHT == 0.5
     cfg.merge_from_list(["TRAINER.DLRCLIP.FIXED_ALPHA", "None"])
     assert cfg.TRAINER.DLRCLIP.FIXED_ALPHA is None
@@ -142,7 +154,7 @@ FILES = {
 @pytest.mark.parametrize("stem", FILES)
 def test_files_merge_and_pass_the_check(cfg, stem):
     cfg.merge_from_file(str(FOLDER / f"{stem}.yaml"))
-    check_dlrclip_config(cfg)
+    check(cfg)
     assert FILES[stem] == cfg.MODEL.BACKBONE.NAME
     assert cfg.TRAINER.NAME == "DLRCLIP"
     assert cfg.DATASET.NAME == ""

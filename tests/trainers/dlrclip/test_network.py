@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from trainers.base.learner import unpack_record
 from trainers.clip import zeroshot_weights
+from trainers.dlrclip.config import DLRCLIPConfig, LossWeights
 from trainers.dlrclip.network import DLRCLIPNetwork
 
 HEADS = ("clip", "cma", "glr", "final", "fused")
@@ -20,7 +21,7 @@ def make(make_clip, names):
     def build(kind="vit", classnames=names, clip=None, **arguments):
         clip = clip or make_clip(kind)
         torch.manual_seed(0)
-        return DLRCLIPNetwork(clip, classnames, [TEMPLATE], **{**SMALL, **arguments})
+        return DLRCLIPNetwork(clip, classnames, [TEMPLATE], DLRCLIPConfig(**{**SMALL, **arguments}))
 
     return build
 
@@ -68,7 +69,7 @@ class TestInitially:
 
     def test_context_is_configurable(self, make, make_clip, images, names):
         clip = make_clip()
-        network = make(clip=clip, scale=0.0, context=TEMPLATE.split(" {}")[0])
+        network = make(clip=clip, scale=0.0, text_ctx_init=TEMPLATE.split(" {}")[0])
         outputs = network(images)
         torch.testing.assert_close(outputs["cma"], outputs["clip"], rtol=1e-5, atol=1e-4)
 
@@ -140,7 +141,7 @@ class TestSwitches:
             ({"skd": False, "glr": False}, {"cma", "fusion"}, {"ce_cma", "ce_final", "l1_cma"}),
             ({"skd": True, "glr": False}, {"cma", "fusion"}, {"ce_final", "kd"}),
             ({"skd": True, "fixed_weight": 0.3}, {"cma", "glr"}, {"ce_glr", "ce_final", "l1_glr", "kd"}),
-            ({"skd": True, "kd_weight": 0.0}, {"cma", "glr", "fusion"}, {"ce_glr", "ce_final", "l1_glr"}),
+            ({"skd": True, "lambda_": 0.0}, {"cma", "glr", "fusion"}, {"ce_glr", "ce_final", "l1_glr"}),
         ],
     )
     def test_parameters_and_losses(self, make, images, labels, switches, parts, losses):
@@ -165,7 +166,7 @@ class TestSwitches:
 
     def test_loss_values(self, make, images, labels):
         weights = {"ce_cma": 0.5, "ce_glr": 2.0, "ce_final": 1.0, "l1_cma": 3.0, "l1_glr": 0.0}
-        network = make(skd=False, loss_weights=weights)
+        network = make(skd=False, loss=LossWeights(**weights))
         fit(network, images, labels)
         outputs = network(images)
         got = network.losses(outputs, labels)
@@ -179,9 +180,7 @@ class TestSwitches:
 
     def test_no_loss_left(self, make):
         with pytest.raises(ValueError, match="at least one loss"):
-            make(glr=False, skd=True, kd_weight=0.0, loss_weights={"ce_final": 0.0})
-        with pytest.raises(ValueError, match="loss weights for"):
-            make(loss_weights={"ce": 1.0})
+            make(glr=False, skd=True, lambda_=0.0, loss=LossWeights(**{"ce_final": 0.0}))
 
     def test_fixed_values(self, make, images):
         outputs = make(fixed_alpha=0.25, fixed_weight=0.75)(images)

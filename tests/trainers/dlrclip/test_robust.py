@@ -154,7 +154,7 @@ class TestRuns:
         assert all(torch.equal(a[head], b[head]) for head in HEADS)
         assert loaded.selected["robust"] == trainer.selected["robust"]
         for pairs, folder in (((), "run"), (ROBUST, "plain")):
-            with pytest.raises(ValueError, match="same switches"):
+            with pytest.raises(ValueError, match="made with the same settings"):
                 make(*pairs, out="other").load_model(str(tmp_path / folder))
 
     def test_is_fitted_to_validation_images_only(self, make, monkeypatch):

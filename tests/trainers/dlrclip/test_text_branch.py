@@ -9,6 +9,7 @@ import pytest
 import torch
 from sharded_text_worker import CLASSES, gradients
 
+from trainers.dlrclip.config import DLRCLIPConfig
 from trainers.dlrclip.network import DLRCLIPNetwork
 from trainers.dlrclip.text_branch import group_by_length
 from trainers.modules.cross_modal_adapter import CrossModalAdapter
@@ -48,7 +49,7 @@ def run(make_clip, images, labels, kind="vit", **options):
     """Loss and gradients of one step, and the bytes that autograd held between its forward and backward pass."""
     torch.manual_seed(0)
     settings = {"start": 2, "end": 4, "dim": 8, "scale": 0.5, "glr_dim": 8, **options}
-    network = DLRCLIPNetwork(make_clip(kind), CLASSES * 8, ["a photo of a {}."], **settings).train()
+    network = DLRCLIPNetwork(make_clip(kind), CLASSES * 8, ["a photo of a {}."], DLRCLIPConfig(**settings)).train()
     held = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda x: (held.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}), x)[1], lambda x: x

@@ -46,7 +46,7 @@ def test_the_guesses_have_keys(make, monkeypatch):
         trainer = make(*NO_TEST, *pairs, f"{node}SCALE", 0.1)
         network = trainer.network.train()
         images, labels = trainer.parse_batch_train(next(iter(trainer.train_loader_x)))
-        torch.stack(list(network.losses(network(images), labels).values())).sum().backward()
+        torch.stack(list(trainer.loss(trainer.run(images, labels), labels).values())).sum().backward()
         grads.append({name: p.grad for name, p in network.learner.cma.named_parameters() if p.requires_grad})
     plain, scaled = grads
     assert {name for name in plain if name not in scaled} == {name for name in plain if name.endswith(".scale")}
@@ -321,10 +321,10 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("pairs", "message"),
         [
-            (("TRAINER.DLRCLIP.DIM", 4), "fits TRAINER.DLRCLIP"),
-            (("TRAINER.DLRCLIP.START", 1), "same switches"),
-            (("TRAINER.DLRCLIP.GLR", False), "same switches"),
-            (("TRAINER.DLRCLIP.FIXED_WEIGHT", 0.5), "same switches"),
+            (("TRAINER.DLRCLIP.DIM", 4), "to have shape"),
+            (("TRAINER.DLRCLIP.START", 1), "made with the same settings"),
+            (("TRAINER.DLRCLIP.GLR", False), "made with the same settings"),
+            (("TRAINER.DLRCLIP.FIXED_WEIGHT", 0.5), "made with the same settings"),
             (
                 ("TRAINER.DLRCLIP.TEXT_CTX_INIT", "a drawing of a"),
                 "prompt context 'a drawing of a' but got",

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from dassl.engine import build_trainer
 from predict import without_images
 from trainers.dlrclip import DLRCLIP
+from trainers.dlrclip.config import DLRCLIPConfig
 from trainers.dlrclip.network import DLRCLIPNetwork
 from trainers.features.kept_views import GIB, FrozenPart, FrozenViews, ViewLoader
 from trainers.features.views import SeededViews
@@ -166,7 +167,9 @@ class Noise(Dataset):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_other_encoders_and_readers(make_clip, names, kind, workers, tmp_path):
     torch.manual_seed(0)
-    network = DLRCLIPNetwork(make_clip(kind), names, ["{}"], start=2, end=4, dim=8, scale=0.5, glr_dim=8).train()
+    network = DLRCLIPNetwork(
+        make_clip(kind), names, ["{}"], DLRCLIPConfig(start=2, end=4, dim=8, scale=0.5, glr_dim=8)
+    ).train()
     data = Noise()
     items = [SimpleNamespace(label=i % 5, impath=str(i)) for i in range(6)]
     plain = DataLoader(data, batch_size=4, num_workers=workers)

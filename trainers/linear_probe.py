@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from dassl.engine import TRAINER_REGISTRY
 
 from .base import CorrectedKeys, FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
+from .base.search import best_place
 from .clip import CLIP
 from .features import FeatureSet, ImageEncoder
 
@@ -76,8 +77,8 @@ def binary_search(accuracy: Callable[[float], float]) -> float:
     Args:
         accuracy: of a probe with that C on validation images.
     """
-    scores = [accuracy(c) for c in COARSE]
-    peak = COARSE[scores.index(max(scores))]
+    (place,) = best_place(torch.tensor([accuracy(c) for c in COARSE]))
+    peak = COARSE[place]
     left, right = 0.1 * peak, 10.0 * peak
     best = peak
     for _ in range(STEPS):

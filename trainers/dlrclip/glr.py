@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..base.search import best_place
+
 BETA_GRID: tuple[float, ...] = tuple(i / 50 for i in range(51))  # {0, 0.02, ..., 1}
 
 
@@ -129,6 +131,6 @@ def best_beta(
     """
     if len(labels) == 0:
         raise ValueError("Expected at least one image to choose beta on but got none")
-    correct = {b: int((fuse(cma_logits, glr_logits, b).argmax(dim=1) == labels).sum()) for b in grid}
-    value = min(grid, key=lambda b: (-correct[b], abs(b - prefer), b))
-    return Beta(value, 100.0 * correct[value] / len(labels))
+    correct = [int((fuse(cma_logits, glr_logits, b).argmax(dim=1) == labels).sum()) for b in grid]
+    (place,) = best_place(torch.tensor(correct), lambda at: (abs(grid[at[0]] - prefer), grid[at[0]]))
+    return Beta(grid[place], 100.0 * correct[place] / len(labels))

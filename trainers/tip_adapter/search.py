@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..base.search import best_place
+
 GRID_NUMBERS = 2**24  # numbers of the logits of several points of a grid that are formed at once
 
 
@@ -184,6 +186,5 @@ def best_point(
     Args:
         first: "beta": of equals the one with the least beta, then gamma, then alpha; "alpha": alpha, beta, gamma.
     """
-    best = (accuracy == accuracy.max()).nonzero().tolist()
-    i, j, k = min(best) if first == "beta" else min(best, key=lambda place: (place[2], place[0], place[1]))
+    i, j, k = best_place(accuracy, None if first == "beta" else lambda place: (place[2], place[0], place[1]))
     return GridPoint(alphas[k], betas[i], gammas[j], float(accuracy.max()))

@@ -24,13 +24,16 @@ import yaml
 from tqdm import tqdm
 
 import datasets
-import train
 import trainers
 from dassl.config import differing, get_cfg_default, plain_config
 from dassl.data.datasets import build_dataset
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError
+from dlr_clip_cli.train import parse_args
 from scripts.jobs import CONSOLE, NOT_STARTED, Step, claimed, finished, open_console
+from trainers.app import train
+from trainers.app.configuration import setup_cfg
+from trainers.app.run_folder import parent_folder
 
 if TYPE_CHECKING:
     from scripts.methods import Method
@@ -88,7 +91,7 @@ class Run:
 
     def cfg(self) -> Any:
         """Its configuration; raises where that is wrong."""
-        return train.setup_cfg(train.parse_args(self.arguments()))
+        return setup_cfg(parse_args(self.arguments()))
 
     def _check_settings(self, cfg: Any) -> None:
         wanted = plain_config(cfg)
@@ -162,7 +165,7 @@ def few_shot_run(
     options: Sequence[str] = (),
 ) -> Run:
     """Training and test on one dataset, where train.py itself would put it below `output`."""
-    folder = train.parent_folder(output, dataset, method.trainer, method.stem, shots) / f"seed{seed}"
+    folder = parent_folder(output, dataset, method.trainer, method.stem, shots) / f"seed{seed}"
     return Run(method.name, dataset, shots, seed, folder, command_line(method, dataset, shots, flags, options))
 
 
@@ -235,7 +238,7 @@ def run_all(
     """
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload([train.__name__])
     waiting: list[Run] = list(runs)
     going: dict[Any, tuple[int, Any, Run]] = {}  # sentinel -> slot, process, run
 

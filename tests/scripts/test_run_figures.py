@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train
 from dassl.engine.predictions import load_predictions
 from dassl.utils import close_logger
 from scripts import plot_confusion, plot_curves, plot_features, plot_gates, plot_logits, report
@@ -28,8 +27,9 @@ from scripts.plot_curves import curve_panels, read_scalars
 from scripts.plot_features import chosen_images, embed, features_figure
 from scripts.plot_gates import gate_bins, gates_figure
 from scripts.plot_logits import head_logits, logits_figure
+from trainers.app import train
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(train.__file__).parents[2]
 NAMES = {"<b>bold<": "red", "$\\frac{1}{0}$ & 'so' \"on\"": "green", "a very long name of a class in ünïcödé": "blue"}
 VOID = {"meta", "link", "img"}
 

@@ -20,14 +20,20 @@ INSTALLED = (_ABOVE / "dlr_clip").is_dir()  # an editable install is the checkou
 METHODS = _ABOVE / ("dlr_clip" if INSTALLED else "trainers")
 SCRIPTS = METHODS / "scripts" if INSTALLED else _ABOVE / "scripts"
 TOOLBOX = METHODS / "_toolbox" if INSTALLED else _ABOVE  # the folder that holds `dassl`
+# What starts `train` in a process of its own: arguments of the interpreter, or of torchrun.
+TRAIN = ("-m", "dlr_clip_cli", "train") if INSTALLED else (str(_ABOVE / "train.py"),)
 
 
 def use_own_toolbox() -> None:
     """Have this process, and those that it starts, import our own `dassl`, also where upstream's is installed."""
-    folder = str(TOOLBOX)
-    sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
-    others = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", folder)]
-    os.environ["PYTHONPATH"] = os.pathsep.join([folder, *others])
+    sys.path[:] = [str(TOOLBOX), *(entry for entry in sys.path if entry != str(TOOLBOX))]
+    os.environ["PYTHONPATH"] = python_path()
+
+
+def python_path() -> str:
+    """Return the PYTHONPATH of a process that is to import our own packages, whatever the current folder is."""
+    others = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", str(TOOLBOX))]
+    return os.pathsep.join([str(TOOLBOX), *others])
 
 
 def import_ours(name: str) -> Any:

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scripts import parse_results, plot_shots, report
+from scripts import parse_results, report
+from scripts.figures import plot_shots
 from trainers.app import predict, train
 
 ROOT = Path(train.__file__).parents[2]

@@ -17,7 +17,7 @@ import two_processes
 from PIL import Image
 
 from dassl.utils import distributed
-from scripts.kill_test import read_outcome
+from scripts.dev.kill_test import read_outcome
 from trainers.app import train
 
 ROOT = Path(train.__file__).parents[2]

@@ -35,11 +35,17 @@ FLAG_KEYS = {
 }
 
 
-def setup_cfg(args: argparse.Namespace) -> CfgNode:
-    """Return the frozen configuration, its names checked against the registries and its output folder chosen."""
+def default_cfg() -> CfgNode:
+    """Return the defaults of the toolbox with the keys of the datasets and of every trainer."""
     cfg = get_cfg_default()
     datasets.extend_cfg(cfg)
     extend_cfg(cfg)
+    return cfg
+
+
+def setup_cfg(args: argparse.Namespace) -> CfgNode:
+    """Return the frozen configuration, its names checked against the registries and its output folder chosen."""
+    cfg = default_cfg()
     default_output = cfg.OUTPUT_DIR
     if args.config is not None:
         _check_trainer(args.trainer)

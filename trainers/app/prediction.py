@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dassl.config import CfgNode, get_cfg_default
+from dassl.config import CfgNode
 from dassl.data.data_manager import usable_workers
 from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY, build_trainer
@@ -25,8 +25,7 @@ from dassl.engine.evaluate import as_heads, progress_bar
 from dassl.utils import InputError, check_availability, did_you_mean, one_line, read_image
 from dassl.utils.torchtools import BEST_NAME, pointed_file
 
-from .. import extend_cfg
-from .data import datasets
+from .configuration import default_cfg
 from .data import files as image_files
 
 FEW_IMAGES = 64  # fewer are read faster than reader processes start
@@ -45,9 +44,7 @@ def load_cfg(args: argparse.Namespace) -> CfgNode:
     path = Path(args.model_dir) / "config.yaml"
     if not path.is_file():
         raise InputError(f"Expected --model-dir to be the output folder of a run but there is no {path}")
-    cfg = get_cfg_default()
-    datasets.extend_cfg(cfg)
-    extend_cfg(cfg)
+    cfg = default_cfg()
     cfg.merge_from_file(path)
     cfg.merge_from_list([word for pair in args.set for word in pair])
     if args.batch_size is not None:

@@ -18,29 +18,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from tqdm import tqdm
 
-import datasets
-import trainers
-from dassl.config import differing, get_cfg_default, plain_config
+from dassl.config import differing, plain_config
 from dassl.data.datasets import build_dataset
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError
+from dlr_clip_cli.places import python_path
 from dlr_clip_cli.train import parse_args
-from scripts.jobs import CONSOLE, NOT_STARTED, Step, claimed, finished, open_console
+from scripts.lib.jobs import CONSOLE, NOT_STARTED, Step, claimed, finished, open_console
+from scripts.lib.methods import Method
 from trainers.app import train
-from trainers.app.configuration import setup_cfg
+from trainers.app.configuration import default_cfg, setup_cfg
 from trainers.app.run_folder import parent_folder
-
-if TYPE_CHECKING:
-    from scripts.methods import Method
+from trainers.configs import CONFIGS
 
 logger = logging.getLogger(__name__)
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -131,9 +127,7 @@ def digest_of_data(name: str, root: str) -> str:
     Raises:
         InputError: it cannot be read where `root` says; without a root it may be elsewhere, which is only logged.
     """
-    cfg = get_cfg_default()
-    datasets.extend_cfg(cfg)
-    trainers.extend_cfg(cfg)
+    cfg = default_cfg()
     cfg.DATASET.NAME, cfg.DATASET.ROOT = name, root  # the split is that of all shots and classes
     cfg.DATALOADER.SKIP_BAD_IMAGES = True  # what cannot be read is the runs' own business
     try:
@@ -149,7 +143,7 @@ def command_line(
     method: Method, dataset: str, shots: int, flags: Sequence[str] = (), options: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """What `Run.given` is for a method on configs/datasets/<dataset>.yaml."""
-    yaml_file = ROOT / "configs" / "datasets" / f"{dataset}.yaml"
+    yaml_file = CONFIGS / "datasets" / f"{dataset}.yaml"
     files = ("--trainer", method.trainer, "--config-file", str(method.config), "--dataset-config-file", str(yaml_file))
     return (*files, *flags, "DATASET.NUM_SHOTS", str(shots), *method.options, *options)
 
@@ -249,7 +243,7 @@ def run_all(
             waiting.remove(other)
             end(other, NOT_STARTED)
 
-    with environment(PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])):
+    with environment(PYTHONPATH=python_path()):
         try:
             while waiting or going:
                 while len(going) < jobs and (run := next_ready(waiting, [run for _, _, run in going.values()])):

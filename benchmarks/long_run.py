@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tabulate import tabulate
 
-import train
 from dassl.engine import SimpleTrainer
 from dassl.engine.evaluating import EvaluatingTrainer
 from dassl.engine.hooks import HookBase
 from dassl.utils.cli import run_main
+from trainers.app import train
 
 CONFIGS = {"CoOp": "configs/trainers/coop/tiny.yaml", "DLRCLIP": "configs/trainers/dlr/tiny.yaml"}
 SHOTS, BATCH = 4, 8  # 40 images, 5 steps in a pass over them

@@ -57,6 +57,15 @@ def list_images_below(folder: str | Path, others: Counter[str] | None = None) ->
     return list(_images_below(str(folder), Counter() if others is None else others, ()))
 
 
+def holds_images(folder: str | Path) -> bool:
+    """Return whether there is an image in a folder or below it; the search ends with the first.
+
+    Raises:
+        InputError: as `list_images_below`, met on the way.
+    """
+    return next(_images_below(str(folder), Counter(), ()), None) is not None
+
+
 def _images_below(folder: str, others: Counter[str], above: tuple[str, ...]) -> Iterator[str]:
     real = os.path.realpath(folder)
     if real in above:

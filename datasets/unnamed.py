@@ -9,7 +9,7 @@ from pathlib import Path
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.utils import InputError
 
-from .files import list_folders
+from .files import holds_images, list_folders
 from .image_folder import CSV_NAME, ImageFolder
 from .layout import scan_folder
 
@@ -37,10 +37,11 @@ def name_dataset(root: str) -> str:
         if found:
             names = ", ".join(f"{folder} ({known[folder]})" for folder in found[:5])
             raise InputError(f"{what}, and {root} holds the datasets {names}")
-        try:
-            scan_folder(path)
-        except InputError as error:
-            raise InputError(f"{what}, and {root} is no folder of your own images either: {error}") from error
+        if not any(holds_images(f"{path}/{folder}") for folder in list_folders(path)):
+            try:
+                scan_folder(path)
+            except InputError as error:
+                raise InputError(f"{what}, and {root} is no folder of your own images either: {error}") from error
     elif not path.is_dir() and path.suffix.lower() != ".csv":
         state = "no folder and no CSV file" if path.exists() else "not there"
         raise InputError(f"{what}, and {root} is {state}")

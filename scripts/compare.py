@@ -4,8 +4,8 @@
 
 Each run is `train.py` with the method's config of the given name (`--config tiny`: configs/trainers/*/tiny.yaml) and
 lies where train.py puts it; one that was cut short is resumed. A method may have a config of its own,
-`LinearProbe:tiny_text`, or be a variant of scripts/ablations.py, `DLRCLIP@cma+glr`. KEY VALUE pairs at the end go to
-every run. Without --trainers: every method that has such a config and leaves the dataset open.
+`LinearProbe:tiny_text`, or be a variant of scripts/lib/ablations.py, `DLRCLIP@cma+glr`. KEY VALUE pairs at the end go
+to every run. Without --trainers: every method that has such a config and leaves the dataset open.
 
 Written are STEM.md, STEM.csv (unrounded), STEM.tex (booktabs) and the figure STEM.pdf and .png (accuracy by shots, a
 panel per dataset and one for the average). A cell is the mean over seeds (standard deviation) ± half of Student's 95 %
@@ -29,15 +29,16 @@ from typing import Any
 
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dassl.utils import InputError, atomic_write
 from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
-from scripts.figure_style import save
-from scripts.grid import Run, few_shot_run, run_missing
-from scripts.methods import check_datasets, choose_methods, whole_numbers
-from scripts.plot_shots import shots_figure
-from scripts.summary import Record, collect, comma_separated, latex, markdown
+from scripts.figures.plot_shots import shots_figure
+from scripts.figures.style import save
+from scripts.lib.grid import Run, few_shot_run, run_missing
+from scripts.lib.methods import check_datasets, choose_methods, whole_numbers
+from scripts.lib.tables import Record, collect, comma_separated, latex, markdown
 
 METRICS = ("accuracy", "top5", "macro_f1", "ece")
 

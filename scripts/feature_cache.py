@@ -17,10 +17,11 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dassl.utils.cli import run_main
-from trainers.features.cache import Entry, FeatureCache, default_folder  # noqa: E402
+from trainers.features.cache import Entry, FeatureCache, default_folder
 
 MIB = 2**20
 

@@ -12,15 +12,17 @@ import argparse
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dassl.utils.cli import fail, run_main
-from scripts.run_folders import find_runs, run_records
+from scripts.lib.runs import find_runs, run_records
 
 
 def finished_runs(folders: list[Path]) -> list[dict[str, Any]]:
@@ -58,13 +60,14 @@ def table(runs: list[dict[str, Any]], metric: str = "accuracy") -> str:
     return tabulate(rows, ["dataset", "trainer", "shots", "seeds", *heads], tablefmt="pipe", disable_numparse=True)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", type=Path, help="folders that hold run folders, at any depth")
     parser.add_argument("--metric", choices=("accuracy", "top5", "macro_f1", "ece"), default="accuracy")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         print(table(finished_runs(args.folders), args.metric))
     except (ValueError, OSError) as error:

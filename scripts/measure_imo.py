@@ -24,15 +24,14 @@ from scipy.stats import t as student
 from tabulate import tabulate
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import datasets
-import trainers
-from dassl.config import get_cfg_default
 from dassl.data import DatasetWrapper
 from dassl.data.datasets import build_dataset
 from dassl.data.transforms import build_transform
 from dassl.utils.cli import run_main
+from scripts.lib.imo import config
 from trainers.clip import CLIP, load_clip, templates_for, zeroshot_weights
 from trainers.features.corrected import load_adapters, read_recipe
 from trainers.imo import measure
@@ -68,18 +67,6 @@ class Known:
         stacked = [torch.stack(part) for part in zip(*(self.by_path[item.impath] for item in items), strict=True)]
         labels = torch.tensor([item.label for item in items], device=self.clip.device)
         return dict(zip(["", *self.every], stacked, strict=True)), labels
-
-
-def config(clip: CLIP, name: str, root: str, shots: int = -1, seed: int = 1) -> Any:
-    """The configuration under which a dataset is read."""
-    cfg = get_cfg_default()
-    datasets.extend_cfg(cfg)
-    trainers.extend_cfg(cfg)
-    cfg.merge_from_list(["DATASET.NAME", name, "DATASET.ROOT", root, "DATASET.NUM_SHOTS", shots, "SEED", seed])
-    cfg.merge_from_list(["INPUT.SIZE", (clip.image_size,) * 2, "INPUT.INTERPOLATION", "bicubic", "VERBOSE", False])
-    cfg.merge_from_list(["INPUT.PIXEL_MEAN", list(clip.pixel_mean), "INPUT.PIXEL_STD", list(clip.pixel_std)])
-    cfg.merge_from_list(["INPUT.TRANSFORMS", ("normalize",)])
-    return cfg
 
 
 def interval(values: Sequence[float]) -> str:

@@ -22,10 +22,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dassl.utils.cli import run_main
-from scripts.run_folders import read_metrics
+from scripts.lib.runs import read_metrics
 
 TRAINED, TESTED = "Finish training", "=> result"
 

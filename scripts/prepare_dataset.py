@@ -26,15 +26,15 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.utils import InputError, did_you_mean
 from dassl.utils.cli import run_main
-from datasets import extend_cfg
-from datasets.files import read_lines, read_mat
-from scripts.dataset_sources import SOURCES, Download, Part
+from scripts.lib.dataset_sources import SOURCES, Download, Part
+from trainers.app.data import datasets, files
 
 logger = logging.getLogger("prepare_dataset")
 
@@ -161,8 +161,8 @@ def sort_validation_images(folder: Path, places: Sequence[Path]) -> None:
     with tempfile.TemporaryDirectory(prefix=".devkit-", dir=folder) as temporary:
         extract(kit, Path(temporary))
         data = Path(temporary) / "ILSVRC2012_devkit_t12" / "data"
-        synsets = read_mat(data / "meta.mat", "synsets").flatten()
-        labels = [int(line) for line in read_lines(data / "ILSVRC2012_validation_ground_truth.txt")]
+        synsets = files.read_mat(data / "meta.mat", "synsets").flatten()
+        labels = [int(line) for line in files.read_lines(data / "ILSVRC2012_validation_ground_truth.txt")]
     wnids = {int(row["ILSVRC2012_ID"].item()): str(row["WNID"].item()) for row in synsets}
     if len(labels) != len(images):
         raise InputError(f"Expected {kit} to label {len(images):,} images but it labels {len(labels):,}")
@@ -251,7 +251,7 @@ def prepare(name: str, root: Path, archives: Path | None = None, download: bool 
 def check_counts(name: str, root: Path) -> bool:
     """Read the dataset as training does and compare its classes and images with a complete copy's."""
     cfg = get_cfg_default()
-    extend_cfg(cfg)
+    datasets.extend_cfg(cfg)
     cfg.merge_from_list(["DATASET.ROOT", str(root)])
     dataset = DATASET_REGISTRY.get(name)(cfg)
     train = 0 if getattr(dataset, "test_only", False) else len(dataset.train_x)

@@ -19,11 +19,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dassl.utils import InputError
 from dassl.utils.cli import run_main
-from datasets.open_images import COLUMNS, LABELS, find_images
+from trainers.app.data import open_images
 
 
 def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> str:
             images.symlink_to(given, target_is_directory=True)
     if not images.is_dir():
         raise InputError(f"Expected the images in {images} but there is no such folder: --images-path names another")
-    there = find_images(images)
+    there = open_images.find_images(images)
     names = dict(rows_of(args.classes, ("LabelName", "DisplayName")))
     confirmed: dict[str, list[str]] = {}
     for key, label, confidence in rows_of(args.labels, ("ImageID", "LabelName", "Confidence")):
@@ -85,11 +86,11 @@ def run(args: argparse.Namespace) -> str:
             f"Expected images with confirmed labels but of the {len(there)} images in {images} none is left: "
             f"{len(confirmed)} are in {args.labels}"
         )
-    with open(folder / LABELS, "w", encoding="utf-8", newline="") as file:
+    with open(folder / open_images.LABELS, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow(open_images.COLUMNS)
         writer.writerows(sorted(chosen.items()))
-    return f"{len(chosen)} of {len(there)} images in {len(set(chosen.values()))} classes: {folder / LABELS}"
+    return f"{len(chosen)} of {len(there)} images in {len(set(chosen.values()))} classes: {folder / open_images.LABELS}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

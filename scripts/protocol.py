@@ -7,12 +7,12 @@
     python scripts/protocol.py ablation --dataset digits --trainers DLRCLIP
 
 A method is `TRAINER[:CONFIG][@VARIANT]`: CONFIG is the name of a YAML in configs/trainers/*/ (else that of --config),
-VARIANT one of the trainer's in scripts/ablations.py. Without --trainers: every method that has such a config, leaves
-the dataset open and can be run; the others are named (ablation: DLRCLIP). KEY VALUE pairs at the end go to every run.
-Shots are 16 unless given; base2new, cross-dataset, ood and ablation take one number. Without --targets: the shifted
-test sets of ImageNet or Shapes; across datasets, the other ten benchmarks or Digits.
+VARIANT one of the trainer's in scripts/lib/ablations.py. Without --trainers: every method that has such a config,
+leaves the dataset open and can be run; the others are named (ablation: DLRCLIP). KEY VALUE pairs at the end go to every
+run. Shots are 16 unless given; base2new, cross-dataset, ood and ablation take one number. Without --targets: the
+shifted test sets of ImageNet or Shapes; across datasets, the other ten benchmarks or Digits.
 
-Folders are those of CoOp's scripts (listed in scripts/protocol_plan.py). A run with the completion marker is read,
+Folders are those of CoOp's scripts (listed in scripts/lib/protocol_plan.py). A run with the completion marker is read,
 one without is resumed, and an evaluation starts when the run that it evaluates is finished. With --launcher submitit
 each run is a job of a SLURM array, with its evaluations behind it; stop this program or not, the jobs go on, and the
 same command waits for them and submits what is missing.
@@ -34,15 +34,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dassl.utils import InputError
 from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
-from scripts.grid import Run, missing_runs, run_missing
-from scripts.launch import launch, parameters_of
-from scripts.methods import check_datasets, choose_methods, whole_numbers
-from scripts.protocol_plan import PLANS, SHIFTED, TRANSFER, Asked, Cell, runs_of, suitable
-from scripts.protocol_table import NOTES, cells_of, write_tables
+from scripts.lib.grid import Run, missing_runs, run_missing
+from scripts.lib.launch import launch, parameters_of
+from scripts.lib.methods import check_datasets, choose_methods, whole_numbers
+from scripts.lib.protocol_plan import PLANS, SHIFTED, TRANSFER, Asked, Cell, runs_of, suitable
+from scripts.lib.protocol_table import NOTES, cells_of, write_tables
 
 
 def names(text: str) -> list[str]:

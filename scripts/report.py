@@ -22,20 +22,22 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dassl.evaluation.predictions import Predictions
 from dassl.utils import atomic_write
 from dassl.utils.cli import run_main
-from scripts.figure_run import open_predictions
-from scripts.figure_style import readable, write_figure
-from scripts.plot_confusion import confusion_figure
-from scripts.plot_curves import run_curves
-from scripts.plot_features import features_figure
-from scripts.plot_gates import gates_figure
-from scripts.plot_logits import logits_figure
-from scripts.plot_shots import BANDS, mean_and_band, shots_figure
-from scripts.run_folders import Run, find_runs, read_records, run_records
+from scripts.figures.command import open_predictions
+from scripts.figures.plot_confusion import confusion_figure
+from scripts.figures.plot_curves import run_curves
+from scripts.figures.plot_features import features_figure
+from scripts.figures.plot_gates import gates_figure
+from scripts.figures.plot_logits import logits_figure
+from scripts.figures.plot_shots import shots_figure
+from scripts.figures.style import readable, write_figure
+from scripts.lib.runs import Run, find_runs, read_records, run_records
+from scripts.lib.tables import BANDS, mean_and_band
 
 # Of the predictions of a run; what each shows, then how it is drawn.
 FIGURES: dict[str, Callable[[Predictions], Figure]] = {

@@ -20,19 +20,19 @@ from typing import Any, NamedTuple
 import torch
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import datasets
-import trainers
-from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.utils import InputError, did_you_mean, set_random_seed
 from dassl.utils.cli import run_main
+from trainers.app.configuration import default_cfg
+from trainers.configs import CONFIGS
 from trainers.features.corrected import read_recipe
 from trainers.tip_adapter.search import GridPoint, best_point
 
-CONFIGS = {"TipAdapterPP": "tip_adapter_pp", "TipXPP": "tipx_pp"}
+FOLDERS = {"TipAdapterPP": "tip_adapter_pp", "TipXPP": "tipx_pp"}
 FILES = {"tiny": "tiny.yaml", "RN50": "rn50.yaml"}  # other backbones: vit_b16.yaml
 
 
@@ -50,11 +50,9 @@ def fill_cache(args: argparse.Namespace, shots: int, seed: int, folder: str) -> 
     Raises:
         InputError: there are none.
     """
-    cfg = get_cfg_default()
-    datasets.extend_cfg(cfg)
-    trainers.extend_cfg(cfg)
+    cfg = default_cfg()
     backbone = read_recipe(args.model)["backbone"]
-    configs = Path(__file__).resolve().parents[1] / "configs" / "trainers" / CONFIGS[args.trainer]
+    configs = CONFIGS / "trainers" / FOLDERS[args.trainer]
     cfg.merge_from_file(str(args.config_file or configs / FILES.get(backbone, "vit_b16.yaml")))
     cfg.merge_from_list(["DATASET.NAME", args.dataset, "DATASET.ROOT", args.root, "DATASET.NUM_SHOTS", shots])
     cfg.merge_from_list(["MODEL.BACKBONE.NAME", backbone, "MODEL.IMO_WEIGHTS", args.model, "SEED", seed])
@@ -131,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="separated by commas (default: 1,2,3)")
     parser.add_argument("--shots", type=numbers, default=[1, 2, 4, 8, 16], help="the same (default: 1,2,4,8,16)")
     parser.add_argument("--augment-epochs", type=int, default=10, help="views of each training image (default: 10)")
-    parser.add_argument("--trainer", choices=tuple(CONFIGS), default="TipAdapterPP")
+    parser.add_argument("--trainer", choices=tuple(FOLDERS), default="TipAdapterPP")
     parser.add_argument("--config-file", help="YAML of the trainer (default: that of the adapters' backbone)")
     parser.add_argument(
         "--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="change a setting"

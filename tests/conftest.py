@@ -12,7 +12,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores: one thread each, or they spin
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")  # scripts/mark_slow.py writes it
+SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")  # scripts/dev/mark_slow.py writes it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

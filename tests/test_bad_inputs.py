@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import predict
-import train
-from scripts import parse_results, plot_shots, report
+from scripts import parse_results, report
+from scripts.figures import plot_shots
+from trainers.app import predict, train
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(train.__file__).parents[2]
 DOCS = ROOT / "docs" / "RELIABILITY.md"
 BEGIN, END = "<!-- bad inputs: begin -->", "<!-- bad inputs: end -->"
 CONFIG = str(ROOT / "configs/trainers/clip_adapter/tiny.yaml")

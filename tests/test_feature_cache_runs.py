@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import train
 from dassl.engine.hooks.tensorboard import TensorBoard
 from scripts import feature_cache
+from trainers.app import train
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(train.__file__).parents[2]
 CONFIG = "configs/trainers/tip_adapter/tiny.yaml"
 
 

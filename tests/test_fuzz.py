@@ -32,8 +32,8 @@ from datasets.image_folder import class_names, read_csv
 from datasets.open_images import read_labels
 from datasets.picks import Picks, find_picks, read_coop_pickle
 from datasets.splits import read_split
-from scripts.run_folders import find_runs, read_records, run_records
-from scripts.summary import Record, collect, comma_separated, latex, markdown
+from scripts.lib.runs import find_runs, read_records, run_records
+from scripts.lib.tables import Record, collect, comma_separated, latex, markdown
 from trainers.base.learner import Learner
 from trainers.clip.checkpoint import read_checkpoint
 from trainers.clip.templates import fill_template

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import predict
-import train
 from scripts import compare, report
+from trainers.app import predict, train
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(train.__file__).parents[2]
 CLASSES = ["a|b", "<script>alert(1)</script>", "$x_1^$ \\frac", "=1+1", "new\nline", "\x1b[31mred", "{}%s{0}"]
 FILES = ["0.png", "a\nb.png", "=cmd.png", "<i>.png", "\x1b[2Jx.png", "$&%#_~.png"]
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import train
+from dlr_clip_cli.train import parse_args
+from trainers.app import train
+from trainers.app.configuration import setup_cfg
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(train.__file__).parents[2]
 COLOURS = {"cat": "red", "dog": "blue"}
 
 
@@ -226,8 +228,8 @@ def test_a_trainers_file_does_not_choose_another_dataset(trainer, photos):
     named = ["--dataset-config-file", str(ROOT / "configs/datasets/image_folder.yaml")]
     command = ["--trainer", {"imo": "IMO", "imodino": "IMODINO"}[trainer], "--root", str(photos), "--output-dir", "x"]
     command += ["--config-file", str(ROOT / f"configs/trainers/{trainer}/tiny.yaml")]
-    assert train.setup_cfg(train.parse_args([*command, *named])).DATASET.NAME == "ImageFolder"
-    assert train.setup_cfg(train.parse_args(command)).DATASET.NAME == "ShapesGeneric"
+    assert setup_cfg(parse_args([*command, *named])).DATASET.NAME == "ImageFolder"
+    assert setup_cfg(parse_args(command)).DATASET.NAME == "ShapesGeneric"
 
 
 def test_the_log_is_of_the_run_that_metrics_are_of(start, photos, tmp_path):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dassl.utils import stopping
-from scripts.jobs import CONSOLE
-from scripts.kill_test import Runs, command, paint, read_outcome
+from scripts.dev.kill_test import Runs, command, paint, read_outcome
+from scripts.lib.jobs import CONSOLE
 
 TIMEOUT = 300.0  # seconds, for machines with other things to do
 

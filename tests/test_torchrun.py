@@ -16,11 +16,11 @@ import pytest
 import two_processes
 from PIL import Image
 
-import train
 from dassl.utils import distributed
-from scripts.kill_test import read_outcome
+from scripts.dev.kill_test import read_outcome
+from trainers.app import train
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(train.__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 TIMEOUT = 600  # seconds, for machines with other things to do
 HELPER = str(ROOT / "tests" / "helpers" / "two_processes.py")

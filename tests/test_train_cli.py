@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError, errors
+from dlr_clip_cli.train import parse_args
+from trainers.app import train
+from trainers.app.configuration import setup_cfg
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(train.__file__).parents[2]
 CONFIG = "configs/trainers/dlr/tiny.yaml"
 TRAINER = "DLRCLIP"
 
@@ -45,7 +47,7 @@ def command(tiny_weights, tmp_path):
 
 
 def cfg_of(*argv: str):
-    return train.setup_cfg(train.parse_args(list(argv)))
+    return setup_cfg(parse_args(list(argv)))
 
 
 # -------------------------------------------------------------------------------------------------- configuration
@@ -101,9 +103,22 @@ def test_a_file_of_another_trainer_is_taken_with_a_warning(command, caplog):
     assert not any("is a configuration of" in message for message in caplog.messages)
 
 
-def test_the_command_line_knows_no_method():
-    words = set(re.findall(r"\w+", Path(train.__file__).read_text().lower()))  # "comma" is not MMA
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(ROOT / program for program in ("train.py", "predict.py")),
+        *(path for place in ("dlr_clip_cli", "trainers/app") for path in sorted((ROOT / place).glob("*.py"))),
+    ],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_the_command_line_knows_no_method(file):
+    words = set(re.findall(r"\w+", file.read_text().lower()))  # "comma" is not MMA
     assert [name for name in TRAINER_REGISTRY.registered_names() if name.lower() in words] == []
+
+
+@pytest.mark.parametrize("program", ["train.py", "predict.py"])
+def test_the_programs_are_thin(program):
+    assert len((ROOT / program).read_text().splitlines()) < 80
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -130,7 +145,7 @@ def test_help_and_wrong_flags_come_without_the_imports_that_take_seconds(program
 
 def test_flags_are_not_abbreviated(capsys):
     with pytest.raises(SystemExit) as stop:
-        train.parse_args(["--trainer", TRAINER, "--dataset", "configs/datasets/digits.yaml"])
+        parse_args(["--trainer", TRAINER, "--dataset", "configs/datasets/digits.yaml"])
     assert stop.value.code == 2
     assert_one_line(capsys.readouterr().err, "unrecognized arguments: --dataset")
 
@@ -141,7 +156,11 @@ def test_no_command_line_abbreviates_flags():
         (path, call)
         for path in [
             *ROOT.glob("*.py"),
-            *(p for f in ("scripts", "benchmarks", "dassl") for p in (ROOT / f).rglob("*.py")),
+            *(
+                p
+                for f in ("scripts", "benchmarks", "dassl", "dlr_clip_cli", "trainers")
+                for p in (ROOT / f).rglob("*.py")
+            ),
         ]
         for call in ast.walk(ast.parse(path.read_text()))
         if isinstance(call, ast.Call) and ast.unparse(call.func) in ("argparse.ArgumentParser", "ArgumentParser")

@@ -16,7 +16,9 @@ from .compat import yaml_chain
 
 logger = logging.getLogger(__name__)
 
-FOLDER = Path(__file__).parents[1] / "configs" / "trainers"
+HERE = Path(__file__).parent
+# Installed within this package, in the checkout beside it.
+CONFIGS = HERE / "_configs" if (HERE / "_configs").is_dir() else HERE.parent / "configs"
 FIRST = "tiny"  # the name that is suggested: it runs anywhere, without a download
 
 
@@ -31,7 +33,7 @@ def trainer_of(file: str | os.PathLike[str]) -> str:
 
 def configs_of(trainer: str) -> dict[str, Path]:
     """Return the files that are made for a trainer, by short name (the file's stem), in order."""
-    return {file.stem: file for file in sorted(FOLDER.glob("*/*.yaml")) if trainer_of(file) == trainer}
+    return {file.stem: file for file in sorted(CONFIGS.glob("trainers/*/*.yaml")) if trainer_of(file) == trainer}
 
 
 def find_config(trainer: str, name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .compare import INDIFFERENT, REPORTS, Difference, differing, plain_config
 from .defaults import build_defaults
-from .node import CfgNode, keys_in_file, read_yaml
+from .node import CfgNode, read_yaml
 
 cfg_default = build_defaults()  # upstream's name for the tree that get_cfg_default copies
 
@@ -17,7 +17,6 @@ __all__ = [
     "clean_cfg",
     "differing",
     "get_cfg_default",
-    "keys_in_file",
     "plain_config",
     "read_yaml",
 ]

@@ -29,15 +29,26 @@ class CfgNode(YacsNode):
 
     follows_base = True
 
-    def merge_from_file(self, cfg_filename: str | os.PathLike[str]) -> None:
-        """Merge a YAML file; keys of the file that its ``_BASE_:`` names (relative to it) are merged before its own."""
+    def merge_from_file(self, cfg_filename: str | os.PathLike[str]) -> dict[str, Any]:
+        """Merge a YAML file; keys of the file that its ``_BASE_:`` names (relative to it) are merged before its own.
+
+        Returns:
+            What the file sets, by key (with dots), what it inherits included.
+
+        Raises:
+            InputError: as ``read_yaml``, or a value of another type than the default's.
+            UnknownNameError: a key that is not there.
+        """
+        found: dict[str, Any] = {}
         for path, values in _read_chain(Path(cfg_filename).expanduser()):
+            found.update(_flat(values, ""))
             try:
                 _merge(self, values, ())
             except UnknownNameError as error:
                 raise UnknownNameError(f'In "{path}": {error}') from error
             except InputError as error:
                 raise InputError(f'In "{path}": {error}') from error
+        return found
 
     def merge_from_other_cfg(self, cfg_other: Mapping[str, Any]) -> None:
         """Merge another tree."""
@@ -59,18 +70,6 @@ class CfgNode(YacsNode):
             for part in reversed(str(name).split(".")):
                 nested = {part: nested}
             _merge(self, nested, ())
-
-
-def keys_in_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the keys (with dots) and values that a YAML file sets, those of the files it inherits from included.
-
-    Raises:
-        InputError: as ``read_yaml``.
-    """
-    found: dict[str, Any] = {}
-    for _, values in _read_chain(Path(path).expanduser()):
-        found.update(_flat(values, ""))
-    return found
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -12,8 +12,12 @@ logger = logging.getLogger(__name__)
 TRAINER_REGISTRY = Registry("TRAINER")
 
 
-def build_trainer(cfg: Any) -> Any:
-    """The trainer that ``cfg.TRAINER.NAME`` names, built from cfg.
+def build_trainer(cfg: Any, data: Any = None) -> Any:
+    """Build the trainer that ``cfg.TRAINER.NAME`` names.
+
+    Args:
+        cfg: the frozen configuration.
+        data: the trainer's data manager, or a stand-in for it; None: the trainer makes one of the configuration.
 
     Raises:
         InputError: no trainer of that name; the message has the nearest one.
@@ -22,4 +26,5 @@ def build_trainer(cfg: Any) -> Any:
     check_availability(name, TRAINER_REGISTRY.registered_names())
     if cfg.VERBOSE:
         logger.info("Loading trainer: %s", name)
-    return TRAINER_REGISTRY.get(name)(cfg)
+    trainer_class = TRAINER_REGISTRY.get(name)
+    return trainer_class(cfg) if data is None else trainer_class(cfg, data)  # upstream's classes take a cfg only

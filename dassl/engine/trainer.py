@@ -49,13 +49,17 @@ NUM_EXAMPLES = 8  # test images shown in TensorBoard
 class SimpleTrainer(EvaluatingTrainer):
     """Data, model, evaluator and hooks from a config; how batches are drawn is left to TrainerX and TrainerXU.
 
+    Args:
+        cfg: the frozen configuration.
+        data: the data manager, or a stand-in with the same attributes; None: one is made of the configuration.
+
     Attributes:
         drop_last: whether a training epoch leaves out its last, smaller batch; a method may say otherwise.
     """
 
     drop_last = True
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Any, data: Any = None) -> None:
         super().__init__()
         ensure_heard()
         self.check_cfg(cfg)
@@ -70,6 +74,7 @@ class SimpleTrainer(EvaluatingTrainer):
         self.output_dir = cfg.OUTPUT_DIR
         self.cfg = cfg
         self.best_result = -math.inf
+        self._data = data
 
         with distributed.main_first():  # splits, picks and rendered images are made by one process
             self.build_data_loader()
@@ -132,8 +137,8 @@ class SimpleTrainer(EvaluatingTrainer):
         distributed.check_same("images and labels", sums)
 
     def build_data_loader(self) -> None:
-        """Make the data manager and take over what it offers."""
-        dm = DataManager(self.cfg, drop_last=self.drop_last)
+        """Take over what the data manager offers; make one where the trainer was given none."""
+        dm = DataManager(self.cfg, drop_last=self.drop_last) if self._data is None else self._data
         self.train_loader_x = dm.train_loader_x
         self.train_loader_u = dm.train_loader_u  # None when there is no such data, as the next
         self.val_loader = dm.val_loader

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All variants of scripts/ablations.py with seeds 1, 2, 3.
+# All variants of scripts/lib/ablations.py with seeds 1, 2, 3.
 set -euo pipefail
 
 if (($# < 3)); then

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from yacs.config import CfgNode as YacsNode
 
-from dassl.config import CfgNode, clean_cfg, get_cfg_default, keys_in_file
+from dassl.config import CfgNode, clean_cfg, get_cfg_default
 from dassl.utils import InputError
 
 
@@ -263,7 +263,8 @@ def test_anchors_and_merges_are_no_keys_that_stand_twice(tmp_path):
     assert cfg.DATALOADER.TEST.BATCH_SIZE == 4 and cfg.OPTIM.LR == 1.0
 
 
-def test_keys_of_a_file_and_of_its_bases(tmp_path):
+def test_merging_a_file_tells_its_keys_and_those_of_its_bases(tmp_path):
     write(tmp_path / "base.yaml", "SEED: 1\nOPTIM: {LR: 1.0, NAME: sgd}\n")
     write(tmp_path / "own.yaml", "_BASE_: base.yaml\nOPTIM: {LR: 2.0}\n")
-    assert keys_in_file(tmp_path / "own.yaml") == {"SEED": 1, "OPTIM.LR": 2.0, "OPTIM.NAME": "sgd"}
+    said = get_cfg_default().merge_from_file(tmp_path / "own.yaml")
+    assert said == {"SEED": 1, "OPTIM.LR": 2.0, "OPTIM.NAME": "sgd"}

@@ -17,11 +17,11 @@ import pytest
 from dataset_trees import make_tree, write_folder, write_image, write_text
 from scipy.io import savemat
 
-import train
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.utils import InputError
 from datasets import extend_cfg
+from trainers.app import train
 
 SPLIT = "split_zhou_EuroSAT.json"
 
@@ -426,7 +426,7 @@ def test_train_says_it_in_one_line_and_exits_with_2(data, tmp_path, capsys, spoi
     make_tree("EuroSAT", data)
     build("EuroSAT", data)
     spoil(data)
-    checkout = Path(train.__file__).parent
+    checkout = Path(train.__file__).parents[2]
     output = tmp_path / "runs" / "first"
     code = train.main(
         [

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from dataset_trees import make_tree
 
-import train
+from trainers.app import train
 
-CHECKOUT = Path(train.__file__).parent
+CHECKOUT = Path(train.__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

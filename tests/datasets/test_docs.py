@@ -9,7 +9,7 @@ import pytest
 
 import datasets
 from dassl.data.datasets import DATASET_REGISTRY
-from scripts.dataset_sources import SOURCES
+from scripts.lib.dataset_sources import SOURCES
 from trainers.clip import templates_for
 
 CHECKOUT = Path(datasets.__file__).parent.parent

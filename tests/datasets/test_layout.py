@@ -10,7 +10,7 @@ from PIL import Image
 
 from dassl.config import get_cfg_default
 from dassl.utils import InputError
-from datasets import extend_cfg, name_dataset
+from datasets import extend_cfg, files, name_dataset
 from datasets.files import list_images_below
 from datasets.image_folder import ImageFolder
 from datasets.layout import part_of, scan_folder
@@ -171,3 +171,12 @@ def test_which_dataset_is_meant_without_a_name(tmp_path):
     ):
         with pytest.raises(InputError, match=f"--dataset-config-file.*{words}"):
             name_dataset(str(root))
+
+
+def test_one_image_is_enough_to_take_a_folder_for_ones_own(tmp_path, monkeypatch):
+    """The dataset reads the whole tree afterwards; whether there are images is seen at the first one."""
+    root = fill(tmp_path / "own", "Training/cat", "Training/dog", "Testing/cat", "Testing/dog")
+    listed, listing = [], files.list_images
+    monkeypatch.setattr(files, "list_images", lambda folder: listed.append(str(folder)) or listing(folder))
+    assert name_dataset(str(root)) == "ImageFolder"
+    assert listed == [str(root / "Testing"), str(root / "Testing" / "cat")]

@@ -12,9 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
-import train
 from dassl.engine.hooks import HookBase
-from dassl.utils import distributed
+from dassl.utils import close_logger, distributed
+from dlr_clip_cli.train import parse_args
+from trainers.app.building import build
 
 
 class Losses(HookBase):
@@ -31,13 +32,13 @@ class Losses(HookBase):
 
 def run(argv, kill=False):
     distributed.connect()
-    args = train.parse_args(argv)
-    trainer = train.build(args)
+    args = parse_args(argv)
+    trainer = build(args)
     losses = Losses(kill)
     trainer.register_hooks([losses])
     trainer.train()
     distributed.stop()
-    train.close_logger()
+    close_logger()
     return losses.values
 
 

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import train
 from dassl.data.sharding import Share
 from dassl.engine import HookBase, SimpleTrainer
 from dassl.engine.base import TrainerBase
 from dassl.engine.hooks import TensorBoard
 from dassl.engine.parallel import average_gradients, copy_from_main, own_draws
 from dassl.utils import InputError, distributed
+from trainers.app import train
 
 
 class Recorder(HookBase):

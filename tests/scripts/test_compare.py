@@ -16,8 +16,8 @@ from PIL import Image
 
 from dassl.engine import TRAINER_REGISTRY
 from scripts.compare import main
-from scripts.grid import digest_of_data
-from scripts.methods import choose_methods, methods_with
+from scripts.lib.grid import digest_of_data
+from scripts.lib.methods import choose_methods, methods_with
 from scripts.protocol import main as protocol_main
 
 ROOT = Path(__file__).parents[2]

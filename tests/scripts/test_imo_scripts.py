@@ -11,7 +11,8 @@ import trainers
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import build_trainer
-from scripts import measure_imo, plot_overlap, search_params
+from scripts import measure_imo, search_params
+from scripts.figures import plot_overlap
 from trainers.clip import load_clip
 from trainers.features.corrected import load_adapters
 from trainers.imo import measure
@@ -89,7 +90,7 @@ def test_search_averages_validation_accuracy_over_seeds(trainer, random_tiny, ra
         cfg = get_cfg_default()
         datasets.extend_cfg(cfg)
         trainers.extend_cfg(cfg)
-        cfg.merge_from_file(f"configs/trainers/{search_params.CONFIGS[trainer]}/tiny.yaml")
+        cfg.merge_from_file(f"configs/trainers/{search_params.FOLDERS[trainer]}/tiny.yaml")
         cfg.merge_from_list(["DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", 1, "SEED", seed])
         cfg.merge_from_list(["MODEL.IMO_WEIGHTS", str(random_adapters), "OUTPUT_DIR", str(tmp_path / str(seed))])
         cfg.merge_from_list([f"TRAINER.{node}.VIEWS", 2, *settings])

@@ -1,4 +1,4 @@
-"""The short form of scripts/kill_test.py: each trainer's run is killed once, resumed, and compared bit by bit."""
+"""The short form of scripts/dev/kill_test.py: each trainer's run is killed once, resumed, and compared bit by bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.kill_test import CONFIGS, Outcome, Runs, check, command, paint
+from scripts.dev.kill_test import CONFIGS, Outcome, Runs, check, command, paint
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ import submitit
 from submitit.core.utils import cloudpickle_dump
 
 from dassl.utils import InputError
-from scripts.grid import Run
-from scripts.jobs import Chain, claimed
-from scripts.launch import chains, launch, parameters_of
+from scripts.lib.grid import Run
+from scripts.lib.jobs import Chain, claimed
+from scripts.lib.launch import chains, launch, parameters_of
 from scripts.protocol import main
 
-STAND_IN = str(Path(__file__).parents[1] / "helpers" / "stand_in_train.py")
+STAND_IN = (str(Path(__file__).parents[1] / "helpers" / "stand_in_train.py"),)  # in place of train.py
 
 
 def train_run(folder: Path) -> Run:

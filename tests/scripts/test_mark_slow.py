@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.mark_slow import ROOT, SLOW_TESTS, durations, slow_ones
+from scripts.dev.mark_slow import ROOT, SLOW_TESTS, durations, slow_ones
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_a" name="test_one[x]" time="3.0"/>

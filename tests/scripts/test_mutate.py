@@ -1,10 +1,10 @@
-"""The changes of scripts/mutate.py fit the code, and it tells the noticed from the unnoticed."""
+"""The changes of scripts/dev/mutate.py fit the code, and it tells the noticed from the unnoticed."""
 
 from __future__ import annotations
 
 import pytest
 
-from scripts import mutate
+from scripts.dev import mutate
 
 
 @pytest.mark.parametrize("mutation", mutate.MUTATIONS, ids=[m.what for m in mutate.MUTATIONS])

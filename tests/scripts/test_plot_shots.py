@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from matplotlib.colors import to_hex
 
-from scripts.figure_style import COLOURS, look, readable, save
-from scripts.plot_shots import main, mean_and_band, shots_figure, shots_panels
-from scripts.run_folders import find_runs, read_records, run_records
+from scripts.figures.plot_shots import main, shots_figure, shots_panels
+from scripts.figures.style import COLOURS, look, readable, save
+from scripts.lib.runs import find_runs, read_records, run_records
+from scripts.lib.tables import mean_and_band
 
 
 def make_run(folder: Path, accuracy: float, done: bool = True, part: str = "all", **facts: object) -> Path:

@@ -20,7 +20,7 @@ from scipy.io import savemat
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.utils import InputError
 from scripts import prepare_dataset
-from scripts.dataset_sources import SOURCES, Download
+from scripts.lib.dataset_sources import SOURCES, Download
 from scripts.prepare_dataset import extract, fetch, main
 
 COUNTS = {

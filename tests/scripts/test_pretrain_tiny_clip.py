@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scripts.tiny_world import OBJECTS, SWAPPED, caption_batch, render_pool, true_pairs
+from scripts.dev.tiny_world import OBJECTS, SWAPPED, caption_batch, render_pool, true_pairs
 from trainers.clip import load_clip
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def test_captions_say_what_the_annotator_sees() -> None:
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="pretraining needs torch >= 2.9")
 def test_the_script_writes_a_checkpoint_that_loads(tmp_path) -> None:
-    command = [sys.executable, "scripts/pretrain_tiny_clip.py", "--steps", "2", "--pool", "64", "--batch", "16"]
+    command = [sys.executable, "scripts/dev/pretrain_tiny_clip.py", "--steps", "2", "--pool", "64", "--batch", "16"]
     states = []
     for stage in ("joint", "text"):
         result = subprocess.run(

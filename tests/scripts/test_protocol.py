@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from dassl.engine import TRAINER_REGISTRY
-from scripts.grid import next_ready, run_all
-from scripts.methods import choose_methods
+from scripts.lib.grid import next_ready, run_all
+from scripts.lib.methods import choose_methods
+from scripts.lib.protocol_plan import runs_of
+from scripts.lib.protocol_table import harmonic
 from scripts.protocol import main, make_plan, parse_args
-from scripts.protocol_plan import runs_of
-from scripts.protocol_table import harmonic
 from trainers.dlrclip import DLRCLIP
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +115,7 @@ def test_what_evaluates_waits_and_goes_first_when_it_can():
         (["base2new", "--trainers", "CoOp", "TRAINER.COOP.CSC", "True", "TRAINER.COOP.CTX_INIT", ""], "a context"),
         (["few-shot", "--trainers", "TipAdapterPP"], "MODEL.IMO_WEIGHTS"),
         (["few-shot", "--trainers", "MMA@cma"], "variant of MMA"),
-        (["ablation", "--trainers", "CoOp"], "variants in scripts/ablations.py"),
+        (["ablation", "--trainers", "CoOp"], "variants in scripts/lib/ablations.py"),
         (["ablation", "--groups", "part"], "groups of variants"),
         (["few-shot", "--groups", "parts"], "no --groups"),
         (["ood", "--source", "digits", "--trainers", "MMA"], "--targets for digits"),

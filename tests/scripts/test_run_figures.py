@@ -17,19 +17,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train
 from dassl.evaluation.predictions import load_predictions
 from dassl.utils import close_logger
-from scripts import plot_confusion, plot_curves, plot_features, plot_gates, plot_logits, report
-from scripts.figure_run import open_predictions
-from scripts.figure_style import readable
-from scripts.plot_confusion import confusion_figure, most_confused, shares_among
-from scripts.plot_curves import curve_panels, read_scalars
-from scripts.plot_features import chosen_images, embed, features_figure
-from scripts.plot_gates import gate_bins, gates_figure
-from scripts.plot_logits import head_logits, logits_figure
+from scripts import report
+from scripts.figures import plot_confusion, plot_curves, plot_features, plot_gates, plot_logits
+from scripts.figures.command import open_predictions
+from scripts.figures.plot_confusion import confusion_figure, most_confused, shares_among
+from scripts.figures.plot_curves import curve_panels, read_scalars
+from scripts.figures.plot_features import chosen_images, embed, features_figure
+from scripts.figures.plot_gates import gate_bins, gates_figure
+from scripts.figures.plot_logits import head_logits, logits_figure
+from scripts.figures.style import readable
+from trainers.app import train
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(train.__file__).parents[2]
 NAMES = {"<b>bold<": "red", "$\\frac{1}{0}$ & 'so' \"on\"": "green", "a very long name of a class in ünïcödé": "blue"}
 VOID = {"meta", "link", "img"}
 

@@ -9,7 +9,7 @@ import math
 import pytest
 from scipy import stats
 
-from scripts.summary import (
+from scripts.lib.tables import (
     Record,
     bold_cells,
     collect,

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional as F
 
 import datasets
-import predict
 import trainers
 from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY, build_trainer
+from trainers.app import predict
 from trainers.base.encoder_trainer import EncoderTrainer
 
 ROOT = Path(__file__).parents[2]

@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional as F
 
 import datasets
-import predict
 import trainers
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.utils import read_image
+from trainers.app import predict
 from trainers.base.feature_trainer import FeatureTrainer
 from trainers.base.learner import pack_record, unpack_record
 from trainers.linear_probe import fit_logistic

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2] / "trainers"
-FILES = sorted(ROOT.rglob("*.py"))
+APP = ROOT / "app"  # the application, which has the project's own toolbox
+FILES = sorted(path for path in ROOT.rglob("*.py") if APP not in path.parents)
 
 SURFACE = {
     "dassl.config": {"get_cfg_default", "clean_cfg"},
@@ -61,6 +62,25 @@ def test_imports(path):
             if top == "dassl":
                 unknown = {alias.name for alias in node.names} - SURFACE.get(node.module, set())
                 assert not unknown, f"line {node.lineno}: upstream's {node.module} has no {sorted(unknown)}"
+
+
+def test_the_methods_do_not_import_the_application():
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                names = [(node.module or "").split(".")[0], *(alias.name for alias in node.names if not node.module)]
+                assert "app" not in names, f"{path}, line {node.lineno}"
+
+
+def test_one_file_of_the_application_says_what_the_datasets_are_called():
+    importing = {
+        path.name
+        for path in APP.glob("*.py")
+        for node in ast.walk(tree(path))
+        if (isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "datasets")
+        or (isinstance(node, ast.Import) and "datasets" in {alias.name.split(".")[0] for alias in node.names})
+    }
+    assert importing == {"data.py"}
 
 
 def test_clip_knows_no_toolbox():

@@ -43,6 +43,7 @@ class CLIPTrainer(PortableTrainer):
     # Whether an epoch leaves out its last, smaller batch, as the method's source does. On upstream Dassl, loaders of
     # images always do.
     drop_last = True
+    adapters = "none"  # whether features are corrected by MODEL.IMO_WEIGHTS: none (refused) | optional | needed
     per_step = False  # whether the schedule of the learning rate counts steps; else epochs, as CoOp's
     network: Any
 

@@ -57,7 +57,6 @@ class FeatureTrainer(LearnerTrainer):
     val_loader: Any
     test_loader: Any
     per_step = True
-    adapters = "none"  # whether features are corrected by MODEL.IMO_WEIGHTS: none (refused) | optional | needed
     mirror = False  # whether a mirrored copy of each training image, as it is at test time, stands beside it
     raw_mean = False  # whether text features of several templates are averaged as CLIP gives them, not normalised
     eps = 0.0  # of Adam-type optimisers; 0: their own

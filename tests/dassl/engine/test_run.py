@@ -12,10 +12,10 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from dassl.engine import TRAINER_REGISTRY, HookBase, TrainerBase, TrainerX
+from dassl.engine import TRAINER_REGISTRY, HookBase, TrainerBase, TrainerX, build_trainer
 from dassl.engine.hooks.results import count_parameters
 from dassl.modeling import BACKBONE_REGISTRY, Backbone
-from dassl.utils import InputError
+from dassl.utils import InputError, set_random_seed
 
 
 def metrics_of(folder) -> dict:
@@ -342,3 +342,27 @@ def test_counts_parameters_hidden_from_the_state_dict(build):
     trainer = build()
     trainer.net.frozen = [torch.nn.Linear(5, 4).requires_grad_(False)]
     assert count_parameters(trainer) == {"trainable": 12, "total": 36}
+
+
+def test_data_may_come_from_outside(build, make_cfg, monkeypatch):
+    """A trainer that is given its data makes none of its own."""
+    expected = build("TwoHeads")
+    data = build("TwoHeads", output="other").dm
+    monkeypatch.delattr("dassl.engine.trainer.DataManager")
+    set_random_seed(3)
+    trainer = build_trainer(make_cfg("TwoHeads", output="given", root="nowhere"), data)
+    assert trainer.dm is data and trainer.train_loader_x is data.train_loader_x
+    assert trainer.lab2cname == data.lab2cname and trainer.num_classes == data.num_classes
+    expected.train()
+    trainer.train()
+    assert trainer.best_result == expected.best_result
+    assert all(torch.equal(a, b) for a, b in zip(expected.net.parameters(), trainer.net.parameters(), strict=True))
+
+
+def test_a_trainer_that_takes_a_configuration_only_is_built_of_it(make_cfg, monkeypatch):
+    class Own(TRAINER_REGISTRY.get("Linear")):
+        def __init__(self, cfg):  # as in upstream
+            super().__init__(cfg)
+
+    monkeypatch.setitem(TRAINER_REGISTRY._obj_map, "Own", Own)
+    assert build_trainer(make_cfg("Own")).dm is not None

@@ -14,19 +14,20 @@ import time
 import pytest
 import torch
 
-import predict
-import train
 from dassl.engine import TRAINER_REGISTRY, board
 from dassl.engine.reliability.trouble import explain_trouble
 from dassl.engine.trainer import SimpleTrainer
 from dassl.utils import close_logger, setup_logger
+from dlr_clip_cli.train import parse_args
+from trainers.app import building, predict, train
+from trainers.app.configuration import setup_cfg
 
 
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
     """train.main with the toy trainer -> (exit code, stderr without bars, lines of stdout)."""
     monkeypatch.setattr("dassl.evaluation.passes.progress_bar", lambda iterable=None, **_: iterable or _Bar())
-    monkeypatch.setattr(train, "collect_env_info", lambda: "")  # takes seconds
+    monkeypatch.setattr(building, "collect_env_info", lambda: "")  # takes seconds
     monkeypatch.setattr("dassl.engine.hooks.progress.progress_bar", lambda **_: _Bar())
 
     def run(*pairs: str, output: str = "run", flags: tuple[str, ...] = ()):
@@ -91,7 +92,7 @@ def test_gpu_memory(run, monkeypatch, tmp_path):
 def test_trainers_say_what_needs_less_memory():
     from trainers.dlrclip import DLRCLIP
 
-    cfg = train.setup_cfg(train.parse_args(["--trainer", "DLRCLIP", "--output-dir", "x"]))
+    cfg = setup_cfg(parse_args(["--trainer", "DLRCLIP", "--output-dir", "x"]))
     assert DLRCLIP.memory_advice(cfg) == [
         "TRAINER.DLRCLIP.TEXT_CHUNK 32",
         "TRAINER.DLRCLIP.CHECKPOINTING True",
@@ -198,7 +199,7 @@ def test_gpu_that_is_not_there(run, monkeypatch, caplog):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch.version, "cuda", "12.0")
     caplog.set_level("WARNING")
-    cfg = train.setup_cfg(train.parse_args(["--trainer", "Linear", "--output-dir", "x"]))
+    cfg = setup_cfg(parse_args(["--trainer", "Linear", "--output-dir", "x"]))
     assert cfg.USE_CUDA
     code, err, out = run("USE_CUDA", "False")
     assert code == 0 and not any("Computing on the CPU" in line for line in out)

@@ -9,17 +9,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import train
+from dlr_clip_cli.train import parse_args
+from trainers.app import train
+from trainers.app.configuration import setup_cfg
 from trainers.clip import load_clip, preprocessing_of, tell_preprocessing
 from trainers.clip.load import activation_of_origin
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(train.__file__).parents[2]
 OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
 LAION = "open_clip:ViT-L-14/laion2b_s32b_b82k"
 
 
 def cfg_of(*words: str):
-    return train.setup_cfg(train.parse_args(["--output-dir", "x", *words]))
+    return setup_cfg(parse_args(["--output-dir", "x", *words]))
 
 
 def config(folder: str, name: str) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dassl.engine import build_trainer
-from predict import without_images
+from trainers.app.prediction import ClassesOnly
 from trainers.dlrclip import DLRCLIP
 from trainers.dlrclip.config import DLRCLIPConfig
 from trainers.dlrclip.network import DLRCLIPNetwork
@@ -187,6 +187,6 @@ def test_other_encoders_and_readers(make_clip, names, kind, workers, tmp_path):
 
 def test_a_trainer_without_images(make_cfg):
     """As predict.py builds it from the configuration of a run with views."""
-    trainer = without_images(DLRCLIP, NAMES, None)(make_cfg("INPUT.VIEWS", 2))
+    trainer = DLRCLIP(make_cfg("INPUT.VIEWS", 2), ClassesOnly(NAMES, None))
     trainer.set_model_mode("eval")
     assert trainer.model_heads(torch.zeros(1, 3, 32, 32))["final"].shape == (1, 5)

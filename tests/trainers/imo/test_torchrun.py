@@ -12,10 +12,10 @@ import imo_two_processes
 import pytest
 from PIL import Image
 
-import train
+from trainers.app import train
 from trainers.features.corrected import read_recipe
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(train.__file__).parents[2]
 HELPER = str(ROOT / "tests" / "helpers" / "imo_two_processes.py")
 # Entries of the whole batch are dropped, and gradients of the whole batch shortened, as in one process.
 AUTHORS = ("TRAINER.IMO.FORM", "beside", "TRAINER.IMO.DROPOUT", "0.4", "TRAINER.IMO.SCALE", "1.0")

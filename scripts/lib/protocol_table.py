@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dassl.utils import atomic_write
-from scripts.protocol_plan import Cell
-from scripts.summary import AVERAGE, Cells, Record, collect, comma_separated, latex, markdown
+from scripts.lib.protocol_plan import Cell
+from scripts.lib.tables import AVERAGE, Cells, Record, collect, comma_separated, latex, markdown
 
 HARMONIC = "H"
 KWAY = "classes taken as new ones"

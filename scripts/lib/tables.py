@@ -10,22 +10,40 @@ from __future__ import annotations
 import csv
 import html
 import io
+import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from scipy import stats
+from scipy import special, stats
 from tabulate import tabulate
 
 from dassl.utils import one_line
-from scripts.plot_shots import mean_and_band
 
 AVERAGE = "average"
 LEVEL = 0.05  # of the tests
 
 
 Column = int | str  # a number of shots, or another column's name
+
+
+BANDS = {"t95": "95 % t-interval of the mean over seeds", "sd": "± one standard deviation over seeds"}
+
+
+def mean_and_band(values: Sequence[float], band: str = "t95") -> tuple[float, float]:
+    """Return (mean, half the height of the band) of values; the band of a single value is nan.
+
+    "t95": the 95 % confidence interval of the mean by Student's t with n - 1 degrees of freedom; "sd": the standard
+    deviation (n - 1).
+    """
+    if band not in BANDS:
+        raise ValueError(f'Expected band to be one of {", ".join(BANDS)} but got "{band}"')
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.nan
+    sd = statistics.stdev(values)
+    return mean, sd if band == "sd" else float(special.stdtrit(len(values) - 1, 0.975)) * sd / math.sqrt(len(values))
 
 
 class Record(NamedTuple):

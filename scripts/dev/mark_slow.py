@@ -1,7 +1,7 @@
 """Choose the tests that the fast tier leaves out, from measured durations.
 
     pytest -n 2 --dist loadfile --junitxml report.xml
-    python scripts/mark_slow.py report.xml [--budget 14]
+    python scripts/dev/mark_slow.py report.xml [--budget 14]
 
 Writes `tests/slow_tests.txt`: the slowest test functions (all their parameters together), as many as it takes for the
 others to need less than the budget, in seconds of one process. tests/conftest.py marks them "slow". The budget is small
@@ -17,11 +17,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SLOW_TESTS = ROOT / "tests" / "slow_tests.txt"
 
 

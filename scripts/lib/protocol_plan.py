@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 from dassl.config import plain_config
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError
-from scripts.ablations import FULL, VARIANTS, Variant
-from scripts.grid import Run, command_line, few_shot_run
-from scripts.methods import Method
+from scripts.lib.ablations import FULL, VARIANTS, Variant
+from scripts.lib.grid import Run, command_line, few_shot_run
+from scripts.lib.methods import Method
 
 # Shifted test sets of a source, whose classes are the source's or some of them.
 SHIFTED = {
@@ -229,7 +229,7 @@ def variants_of(asked: Asked, method: Method) -> list[Variant]:
         if group not in groups:
             raise InputError(f"Expected groups of variants of {method.trainer} in {groups} but got {group!r}")
     if not known:
-        raise InputError(f"Expected a method with variants in scripts/ablations.py but got {method.trainer}")
+        raise InputError(f"Expected a method with variants in scripts/lib/ablations.py but got {method.trainer}")
     wanted = asked.groups or groups
     return [Variant("", "full", FULL, ()), *(variant for variant in known if variant.group in wanted)]
 

@@ -1,4 +1,4 @@
-"""What scripts share that draw one figure from one finished run's folder."""
+"""The command line of what draws one figure from one finished run's folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from dassl.evaluation.predictions import Predictions, load_predictions
-from scripts.figure_style import add_output_options, save
+from scripts.figures.style import add_output_options, save
 
 
 def open_predictions(run: Path) -> Predictions:

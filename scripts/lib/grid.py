@@ -18,26 +18,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from tqdm import tqdm
 
-import datasets
-import train
-import trainers
-from dassl.config import differing, get_cfg_default, plain_config
+from dassl.config import differing, plain_config
 from dassl.data.datasets import build_dataset
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError
-from scripts.jobs import CONSOLE, NOT_STARTED, Step, claimed, finished, open_console
-
-if TYPE_CHECKING:
-    from scripts.methods import Method
+from dlr_clip_cli.places import python_path
+from dlr_clip_cli.train import parse_args
+from scripts.lib.jobs import CONSOLE, NOT_STARTED, Step, claimed, finished, open_console
+from scripts.lib.methods import Method
+from trainers.app import train
+from trainers.app.configuration import default_cfg, setup_cfg
+from trainers.app.run_folder import parent_folder
+from trainers.configs import CONFIGS
 
 logger = logging.getLogger(__name__)
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Run:
 
     def cfg(self) -> Any:
         """Its configuration; raises where that is wrong."""
-        return train.setup_cfg(train.parse_args(self.arguments()))
+        return setup_cfg(parse_args(self.arguments()))
 
     def _check_settings(self, cfg: Any) -> None:
         wanted = plain_config(cfg)
@@ -128,9 +127,7 @@ def digest_of_data(name: str, root: str) -> str:
     Raises:
         InputError: it cannot be read where `root` says; without a root it may be elsewhere, which is only logged.
     """
-    cfg = get_cfg_default()
-    datasets.extend_cfg(cfg)
-    trainers.extend_cfg(cfg)
+    cfg = default_cfg()
     cfg.DATASET.NAME, cfg.DATASET.ROOT = name, root  # the split is that of all shots and classes
     cfg.DATALOADER.SKIP_BAD_IMAGES = True  # what cannot be read is the runs' own business
     try:
@@ -146,7 +143,7 @@ def command_line(
     method: Method, dataset: str, shots: int, flags: Sequence[str] = (), options: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """What `Run.given` is for a method on configs/datasets/<dataset>.yaml."""
-    yaml_file = ROOT / "configs" / "datasets" / f"{dataset}.yaml"
+    yaml_file = CONFIGS / "datasets" / f"{dataset}.yaml"
     files = ("--trainer", method.trainer, "--config-file", str(method.config), "--dataset-config-file", str(yaml_file))
     return (*files, *flags, "DATASET.NUM_SHOTS", str(shots), *method.options, *options)
 
@@ -162,7 +159,7 @@ def few_shot_run(
     options: Sequence[str] = (),
 ) -> Run:
     """Training and test on one dataset, where train.py itself would put it below `output`."""
-    folder = train.parent_folder(output, dataset, method.trainer, method.stem, shots) / f"seed{seed}"
+    folder = parent_folder(output, dataset, method.trainer, method.stem, shots) / f"seed{seed}"
     return Run(method.name, dataset, shots, seed, folder, command_line(method, dataset, shots, flags, options))
 
 
@@ -235,7 +232,7 @@ def run_all(
     """
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload([train.__name__])
     waiting: list[Run] = list(runs)
     going: dict[Any, tuple[int, Any, Run]] = {}  # sentinel -> slot, process, run
 
@@ -246,7 +243,7 @@ def run_all(
             waiting.remove(other)
             end(other, NOT_STARTED)
 
-    with environment(PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])):
+    with environment(PYTHONPATH=python_path()):
         try:
             while waiting or going:
                 while len(going) < jobs and (run := next_ready(waiting, [run for _, _, run in going.values()])):

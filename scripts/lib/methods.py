@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import trainers
-from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError, did_you_mean
-from scripts.ablations import VARIANTS, Variant
-from scripts.grid import ROOT
+from scripts.lib.ablations import VARIANTS, Variant
+from trainers.app.configuration import default_cfg
+from trainers.configs import CONFIGS
 
 
 class Method(NamedTuple):
@@ -63,13 +62,11 @@ def methods_with(config: str) -> dict[str, Path]:
         InputError: there is none.
     """
     found = {}
-    for path in sorted((ROOT / "configs" / "trainers").glob(f"*/{config}.yaml")):
-        cfg = get_cfg_default()
-        datasets.extend_cfg(cfg)
-        trainers.extend_cfg(cfg)
+    for path in sorted((CONFIGS / "trainers").glob(f"*/{config}.yaml")):
+        cfg = default_cfg()
         cfg.merge_from_file(str(path))
         if not cfg.DATASET.NAME:
-            found[cfg.TRAINER.NAME] = path.relative_to(ROOT) if ROOT == Path.cwd() else path
+            found[cfg.TRAINER.NAME] = path.relative_to(CONFIGS.parent) if CONFIGS.parent == Path.cwd() else path
     if not found:
         raise InputError(f"Expected --config to be the name of files in configs/trainers/*/ but got {config!r}")
     return found
@@ -101,7 +98,7 @@ def choose_methods(asked: str, config: str) -> list[Method]:
 
 def check_datasets(names: Iterable[str]) -> None:
     """InputError unless each is the name of a file in configs/datasets."""
-    known = sorted(path.stem for path in (ROOT / "configs" / "datasets").glob("*.yaml"))
+    known = sorted(path.stem for path in (CONFIGS / "datasets").glob("*.yaml"))
     for name in names:
         if name not in known:
             raise InputError(f"Expected datasets to be names of files in configs/datasets but got {name!r}")

@@ -1,6 +1,6 @@
 """Whether the tests notice: changes one line of the code at a time, in a copy, and runs the tests that should fail.
 
-    python scripts/mutate.py [NUMBER ...]
+    python scripts/dev/mutate.py [NUMBER ...]
 
 For each change: the first test that failed, or SURVIVED. Exit code 1 if one survived, 2 if a change no longer fits the
 code. The copy has the tracked files of the checkout as they are on the disk.
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Mutation(NamedTuple):

@@ -1,6 +1,6 @@
 """Overlap and feature variance of a dataset's images, without and with adapters of IMO or IMODINO; the histograms.
 
-    python scripts/plot_overlap.py output/shapesgeneric/IMO/tiny_full/seed1 --datasets Digits Shapes
+    python scripts/figures/plot_overlap.py output/shapesgeneric/IMO/tiny_full/seed1 --datasets Digits Shapes
 
 Prints a Markdown table: overlap (shared area of the histograms of cosine similarity of same-class and different-class
 pairs; 1 = no separation) and variance (mean over dimensions, in thousandths), before -> after. With several adapters,
@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dassl.data import DatasetWrapper
 from dassl.data.datasets import DATASET_REGISTRY, build_dataset
 from dassl.data.transforms import build_transform
 from dassl.utils import InputError, did_you_mean
 from dassl.utils.cli import run_main
-from scripts.measure_imo import config
+from scripts.lib.imo import config
 from trainers.clip import CLIP, load_clip
 from trainers.features.corrected import load_adapters, read_recipe
 from trainers.imo import Measures, draw_histograms, measure

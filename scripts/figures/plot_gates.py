@@ -1,6 +1,6 @@
 """Histograms of what a method decides image by image: DLR-CLIP's gate alpha and fusion weight w.
 
-    python scripts/plot_gates.py RUN [--head final]
+    python scripts/figures/plot_gates.py RUN [--head final]
 
 Images that the head classifies correctly and those that it does not are drawn apart, each in percent of their own
 number. Reads predictions.safetensors of the run.
@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dassl.evaluation.predictions import Predictions
 from dassl.utils.cli import run_main
-from scripts.figure_run import figure_main, open_predictions
-from scripts.figure_style import COLOURS, COLUMN, PAGE, new_figure, readable, style
+from scripts.figures.command import figure_main, open_predictions
+from scripts.figures.style import COLOURS, COLUMN, PAGE, new_figure, readable, style
 
 TITLES = {"alpha": "gate α", "weight": "fusion weight w", "trust": "trust r"}
 BINS = 30

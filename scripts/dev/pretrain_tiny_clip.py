@@ -1,7 +1,7 @@
 """Pretrain the bundled tiny CLIP on rendered picture-caption pairs.
 
-    python scripts/pretrain_tiny_clip.py --compile
-    python scripts/pretrain_tiny_clip.py --stage text --steps 300 --lr 0.01 --warmup 10 --mixup 0.5
+    python scripts/dev/pretrain_tiny_clip.py --compile
+    python scripts/dev/pretrain_tiny_clip.py --stage text --steps 300 --lr 0.01 --warmup 10 --mixup 0.5
 
 Beyond plain contrastive training, and on purpose, since small batches on a CPU do not get off the ground otherwise:
 * a caption counts as a positive for every picture of the batch of which it is true, not only for its own;
@@ -23,7 +23,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +35,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dassl.config import get_cfg_default
+from dassl.utils.cli import run_main
 from datasets import extend_cfg
 from datasets.digits import Digits
 from datasets.rendering import TEXTURES
 from datasets.shapes import Shapes
-from scripts.tiny_world import (
+from scripts.dev.tiny_world import (
     ANY,
     COLOUR_NAMES,
     DIGIT,
@@ -59,7 +61,7 @@ from trainers.clip import templates_for
 from trainers.clip.tiny import save_tiny
 
 logger = logging.getLogger("pretrain")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1) * 255
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1) * 255
 ARCH = {
@@ -342,7 +344,8 @@ def update(opts: list[torch.optim.Optimizer], loss: Tensor, args: argparse.Names
         optimiser.step()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -359,7 +362,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the image encoder (needs a C++ compiler)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / "trainers" / "clip" / "assets")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not hasattr(torch.optim, "Muon"):
         parser.error(f"Expected torch >= 2.9, which has Muon, but got {torch.__version__}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -376,7 +379,8 @@ def main() -> None:
     else:
         run.earlier = restore(model, vocabulary, args.output)["stages"]
         run.text_only()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

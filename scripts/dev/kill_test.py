@@ -1,6 +1,6 @@
 """Kill real training runs at random moments, resume them, and compare what comes out with the run that was left alone.
 
-    python scripts/kill_test.py [--kills 20] [--trainers DLRCLIP CoOp TipAdapterF IMO] [--seed 0] [--output FOLDER]
+    python scripts/dev/kill_test.py [--kills 20] [--trainers DLRCLIP CoOp TipAdapterF IMO] [--seed 0] [--output FOLDER]
 
 Each trainer's run is made once without interruption. Then, for each kill, a new run is started, ended with SIGKILL
 after a random time (up to what the whole run took), and started again with the same command, which must resume it to
@@ -28,16 +28,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402 (the checkout's own modules are meant)
-from PIL import Image  # noqa: E402 (the checkout's own modules are meant)
+import torch
+from PIL import Image
 
-from dassl.utils import load_checkpoint  # noqa: E402
-from dassl.utils.cli import run_main  # noqa: E402
-from scripts.grid import _work, environment  # noqa: E402
-from scripts.jobs import CONSOLE, Step  # noqa: E402
+from dassl.utils import load_checkpoint
+from dassl.utils.cli import run_main
+from dlr_clip_cli.places import python_path
+from scripts.lib.grid import _work, environment
+from scripts.lib.jobs import CONSOLE, Step
 
 CONFIGS = {"DLRCLIP": "dlr", "CoOp": "coop", "TipAdapterF": "tip_adapter_f", "IMO": "imo"}
 COLOURS = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200)}
@@ -123,7 +125,7 @@ class Runs:
 
     @staticmethod
     def _import_path() -> contextlib.AbstractContextManager[None]:
-        return environment(PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        return environment(PYTHONPATH=python_path())
 
     def start(self, arguments: Sequence[str], folder: Path) -> Any:
         """Start `train.py` with these arguments and the output folder; what it prints goes to a file there."""

@@ -1,7 +1,8 @@
 """How the values of configs/trainers/*/tiny.yaml that differ from the published ones were chosen.
 
-    python scripts/choose_tiny_config.py
-    python scripts/choose_tiny_config.py --config configs/trainers/mma/tiny.yaml --grid '{"OPTIM.LR": [0.0015, 0.015]}'
+    python scripts/dev/choose_tiny_config.py
+    python scripts/dev/choose_tiny_config.py --config configs/trainers/mma/tiny.yaml \\
+        --grid '{"OPTIM.LR": [0.0015, 0.015]}'
 
 Trains on Digits with every setting of the grid and measures all heads on the WHOLE validation part of the Digits split
 (359 images; the few-shot training images and all test images lie outside it). The best mean of the method's main head
@@ -16,21 +17,22 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import datasets
-import trainers
-from dassl.config import get_cfg_default
 from dassl.data.data_manager import build_data_loader
 from dassl.data.transforms import build_transform
 from dassl.engine import build_trainer
 from dassl.utils import set_random_seed
+from dassl.utils.cli import run_main
 from datasets.splits import read_split
+from trainers.app.configuration import default_cfg
 
 CONFIG = "configs/trainers/dlr/tiny.yaml"
 GRID = {"OPTIM.LR": [0.001, 0.002, 0.004], "TRAINER.DLRCLIP.SCALE": [0.3, 1.0], "TRAINER.DLRCLIP.START": [1]}
@@ -41,9 +43,7 @@ def validation_accuracy(settings: dict[str, Any], shots: int, seed: int, config:
 
     The whole part is handed to `model_heads` at once, for the transductive methods.
     """
-    cfg = get_cfg_default()
-    datasets.extend_cfg(cfg)
-    trainers.extend_cfg(cfg)
+    cfg = default_cfg()
     cfg.merge_from_file(config)
     cfg.merge_from_list([x for pair in settings.items() for x in pair])
     cfg.merge_from_list(["DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", shots, "SEED", seed, "TEST.NO_TEST", True])
@@ -65,7 +65,8 @@ def validation_accuracy(settings: dict[str, Any], shots: int, seed: int, config:
     return {trainer.main_head: hits.pop(trainer.main_head), **hits}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--config", default=CONFIG)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     results: list[tuple[float, dict[str, Any]]] = []
     for values in itertools.product(*args.grid.values()):
         settings = dict(zip(args.grid, values, strict=True))
@@ -85,7 +86,8 @@ def main() -> None:
             heads = "  ".join(f"{head} {value:.1f}" for head, value in run.items())
             print(f"       {shots} shots, seed {seed}: {heads}", flush=True)
     print("chosen:", max(results, key=lambda result: result[0]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

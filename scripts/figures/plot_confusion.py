@@ -1,6 +1,6 @@
 """Confusion among the most confused classes, before and after adaptation.
 
-    python scripts/plot_confusion.py RUN [--classes 10] [--before clip] [--after final]
+    python scripts/figures/plot_confusion.py RUN [--classes 10] [--before clip] [--after final]
 
 The classes with most errors, counted over both heads so that the choice favours neither: images of the class that went
 elsewhere, and others' images that came to it. All remaining classes are one row and one column, "other"; an image of
@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dassl.evaluation.predictions import Predictions
 from dassl.utils.cli import run_main
-from scripts.figure_run import figure_main, open_predictions
-from scripts.figure_style import PAGE, new_figure, readable, style
+from scripts.figures.command import figure_main, open_predictions
+from scripts.figures.style import PAGE, new_figure, readable, style
 
 COUNTED = 14  # more cells in a row than this leave no room for numbers
 

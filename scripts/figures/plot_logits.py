@@ -1,6 +1,6 @@
 """How far the true class's logit is from its strongest rival's, for each head.
 
-    python scripts/plot_logits.py RUN [--heads clip cma glr final]
+    python scripts/figures/plot_logits.py RUN [--heads clip cma glr final]
 
 The strongest rival is the largest logit of another class: an image is classified correctly where the true class is
 above it. Reads predictions.safetensors of the run.
@@ -18,12 +18,13 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dassl.evaluation.predictions import Predictions
 from dassl.utils.cli import run_main
-from scripts.figure_run import figure_main, open_predictions
-from scripts.figure_style import COLOURS, COLUMN, PAGE, new_figure, style
+from scripts.figures.command import figure_main, open_predictions
+from scripts.figures.style import COLOURS, COLUMN, PAGE, new_figure, style
 
 HEADS = ("clip", "cma", "glr", "final")
 BINS = 40

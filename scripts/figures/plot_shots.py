@@ -1,6 +1,6 @@
 """Accuracy by number of training images per class: a panel per dataset and one for their average.
 
-    python scripts/plot_shots.py output/ [NAME=FOLDER ...] [--csv published.csv] [--heads cma final] [--band sd]
+    python scripts/figures/plot_shots.py output/ [NAME=FOLDER ...] [--csv published.csv] [--heads cma final] [--band sd]
 
 Reads metrics.json of every finished run below the folders, at any depth; NAME=FOLDER gives the runs in it another name
 than their trainer's. Folders of runs that have not finished are named on stderr and left out. The columns of a CSV file
@@ -24,15 +24,15 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from scipy.special import stdtrit
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dassl.utils.cli import run_main
-from scripts.figure_style import COLUMN, GREY, PAGE, add_output_options, look, new_figure, readable, save, style
-from scripts.run_folders import find_runs, read_records, run_records
+from scripts.figures.style import COLUMN, GREY, PAGE, add_output_options, look, new_figure, readable, save, style
+from scripts.lib.runs import find_runs, read_records, run_records
+from scripts.lib.tables import BANDS, mean_and_band
 
-BANDS = {"t95": "95 % t-interval of the mean over seeds", "sd": "± one standard deviation over seeds"}
 MAX_COLUMNS = 4
 
 
@@ -50,21 +50,6 @@ class Panel(NamedTuple):
 
     title: str
     series: dict[str, list[Point]]  # method -> points, fewest shots first, -1 (all images) last
-
-
-def mean_and_band(values: Sequence[float], band: str = "t95") -> tuple[float, float]:
-    """(mean, half the height of the band) of values; the band of a single value is nan.
-
-    "t95": the 95 % confidence interval of the mean by Student's t with n - 1 degrees of freedom; "sd": the standard
-    deviation (n - 1).
-    """
-    if band not in BANDS:
-        raise ValueError(f'Expected band to be one of {", ".join(BANDS)} but got "{band}"')
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.nan
-    sd = statistics.stdev(values)
-    return mean, sd if band == "sd" else float(stdtrit(len(values) - 1, 0.975)) * sd / math.sqrt(len(values))
 
 
 def shots_panels(records: Iterable[Mapping[str, Any]], band: str = "t95") -> list[Panel]:

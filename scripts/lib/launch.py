@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dassl.utils import InputError, atomic_write
-from scripts.grid import ROOT, Progress, Run, environment
-from scripts.jobs import TRAIN, Chain
+from dlr_clip_cli.places import TRAIN, python_path
+from scripts.lib.grid import Progress, Run, environment
+from scripts.lib.jobs import Chain
 
 JOB = "job.json"  # in the folder of a chain's first run: the job that has it
 # Parameters that submitit knows whatever the cluster is; others are SLURM's own, `slurm_<name>` there.
@@ -59,7 +59,7 @@ def launch(
     processes: int = 1,
     parameters: Mapping[str, Any] | None = None,
     poll: float = 10.0,
-    program: str = str(TRAIN),
+    program: Sequence[str] = TRAIN,
 ) -> list[Run]:
     """Has them run; returns those that failed or were not started.
 
@@ -71,7 +71,7 @@ def launch(
         processes: of each run (torchrun).
         parameters: submitit's.
         poll: seconds between two looks.
-        program: in place of train.py, for tests.
+        program: see `Chain`.
 
     Raises:
         InputError: submitit is not installed, finds no cluster, or does not know a parameter.
@@ -94,7 +94,7 @@ def launch(
     if jobs:
         given["slurm_array_parallelism"] = jobs
     bound = len(waiting) if cluster == "slurm" else jobs or 1
-    with environment(PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])):
+    with environment(PYTHONPATH=python_path()):
         try:
             executor = submitit.AutoExecutor(folder=logs.absolute(), cluster=cluster)
             executor.update_parameters(**given)

@@ -1,6 +1,6 @@
 """t-SNE of test images' features, a panel per branch, coloured by class.
 
-    python scripts/plot_features.py RUN [--classes 10] [--seed 0]
+    python scripts/figures/plot_features.py RUN [--classes 10] [--seed 0]
 
 Features are normalised, as CLIP compares them. In each title stands the mean silhouette of the features themselves, by
 cosine distance: from -1 to 1, higher where images are nearer to their own class than to the next one; t-SNE's distances
@@ -22,12 +22,13 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dassl.evaluation.predictions import Predictions
 from dassl.utils.cli import run_main
-from scripts.figure_run import figure_main, open_predictions
-from scripts.figure_style import COLOURS, COLUMN, PAGE, new_figure, readable, style
+from scripts.figures.command import figure_main, open_predictions
+from scripts.figures.style import COLOURS, COLUMN, PAGE, new_figure, readable, style
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")  # filled ones, which may also be hollow
 

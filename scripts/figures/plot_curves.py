@@ -1,6 +1,6 @@
 """Training curves of a run: losses, accuracy, learning rate, and what the method tells of itself.
 
-    python scripts/plot_curves.py RUN
+    python scripts/figures/plot_curves.py RUN
 
 Reads the event files in RUN/tensorboard. Losses and training accuracy are means over each epoch; a name with `mean`,
 `min` and `max` (DLR-CLIP's alpha and weight) is a line in a band, and so are more than five numbers of one kind (its
@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dassl.utils.cli import run_main
-from scripts.figure_run import figure_main
-from scripts.figure_style import COLUMN, PAGE, look, new_figure, readable, style
-from scripts.run_folders import read_metrics
+from scripts.figures.command import figure_main
+from scripts.figures.style import COLUMN, PAGE, look, new_figure, readable, style
+from scripts.lib.runs import read_metrics
 
 TITLES = {"lr": "learning rate", "weight": "fusion weight w", "alpha": "gate α", "res_scale": "residual scale"}
 MANY = 5  # more lines than this are drawn as their mean in a band

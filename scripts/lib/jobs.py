@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from dlr_clip_cli.places import TRAIN, spoken
+
 try:
     import fcntl
 except ImportError:  # Windows: folders are then not guarded
@@ -25,7 +27,6 @@ except ImportError:  # Windows: folders are then not guarded
 
 logger = logging.getLogger(__name__)
 
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 DONE = "DONE"
 CONSOLE = "console.txt"  # what a run printed, in its folder
 CLAIM = "claim.lock"
@@ -59,7 +60,7 @@ def claimed(folder: Path) -> Iterator[IO[str]]:
 def open_console(folder: Path, arguments: Sequence[str]) -> IO[str]:
     """The run's console file, its command line already in it."""
     stream = open(folder / CONSOLE, "a", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
-    stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} python train.py {shlex.join(arguments)}\n")
+    stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {spoken('train')} {shlex.join(arguments)}\n")
     stream.flush()
     return stream
 
@@ -84,11 +85,13 @@ class Chain:
         steps: each after the one that it evaluates.
         processes: of each run, on one machine (torchrun); evaluations take one.
         threads: CPU threads of each process; 0: as it comes.
-        program: in place of train.py, for tests.
+        program: what the interpreter is given in place of train.py, for tests.
     """
 
-    def __init__(self, steps: Sequence[Step], processes: int = 1, threads: int = 0, program: str = str(TRAIN)) -> None:
-        self.steps, self.processes, self.threads, self.program = list(steps), processes, threads, program
+    def __init__(
+        self, steps: Sequence[Step], processes: int = 1, threads: int = 0, program: Sequence[str] = TRAIN
+    ) -> None:
+        self.steps, self.processes, self.threads, self.program = list(steps), processes, threads, tuple(program)
 
     def __call__(self) -> list[int | None]:
         """Exit codes: 0 also for what was finished; None: not started, because what it evaluates has failed."""
@@ -102,7 +105,7 @@ class Chain:
         return list(codes.values())
 
     def _run(self, step: Step, claim: IO[str]) -> int:
-        command = [sys.executable, self.program]
+        command = [sys.executable, *self.program]
         if self.processes > 1 and step.after is None:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
             command[1:1] = launcher

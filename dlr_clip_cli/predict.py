@@ -1,0 +1,60 @@
+"""Predict the classes of images with a model that has been trained here.
+
+    {command} --model-dir output/... IMAGE_OR_FOLDER... [--top-k 5] [--json | --csv] [--classes "a,b,c"]
+
+The run's own folder is all that is needed: its config, its class names and its checkpoint; the images that it was
+trained on are not. Folders are searched for images. The best classes of each image and their probabilities go to
+stdout, everything else to stderr. `result.txt` has a line per image: its name and the numbers of its five best classes,
+best first, counted from 0 in the order of the run's classes.json (or of --classes).
+
+Exit codes: 0 done, also when some files could not be read (each is named); 2 something given was wrong, or no file at
+all could be read (one line on stderr; --debug adds the traceback); 1 anything else (one line for a full memory).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from dassl.utils.cli import Parser, parse_first
+
+from .places import import_ours, spoken
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line says."""
+    command = spoken("predict")
+    parser = Parser(
+        prog=command.removeprefix("python "),
+        description=(__doc__ or "").format(command=command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("--model-dir", required=True, help="output folder of the training run")
+    parser.add_argument("--load-epoch", type=int, help="epoch to load (default: the best one if kept, else the last)")
+    parser.add_argument("--top-k", type=int, default=5, help="how many classes to show of each image (default: 5)")
+    parser.add_argument("--head", help="which of the method's classifiers (default: the one that is its accuracy)")
+    parser.add_argument("--classes", help='other class names, as "a,b,c" (a name with a comma in double quotes)')
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form.add_argument("--csv", action="store_true", help="print CSV instead of a table")
+    parser.add_argument("--output", help="folder for result.txt (default: MODEL_DIR/predictions)")
+    parser.add_argument("--batch-size", type=int, help="images at a time (default: the run's for testing)")
+    parser.add_argument("--cpu", action="store_true", help="use no GPU")
+    parser.add_argument(
+        "--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="change a setting"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and more of what is done")
+    args = parser.parse_args(argv)
+    for flag in ("top_k", "batch_size"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            parser.error(f"Expected --{flag.replace('_', '-')} to be at least 1 but got {value}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parse_first(lambda: parse_args(argv))
+    code: int = import_ours("trainers.app.predict").run_program(argv)
+    return code

@@ -1,0 +1,1 @@
+"""Commands that only work on the project itself; they are not installed."""

@@ -1,0 +1,1 @@
+"""Commands that draw figures of finished runs (plot_*.py), and how figures look."""

@@ -1,0 +1,78 @@
+"""Predictions as a table, CSV, JSON, and in result.txt."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from dassl.utils import InputError, atomic_write, one_line
+
+from .prediction import Prediction
+
+RESULT_CLASSES = 5  # of result.txt
+
+
+def best(prediction: Prediction, names: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """Return the `count` best classes: [{"class", "index", "probability"}], best first; equal ones in their order."""
+    values, indices = prediction.probabilities.sort(descending=True, stable=True)
+    return [
+        {"class": names[index], "index": index, "probability": value}
+        for value, index in zip(values[:count].tolist(), indices[:count].tolist(), strict=True)
+    ]
+
+
+def print_table(predictions: Sequence[Prediction], names: Sequence[str], count: int) -> None:
+    rows = [
+        [
+            one_line(p.name),
+            *(f"{one_line(guess['class'])} {100 * guess['probability']:.1f} %" for guess in best(p, names, count)),
+        ]
+        for p in predictions
+    ]
+    print(tabulate(rows, headers=["image", *map(str, range(1, min(count, len(names)) + 1))], disable_numparse=True))
+
+
+def print_csv(predictions: Sequence[Prediction], names: Sequence[str], count: int) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    ranks = range(1, min(count, len(names)) + 1)
+    writer.writerow(["path", *(f"{column}_{rank}" for rank in ranks for column in ("class", "probability"))])
+    for p in predictions:
+        guesses = best(p, names, count)
+        writer.writerow([p.path, *(guess[key] for guess in guesses for key in ("class", "probability"))])
+
+
+def print_json(
+    predictions: Sequence[Prediction], names: Sequence[str], count: int, unreadable: Mapping[str, str], head: str
+) -> None:
+    content = {
+        "head": head,
+        "classes": list(names),
+        "images": [{"path": p.path, "predictions": best(p, names, count)} for p in predictions],
+        "unreadable": [{"path": path, "reason": reason} for path, reason in unreadable.items()],
+    }
+    print(json.dumps(content, indent=2))
+
+
+def write_result(args: argparse.Namespace, predictions: Sequence[Prediction], names: Sequence[str]) -> None:
+    """Write `result.txt`: "name index index index index index" per image; fewer where there are fewer classes."""
+    path = Path(args.output or Path(args.model_dir) / "predictions") / "result.txt"
+    try:
+        with atomic_write(path) as stream:
+            for p in predictions:
+                stream.write(
+                    " ".join([one_line(p.name), *(str(g["index"]) for g in best(p, names, RESULT_CLASSES))]) + "\n"
+                )
+    except OSError as error:
+        message = f"Expected to write {path} but got: {error.strerror or error}. Choose another folder with --output"
+        if args.output is not None:
+            raise InputError(message) from error
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        print(f"The five best classes of each image, by number: {path}", file=sys.stderr)

@@ -1,0 +1,66 @@
+"""What predict.py and `dlr-clip predict` do: exit codes, and what goes to stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from dassl.engine.reliability.trouble import explain_trouble
+from dassl.utils import InputError, one_line
+from dassl.utils.cli import SETUP_ERRORS, fail, given_wrongly, run_main
+from dlr_clip_cli.predict import parse_args
+
+from .answers import print_csv, print_json, print_table, write_result
+from .prediction import find_images, load_trainer, predict
+
+
+def run_program(argv: Sequence[str] | None = None) -> int:
+    """Run the command line as the program of this process; returns the exit code."""
+    return run_main(lambda: main(argv))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.INFO if args.debug else logging.WARNING)  # to stderr
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # trainers may print; stdout is for the answers
+            try:
+                files, unreadable = find_images(args.images)
+                if not files:
+                    raise InputError(next(iter(unreadable.values())))
+                trainer, names = load_trainer(args)
+            except SETUP_ERRORS as error:
+                if given_wrongly(error):
+                    return fail(error, args.debug)
+                raise
+            predictions, bad, head = predict(trainer, files, args.head)
+        unreadable |= bad
+        for reason in unreadable.values():
+            print(f"skipped: {one_line(reason)}", file=sys.stderr)
+        if not predictions:
+            raise InputError(f"Expected images that can be read but could read none of {len(files)}")
+        write_result(args, predictions, names)
+        if args.json:
+            print_json(predictions, names, args.top_k, unreadable, head)
+        elif args.csv:
+            print_csv(predictions, names, args.top_k)
+        else:
+            print_table(predictions, names, args.top_k)
+        sys.stdout.flush()
+        if unreadable:
+            print(f"{len(predictions)} images predicted, {len(unreadable)} skipped", file=sys.stderr)
+    except InputError as error:
+        return fail(error, args.debug)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = explain_trouble(error, batches="a smaller --batch-size")
+        if args.debug or not message:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+    return 0

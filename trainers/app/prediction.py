@@ -1,0 +1,224 @@
+"""A finished run's trainer without its images, and what it says about new ones."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dassl.config import CfgNode
+from dassl.data.data_manager import usable_workers
+from dassl.data.transforms import build_transform
+from dassl.engine import TRAINER_REGISTRY, build_trainer
+from dassl.evaluation.passes import as_heads, progress_bar
+from dassl.utils import InputError, check_availability, did_you_mean, one_line, read_image
+from dassl.utils.checkpoints import BEST_NAME, pointed_file
+
+from .configuration import default_cfg
+from .data import files as image_files
+
+FEW_IMAGES = 64  # fewer are read faster than reader processes start
+
+
+class Prediction(NamedTuple):
+    """What was found for one image."""
+
+    path: str
+    name: str  # relative to the folder given, or the file's name
+    probabilities: Tensor  # [C]
+
+
+def load_cfg(args: argparse.Namespace) -> CfgNode:
+    """Return the configuration of the run, for prediction."""
+    path = Path(args.model_dir) / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"Expected --model-dir to be the output folder of a run but there is no {path}")
+    cfg = default_cfg()
+    cfg.merge_from_file(path)
+    cfg.merge_from_list([word for pair in args.set for word in pair])
+    if args.batch_size is not None:
+        cfg.DATALOADER.TEST.BATCH_SIZE = args.batch_size
+    cfg.USE_CUDA = cfg.USE_CUDA and not args.cpu
+    cfg.VERBOSE = args.debug
+    cfg.TEST.SPLIT, cfg.TEST.FINAL_MODEL = "test", "last_step"  # no validation images are needed here
+    cfg.freeze()
+    return cfg
+
+
+def class_list(args: argparse.Namespace) -> tuple[list[str] | None, list[int] | None]:
+    """Return (class names to predict, their positions among those trained on).
+
+    The names are None where the run's folder does not say. The positions are None unless --classes names a part of the
+    classes trained on.
+    """
+    path = Path(args.model_dir) / "classes.json"
+    trained: list[str] | None = None
+    if path.is_file():
+        try:
+            trained = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"Expected {path} to be a list of class names but got: {error}") from error
+        if not isinstance(trained, list) or not trained or not all(isinstance(name, str) for name in trained):
+            raise InputError(f"Expected {path} to be a list of class names but got something else")
+    if args.classes is None:
+        return trained, None
+    names = [name.strip() for name in next(csv.reader([args.classes], skipinitialspace=True), [])]
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise InputError(f'Expected --classes to be different names, as "a,b,c", but got "{args.classes}"')
+    known = trained is not None and set(names) <= set(trained)
+    return names, [trained.index(name) for name in names] if known and trained else None
+
+
+class ClassesOnly:
+    """A trainer's data manager that knows the classes and has no images.
+
+    Args:
+        names: the classes.
+        indices: which of the classes trained on they are; None: all of them, or others.
+    """
+
+    def __init__(self, names: Sequence[str], indices: list[int] | None) -> None:
+        self.lab2cname = dict(enumerate(names))
+        self.num_classes = len(names)
+        self.num_source_domains = 0
+        self.dataset = SimpleNamespace(
+            classnames=list(names), lab2cname=self.lab2cname, num_classes=len(names), class_indices=indices,
+            train_x=[], train_u=None, val=None, test=[], test_only=False, split_digest="", data_digest="",
+        )  # fmt: skip
+        self.train_loader_x = self.test_loader = (None,)  # their length counts: schedules are made of it
+        self.train_loader_u = self.val_loader = None
+        self.bad_images: dict[str, str] = {}
+
+
+def load_trainer(args: argparse.Namespace) -> tuple[Any, list[str]]:
+    """Return the run's trainer with its checkpoint loaded, and the class names that it predicts.
+
+    A trainer class that cannot be built without its training images says so with `needs_training_images = True`; then,
+    and for runs that kept no class names, the run's dataset has to be where it was.
+    """
+    cfg = load_cfg(args)
+    names, indices = class_list(args)
+    check_availability(cfg.TRAINER.NAME, TRAINER_REGISTRY.registered_names())
+    trainer_class = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
+    if names is None or trainer_class.needs_training_images:
+        if args.classes is not None:
+            raise InputError(f"Expected no --classes for {cfg.TRAINER.NAME}, which predicts the classes of its images")
+        trainer = build_trainer(cfg)
+    else:
+        trainer = build_trainer(cfg, ClassesOnly(names, indices))
+    models = [Path(args.model_dir) / name for name in trainer.get_model_names()]
+    epoch = args.load_epoch
+    if epoch is None and not all((folder / BEST_NAME).is_file() for folder in models):
+        epoch = min(_last_epoch(folder) for folder in models)
+    if models:
+        trainer.load_model(args.model_dir, epoch=epoch)
+    trainer.set_model_mode("eval")
+    return trainer, list(trainer.lab2cname.values())
+
+
+def _last_epoch(folder: Path) -> int:
+    name = pointed_file(folder).name
+    number = name.rpartition("-")[2]
+    if name.startswith("model-step"):
+        raise InputError(f"Expected a finished run in {folder.parent} but it was stopped: start its command again")
+    if not number.isdecimal():
+        raise InputError(
+            f"Expected the checkpoint that {folder / 'checkpoint'} names to end in -<epoch> but got {name}"
+        )
+    return int(number)
+
+
+def find_images(paths: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Return ((path, name) of every file to predict, folder -> why nothing was found in it).
+
+    Files that are named are taken whatever they are called; in folders, also linked ones, files are known by their
+    extension; hidden ones and what systems leave there are left out, as in training, and files of other kinds named.
+    """
+    found: list[tuple[str, str]] = []
+    empty: dict[str, str] = {}
+    for path in paths:
+        if not os.path.isdir(path):
+            found.append((path, os.path.basename(path)))
+            continue
+        others: Counter[str] = Counter()
+        below = sorted(image_files.list_images_below(path, others))
+        found += [(os.path.join(path, name), name) for name in below]
+        if not below:
+            beside = f"files of other kinds: {image_files.tell_kinds(others)}" if others else "none"
+            empty[path] = f'Expected the folder "{path}" to hold images but found {beside}'
+        elif others:
+            print(
+                f"left out, no images of a known kind, in {one_line(path)}: {image_files.tell_kinds(others)}",
+                file=sys.stderr,
+            )
+    if len({name for _, name in found}) < len(found):  # two folders with the same names in them
+        found = [(path, path) for path, _ in found]
+    return found, empty
+
+
+class _Images(Dataset[Any]):
+    """(number, image tensor) of each file, or (number, reason) where it cannot be read."""
+
+    def __init__(self, files: Sequence[tuple[str, str]], transform: Any) -> None:
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> tuple[int, Any]:
+        path = self.files[number][0]
+        try:
+            image_files.check_name(path, "the command line")
+            return number, self.transform(read_image(path))
+        except InputError as error:
+            return number, str(error)
+
+
+@torch.no_grad()
+def predict(
+    trainer: Any, files: Sequence[tuple[str, str]], head: str | None = None
+) -> tuple[list[Prediction], dict[str, str], str]:
+    """Return (prediction of every file that can be read, path -> reason of the others, the head that was used)."""
+    cfg = trainer.cfg
+    workers = usable_workers(cfg.DATALOADER.NUM_WORKERS) if len(files) >= FEW_IMAGES else 0
+    images = _Images(files, build_transform(cfg, is_train=False))
+    loader: DataLoader[Any] = DataLoader(
+        images, batch_size=cfg.DATALOADER.TEST.BATCH_SIZE, num_workers=workers, collate_fn=list
+    )
+    predictions: list[Prediction] = []
+    unreadable: dict[str, str] = {}
+    used = str(head or trainer.main_head)
+    for batch in progress_bar(loader, desc="predict", unit="batch", disable=len(loader) < 2, leave=False):
+        unreadable.update((files[number][0], image) for number, image in batch if isinstance(image, str))
+        good = [(number, image) for number, image in batch if not isinstance(image, str)]
+        if not good:
+            continue
+        heads = infer(trainer, torch.stack([image for _, image in good]), [files[number][0] for number, _ in good])
+        used = used or next(iter(heads))
+        if used not in heads:
+            raise InputError(
+                f'Expected --head to be one of {", ".join(heads)} but got "{used}"{did_you_mean(used, heads)}'
+            )
+        for (number, _), row in zip(good, heads[used].float().softmax(dim=1).cpu(), strict=True):
+            path, name = files[number]
+            predictions.append(Prediction(path, name, row))
+    return predictions, unreadable, used
+
+
+def infer(trainer: Any, images: Tensor, paths: Sequence[str]) -> Mapping[str, Tensor]:
+    """Return the logits [B, C] of every head for images [B, 3, H, W], through the methods that every trainer has."""
+    nothing = torch.zeros(len(images), dtype=torch.long)
+    input, _ = trainer.parse_batch_test({"img": images, "label": nothing, "domain": nothing, "impath": list(paths)})
+    with trainer.precision.autocast():
+        return as_heads(trainer.model_heads(input))

@@ -10,7 +10,8 @@ from PIL import Image
 from dassl.data.datasets import DATASET_REGISTRY
 
 from .cache import build_once, made_dataset_dir
-from .splits import Split, SplitDataset, split_by_folder
+from .split_dataset import SplitDataset
+from .splits import Split, split_by_folder
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGE_SIZE = 64  # pixels per side, the tiny CLIP's input size

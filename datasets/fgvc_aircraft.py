@@ -6,7 +6,8 @@ from dassl.data.datasets import DATASET_REGISTRY, Datum
 from dassl.utils import InputError
 
 from .files import read_lines, read_table
-from .splits import Split, SplitDataset
+from .split_dataset import SplitDataset
+from .splits import Split
 
 
 @DATASET_REGISTRY.register()

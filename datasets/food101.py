@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dassl.data.datasets import DATASET_REGISTRY
 
-from .splits import Split, SplitDataset, split_by_folder
+from .split_dataset import SplitDataset
+from .splits import Split, split_by_folder
 
 
 @DATASET_REGISTRY.register()

@@ -31,7 +31,8 @@ from dassl.utils import InputError, did_you_mean
 
 from .files import check_name, read_lines
 from .layout import PARTS, Photo, describe, scan_folder
-from .splits import SPLIT_SEED, Split, SplitDataset, cut_shares, relative_items
+from .split_dataset import SplitDataset
+from .splits import SPLIT_SEED, Split, cut_shares, relative_items
 
 logger = logging.getLogger(__name__)
 

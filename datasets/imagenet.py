@@ -14,7 +14,8 @@ from dassl.data.datasets import DATASET_REGISTRY, Datum
 from dassl.utils import InputError
 
 from .files import list_folders, list_images, read_table
-from .splits import MAX_VAL_SHOTS, Split, SplitDataset, check_val
+from .split_dataset import MAX_VAL_SHOTS, SplitDataset, check_val
+from .splits import Split
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from dassl.utils import InputError
 
 from .files import list_folders
 from .imagenet import CLASSNAMES, ImageNet, check_known, read_class_folders, read_classnames
-from .splits import Split, check_shots, docs_hint, find_dataset, split_digest
+from .split_dataset import check_shots, docs_hint, find_dataset
+from .splits import Split, split_digest
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from dassl.data.datasets import DATASET_REGISTRY, Datum
 from dassl.utils import InputError
 
 from .files import IMAGE_EXTENSIONS, check_name
-from .splits import SPLIT_SEED, Split, SplitDataset
+from .split_dataset import SplitDataset
+from .splits import SPLIT_SEED, Split
 
 LABELS = "labels.csv"
 COLUMNS = ("ImageID", "LabelName")

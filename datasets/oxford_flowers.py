@@ -8,7 +8,8 @@ from dassl.data.datasets import DATASET_REGISTRY, Datum
 from dassl.utils import InputError, read_json
 
 from .files import read_mat
-from .splits import SPLIT_SEED, Split, SplitDataset, cut_shares
+from .split_dataset import SplitDataset
+from .splits import SPLIT_SEED, Split, cut_shares
 
 
 @DATASET_REGISTRY.register()

@@ -6,7 +6,8 @@ from dassl.data.datasets import DATASET_REGISTRY, Datum
 
 from .coop_style import SplitTools
 from .files import read_table
-from .splits import Split, SplitDataset, split_trainval
+from .split_dataset import SplitDataset
+from .splits import Split, split_trainval
 
 
 @DATASET_REGISTRY.register()

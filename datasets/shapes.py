@@ -24,7 +24,8 @@ from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 
 from .cache import build_once, made_dataset_dir
 from .rendering import SHAPE_CLASSES, Style, compose, outline_mask, random_style
-from .splits import Split, SplitDataset, check_shots, split_by_folder, subsample_classes
+from .split_dataset import SplitDataset, check_shots
+from .splits import Split, split_by_folder, subsample_classes
 
 CLASSES = tuple(SHAPE_CLASSES)
 FOLDERS = tuple(f"{label:02d}_{name.replace(' ', '_')}" for label, name in enumerate(CLASSES))

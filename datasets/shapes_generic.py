@@ -18,7 +18,8 @@ from dassl.data.datasets import DATASET_REGISTRY, Datum
 from .cache import build_once, made_dataset_dir
 from .rendering import COLOURS, coarsen, draw_outline
 from .shapes import COLOURS as TAKEN_COLOURS
-from .splits import Split, SplitDataset
+from .split_dataset import SplitDataset
+from .splits import Split
 
 Rng = np.random.Generator
 Array = np.ndarray  # [64, 64], [3] or [64, 64, 3]

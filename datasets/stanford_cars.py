@@ -8,7 +8,8 @@ from dassl.data.datasets import DATASET_REGISTRY, Datum
 from dassl.utils import InputError
 
 from .files import read_mat
-from .splits import Split, SplitDataset, split_trainval
+from .split_dataset import SplitDataset
+from .splits import Split, split_trainval
 
 TRAIN = "devkit/cars_train_annos.mat"
 TEST = "cars_test_annos_withlabels.mat"  # beside the devkit, whose own test file has no labels

@@ -6,7 +6,8 @@ from dassl.data.datasets import DATASET_REGISTRY, Datum
 from dassl.utils import InputError
 
 from .files import read_lines
-from .splits import Split, SplitDataset, split_trainval
+from .split_dataset import SplitDataset
+from .splits import Split, split_trainval
 
 
 def scene_name(path: str) -> str:

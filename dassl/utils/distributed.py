@@ -26,32 +26,11 @@ from . import stopping
 from .errors import InputError
 
 __all__ = [
-    "PeerLostError",
-    "active",
-    "all_reduce_mean",
-    "all_reduce_sum",
-    "any_rank",
-    "barrier",
-    "broadcast_object",
-    "broadcast_tensor",
-    "check_same",
-    "connect",
-    "first_to_fail",
-    "gather_objects",
-    "gather_rows",
-    "is_main",
-    "is_peer_lost",
-    "largest",
-    "launched",
-    "local_rank",
-    "local_world_size",
-    "main_first",
-    "rank",
-    "start",
-    "stop",
-    "world_size",
-    "why_it_ends",
-]
+    "PeerLostError", "active", "all_reduce_mean", "all_reduce_sum", "any_rank", "barrier", "broadcast_object",
+    "broadcast_tensor", "check_same", "connect", "first_to_fail", "gather_objects", "gather_rows", "is_main",
+    "is_peer_lost", "largest", "launched", "local_rank", "local_world_size", "main_first", "rank", "start",
+    "stop", "world_size", "why_it_ends",
+]  # fmt: skip
 
 T = TypeVar("T")
 

@@ -48,7 +48,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the gradient of MMA's adapters is their own",
-        "trainers/dlrclip/cma.py",
+        "trainers/modules/cross_modal_adapter.py",
         "_ScaledGradient.apply(y, 1.0 / self.grad_factor)",
         "y",
         ("tests/trainers/dlrclip/test_cma.py",),

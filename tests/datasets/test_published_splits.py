@@ -19,7 +19,8 @@ import pytest
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from datasets import extend_cfg
-from datasets.splits import SplitDataset, read_split, relative_items, write_split
+from datasets.split_dataset import SplitDataset
+from datasets.splits import read_split, relative_items, write_split
 
 SPLITS = Path(__file__).parent.parent / "data" / "splits"
 # SHA-256 (start), sizes of train, val, test, smallest class of train and of val.

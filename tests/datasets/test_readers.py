@@ -31,7 +31,8 @@ from dassl.data.datasets import DATASET_REGISTRY, base_dataset
 from dassl.utils import InputError
 from datasets import extend_cfg
 from datasets.picks import COOP_DATUM
-from datasets.splits import SplitDataset, relative_items
+from datasets.split_dataset import SplitDataset
+from datasets.splits import relative_items
 from datasets.stanford_cars import year_first
 from datasets.sun397 import scene_name
 from datasets.ucf101 import action_name

@@ -13,9 +13,9 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import Datum, base_dataset
 from dassl.utils import InputError
 from datasets import extend_cfg
+from datasets.split_dataset import SplitDataset
 from datasets.splits import (
     Split,
-    SplitDataset,
     read_split,
     relative_items,
     split_by_folder,

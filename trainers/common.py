@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import os.path as osp
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -319,11 +319,12 @@ class EncoderTrainer(LearnerTrainer):
         with self._autocast():
             logits = self.network(images)
             loss = F.cross_entropy(logits, labels)
+        numbers = sent([loss, compute_accuracy(logits.detach(), labels)[0].squeeze()])
         self.model_backward_and_update(loss)
         if self.per_step or self.batch_idx + 1 == self.num_batches:
             self.update_lr()
-        values = torch.stack([loss.detach(), compute_accuracy(logits.detach(), labels)[0].squeeze()]).tolist()
-        return {"loss": values[0], "acc": values[1]}
+        loss_value, accuracy = numbers()
+        return {"loss": loss_value, "acc": accuracy}
 
     # Evaluation
 
@@ -333,6 +334,25 @@ class EncoderTrainer(LearnerTrainer):
         with self._autocast():
             clip_logits, logits = self.network.both(input)
         return {self.reference_head: clip_logits, self.main_head: logits}
+
+
+def sent(values: Sequence[Tensor]) -> Callable[[], list[float]]:
+    """Send one-element tensors to the program, and return what gives their values.
+
+    On a GPU the copy waits its turn and the program goes on. Sent before the backward pass and asked for after the
+    step, they are there: the step has waited for its gradients in between.
+    """
+    numbers = torch.stack([value.detach().float() for value in values]).to("cpu", non_blocking=True)
+    if values[0].device.type != "cuda":
+        return numbers.tolist
+    there = torch.cuda.Event()
+    there.record()
+
+    def read() -> list[float]:
+        there.synchronize()
+        return numbers.tolist()
+
+    return read
 
 
 def build_optimizer_with_eps(model: nn.Module, optim_cfg: Any, eps: float) -> Any:

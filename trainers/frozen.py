@@ -32,10 +32,10 @@ from .clip.features import (
     TrainingFeatures,
     collect_features,
 )
-from .common import LearnerTrainer, build_optimizer_with_eps, check_whole, count_steps
+from .common import LearnerTrainer, build_optimizer_with_eps, check_whole, count_steps, sent
 from .feature_slot import feature_slot
 from .imo.adapters import CorrectedEncoder, check_adapters, load_adapters
-from .learner import Learner, class_rows
+from .learner import Learner, Peek, class_rows
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class FeatureLearner(Learner):
         self.scale = clip.logit_scale
         self.register_buffer("zeroshot", zeroshot.detach().float().clone(), persistent=False)
         self.register_buffer("prepared", torch.tensor(False))
+        self.peek = Peek()
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, E] -> logits [B, C]; here zero-shot CLIP's."""
@@ -313,7 +314,7 @@ class FeatureTrainer(LearnerTrainer):
     def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """One step, or the fit -> loss and accuracy (percent), or what the fit has to show."""
         learner = self.network.learner
-        if not bool(learner.prepared):
+        if not learner.peek("prepared", learner.prepared):
             with torch.no_grad():
                 self.prepare(self.train_features.all())
             learner.prepared.fill_(True)
@@ -323,15 +324,16 @@ class FeatureTrainer(LearnerTrainer):
         features, labels = self.parse_batch_train(batch)
         terms, logits = self.loss(features, labels)
         loss = torch.stack(list(terms.values())).sum()
-        self.model_backward_and_update(loss)
-        if self.per_step or self.batch_idx + 1 == self.num_batches:
-            self.update_lr()
         shown = {
             "loss": loss.detach(),
             "acc": compute_accuracy(logits.detach(), labels)[0].squeeze(),
             **({name: value.detach() for name, value in terms.items()} if len(terms) > 1 else {}),
         }
-        return dict(zip(shown, torch.stack([v.float() for v in shown.values()]).tolist(), strict=True))
+        numbers = sent(list(shown.values()))
+        self.model_backward_and_update(loss)
+        if self.per_step or self.batch_idx + 1 == self.num_batches:
+            self.update_lr()
+        return dict(zip(shown, numbers(), strict=True))
 
     def get_current_lr(self, names: Any = None) -> float:
         """The learning rate; 0 where nothing is trained."""

@@ -23,7 +23,7 @@ from dassl.utils import load_checkpoint
 
 from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from ..clip.features import ImageEncoder, KnownFeatures, collect_features
-from ..common import CLIPTrainer, build_optimizer_with_eps, checkpoint_path, count_steps
+from ..common import CLIPTrainer, build_optimizer_with_eps, checkpoint_path, count_steps, sent
 from ..feature_slot import feature_slot
 from ..learner import FACTS, unpack_record
 from .config import add_dlrclip_config, check_dlrclip_config
@@ -175,14 +175,12 @@ class DLRCLIP(CLIPTrainer):
         if "img" in batch:
             images, labels = self.parse_batch_train(batch)
         else:  # the frozen part of the images, see INPUT.VIEWS
-            labels = batch["label"].to(self.device)
+            labels = batch["label"].to(self.device, non_blocking=True)
         with self._autocast():
             outputs = self.network(images, features=batch.get("feature"), hidden=batch.get("hidden"))
             terms = self.network.losses(outputs, labels)
             loss = torch.stack(list(terms.values())).sum()
         self._weight = outputs["weight"].detach()
-        self.model_backward_and_update(loss)
-        self.update_lr()  # the schedule counts steps
         head = self.main_head if self.main_head in outputs else "final"
         summary = {
             "loss": loss.detach(),
@@ -190,7 +188,10 @@ class DLRCLIP(CLIPTrainer):
             **{name: value.detach() for name, value in terms.items()},
         }
         inside = self._inside(outputs)
-        values = torch.stack([v.float() for v in (*summary.values(), *inside.values())]).tolist()  # one transfer
+        numbers = sent([*summary.values(), *inside.values()])
+        self.model_backward_and_update(loss)
+        self.update_lr()  # the schedule counts steps
+        values = numbers()
         step = self.epoch * len(self.train_loader_x) + self.batch_idx
         for name, value in zip(inside, values[len(summary) :], strict=True):
             self.write_scalar(f"train/{name}", value, step)
@@ -201,7 +202,7 @@ class DLRCLIP(CLIPTrainer):
         self.network.learner.observe(self._weight)
 
     def _inside(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What to watch beside the losses: alpha and w, and the learnt scales."""
+        """What to watch beside the losses: alpha and w, and the learnt scales that the step was computed with."""
         learner = self.network.learner
         inside: dict[str, Tensor] = {}
         for name in ("alpha", "weight"):

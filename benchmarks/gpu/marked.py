@@ -9,13 +9,13 @@ from pathlib import Path
 from benchmarks.gpu.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
-_TAIL = 6000  # characters of the output that are kept
+_TAIL = 20000  # characters of the output that are kept
 
 
 def tests(session: Session) -> None:
     """A row: the exit code and the last lines of pytest; code None: it was stopped at the end of its time."""
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "tests/cuda", "-q", "-p", "no:cacheprovider"]
-    command += ["--durations=8", "--tb=short", "-rA" if session.cuda else "-rs"]
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "tests/cuda", "-p", "no:cacheprovider"]
+    command += ["-v", "--no-header", "--durations=8", "--tb=short"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, session.left - 3))
         code, text = done.returncode, done.stdout + done.stderr

@@ -116,16 +116,16 @@ def section(results: list[dict[str, Any]]) -> str:
     return "\n".join([*parts, END])
 
 
-def replace_section(document: str, new: str) -> str:
-    """The document with its marked section replaced.
+def replace_section(document: str, new: str, begin: str = BEGIN, end: str = END) -> str:
+    """The document with the section between two marker lines replaced.
 
     Raises:
         ValueError: it has no such section.
     """
-    before, found, rest = document.partition(BEGIN)
-    _, closed, after = rest.partition(END)
+    before, found, rest = document.partition(begin)
+    _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"Expected the document to have the lines {BEGIN!r} and {END!r} but got one without")
+        raise ValueError(f"Expected the document to have the lines {begin!r} and {end!r} but got one without")
     return before + new + after
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dassl.utils import InputError
+
+from .reliability.finite import finite_gradients
 
 PRECISIONS = ("fp32", "fp16", "amp", "bf16")
 
@@ -58,8 +60,18 @@ class Precision:
         """Back-propagate a scalar loss, scaled where float16 gradients would underflow."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def update(self, optimizers: Iterable[Optimizer]) -> bool:
+    def update(
+        self, optimizers: Iterable[Optimizer], look: Callable[[Tensor | None], tuple[bool, bool]] | None = None
+    ) -> bool:
         """Step optimisers on the gradients there are; with scaling, a step with overflowed gradients is left out.
+
+        With scaling, the program waits for the device once, to read whether the gradients are finite. The scaler's own
+        ``step`` would wait once for each optimiser, and its ``get_scale`` again.
+
+        Args:
+            optimizers: all of them step, or none.
+            look: with scaling, what reads whether the gradients are finite: given that as a tensor, it says whether the
+                loss is finite (if not, the loss scale stays, too) and whether they are. None: they are looked at alone.
 
         Returns:
             Whether the step was made.
@@ -68,15 +80,33 @@ class Precision:
             for optimizer in optimizers:
                 optimizer.step()
             return True
-        scale, stepped = self.scaler.get_scale(), False
-        for optimizer in optimizers:
-            # The scaler refuses an optimiser without a single gradient (a model that this loss does not involve).
-            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-                self.scaler.step(optimizer)
-                stepped = True
-        if stepped:
-            self.scaler.update()
-        return self.scaler.get_scale() >= scale  # an overflow, and nothing else, makes it smaller
+        # The scaler refuses an optimiser without a single gradient (a model that this loss does not involve).
+        involved = [
+            o for o in optimizers if any(p.grad is not None for group in o.param_groups for p in group["params"])
+        ]
+        for optimizer in involved:
+            self._unscale(optimizer)
+        finite = finite_gradients(involved)
+        sound, made = (True, finite is None or bool(finite)) if look is None else look(finite)
+        if not involved:
+            return sound
+        if not sound:
+            self.scaler.update(self.scaler.get_scale())  # forgets that gradients were unscaled, and keeps the scale
+            return False
+        if made:
+            for optimizer in involved:
+                optimizer.step()
+        self.scaler.update()
+        return made
+
+    def _unscale(self, optimizer: Optimizer) -> None:
+        """Divide an optimiser's gradients by the loss scale, unless a method has done so, to clip them."""
+        assert self.scaler is not None
+        try:
+            self.scaler.unscale_(optimizer)
+        except RuntimeError as error:
+            if "already been called" not in str(error):
+                raise
 
     def step(self, loss: Tensor, optimizers: Iterable[Optimizer]) -> bool:
         """``backward`` and ``update``; the gradients must have been zeroed. Returns whether the step was made."""

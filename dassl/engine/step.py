@@ -104,19 +104,31 @@ class Steps(RegisteredModels):
         self.stepped = False
         if not self.guard.fault:
             self.average_gradients(names)
-            scaled = self.precision.scaler is not None
-            if scaled or not self.guard.active or self.guard.admits_gradients(optimizers):
+            if not self.guard.active:
+                self.stepped = self.precision.update(optimizers)
+            elif self.precision.scaler is not None:
+                self.stepped = self.precision.update(optimizers, self._look)
+            elif self.guard.admits_gradients(optimizers):
                 self.stepped = self.precision.update(optimizers)
         self._averaged.clear()
         if self.stepped:
             self.after_update()
         return self.stepped
 
+    def _look(self, gradients: Tensor | None) -> tuple[bool, bool]:
+        """Return whether the loss, and whether the gradients are finite; an overflow is no fault of the step's."""
+        finite = self.guard.look(gradients)
+        return not self.guard.fault, finite
+
     def model_backward_and_update(self, loss: Tensor, names: Names = None) -> bool:
-        """Zero the gradients, check and back-propagate the loss, step; returns whether the step was made."""
+        """Zero the gradients, back-propagate the loss, check both, step; return whether the step was made.
+
+        On a GPU the program waits once, before the step, to read whether loss and gradients are finite.
+        """
         self.model_zero_grad(names)
-        self.model_backward(loss)
-        return self.model_update(names)
+        with self.guard.one_look():
+            self.model_backward(loss)
+            return self.model_update(names)
 
     def all_reduce_mean(self, tensor: Tensor) -> Tensor:
         """The mean over the whole batch of a step, where ``tensor`` is the mean over this process's part of it.

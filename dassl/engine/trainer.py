@@ -303,7 +303,8 @@ class TrainerX(SimpleTrainer):
 
     def parse_batch_train(self, batch: Any) -> Any:
         """Images, labels and domains on the device."""
-        return batch["img"].to(self.device), batch["label"].to(self.device), batch["domain"].to(self.device)
+        images, labels, domains = (batch[key].to(self.device, non_blocking=True) for key in ("img", "label", "domain"))
+        return images, labels, domains
 
 
 class TrainerXU(SimpleTrainer):
@@ -337,7 +338,9 @@ class TrainerXU(SimpleTrainer):
 
     def parse_batch_train(self, batch_x: Any, batch_u: Any) -> Any:  # type: ignore[override]  # upstream's signature
         """Labelled images, their labels, unlabelled images, on the device."""
-        return batch_x["img"].to(self.device), batch_x["label"].to(self.device), batch_u["img"].to(self.device)
+        both = ((batch_x, "img"), (batch_x, "label"), (batch_u, "img"))
+        images, labels, unlabelled = (batch[key].to(self.device, non_blocking=True) for batch, key in both)
+        return images, labels, unlabelled
 
 
 def __getattr__(name: str) -> Any:  # names that upstream's module offers, too

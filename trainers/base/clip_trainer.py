@@ -21,6 +21,7 @@ from ..compat import OWN_TOOLBOX, PortableTrainer
 from ..configs import without_config
 from ..features.loaders import workers_like
 from .keys import MethodConfig, add_keys, check_number, has_keys, read_keys
+from .transfers import sent
 
 logger = logging.getLogger(__name__)
 
@@ -233,16 +234,17 @@ class CLIPTrainer(PortableTrainer):
             outputs = self.run(inputs, labels)
             terms = self.loss(outputs, labels)
             loss = torch.stack(list(terms.values())).sum()
-        self.model_backward_and_update(loss)
-        if self.per_step or self.batch_idx + 1 == self.num_batches:
-            self.update_lr()
         summary = {
             "loss": loss.detach(),
             "acc": compute_accuracy(self.shown_logits(outputs).detach(), labels)[0].squeeze(),
             **{name: value.detach() for name, value in terms.items()},
         }
         watched = self.watch(outputs)
-        values = torch.stack([v.float() for v in (*summary.values(), *watched.values())]).tolist()  # one transfer
+        numbers = sent([*summary.values(), *watched.values()])  # before the step, which waits for the device
+        self.model_backward_and_update(loss)
+        if self.per_step or self.batch_idx + 1 == self.num_batches:
+            self.update_lr()
+        values = numbers()
         step = self.epoch * self.num_batches + self.batch_idx
         for name, value in zip(watched, values[len(summary) :], strict=True):
             self.write_scalar(f"train/{name}", value, step)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..clip import CLIP
 from ..features.encoder import ImageEncoder
-from .learner import Learner, class_rows
+from .learner import Learner, Peek, class_rows
 
 
 class FeatureLearner(Learner):
@@ -35,6 +35,7 @@ class FeatureLearner(Learner):
         self.scale = clip.logit_scale
         self.register_buffer("zeroshot", zeroshot.detach().float().clone(), persistent=False)
         self.register_buffer("prepared", torch.tensor(False))
+        self.peek = Peek()
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, E] -> logits [B, C]; here zero-shot CLIP's."""

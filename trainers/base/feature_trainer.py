@@ -210,7 +210,7 @@ class FeatureTrainer(LearnerTrainer):
     def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """Make one step, or fit, and return what there is to show of it; see CLIPTrainer."""
         learner = self.network.learner
-        if not bool(learner.prepared):
+        if not learner.peek("prepared", learner.prepared):
             with torch.no_grad():
                 self.prepare(self.train_features.all())
             learner.prepared.fill_(True)

@@ -71,6 +71,20 @@ def class_rows(
     return [list(trained).index(name) for name in names]
 
 
+class Peek:
+    """The values of one-element tensors, each read again only when it may have changed: a GPU waits at every look."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, tuple[Any, float]] = {}  # name -> what its tensor was when it was read, its value
+
+    def __call__(self, name: str, tensor: Tensor) -> float:
+        """The value of the tensor that goes by this name."""
+        key = tensor.data_ptr(), tensor._version
+        if name not in self._read or self._read[name][0] != key:
+            self._read[name] = key, float(tensor)
+        return self._read[name][1]
+
+
 class Learner(nn.Module):
     """A module that is trained and saved; its checkpoint says on which classes and for which CLIP.
 

@@ -125,7 +125,7 @@ class DLRCLIP(LearnerTrainer):
             images, labels = super().parse_batch_train(batch)
             return {"images": images}, labels
         known = {"images": None, "features": batch.get("feature"), "hidden": batch.get("hidden")}
-        return known, batch["label"].to(self.device)
+        return known, batch["label"].to(self.device, non_blocking=True)
 
     def run(self, inputs: Any, labels: Tensor) -> dict[str, Tensor]:
         """Return logits of all heads, alpha and w; see DLRCLIPNetwork."""
@@ -146,7 +146,7 @@ class DLRCLIP(LearnerTrainer):
         self.network.learner.observe(self._weight)
 
     def watch(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return alpha and w, and the learnt scales."""
+        """Return alpha and w, and the learnt scales that the step was computed with."""
         learner = self.network.learner
         inside: dict[str, Tensor] = {}
         for name in ("alpha", "weight"):

@@ -15,6 +15,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -112,9 +113,26 @@ class FrozenViews:
 
     def take(self, rows: Tensor, device: torch.device) -> FrozenPart:
         """The frozen part of these rows [B], all of them known, on the device."""
+        return self.sent(self.gather(rows, device), device)
+
+    def gather(self, rows: Tensor, device: torch.device) -> FrozenPart:
+        """The frozen part of these rows [B], all of them known, in host memory; for a GPU in pinned memory."""
         assert self.features is not None and bool(self.known[rows].all())
-        hidden = None if self.hidden is None else self.hidden[rows].to(device)
-        return FrozenPart(self.features[rows].to(device), hidden)
+        hidden = None if self.hidden is None else _rows(self.hidden, rows, device)
+        return FrozenPart(_rows(self.features, rows, device), hidden)
+
+    @staticmethod
+    def sent(part: FrozenPart, device: torch.device) -> FrozenPart:
+        """The same on the device; from pinned memory the copy goes on while the program does."""
+        hidden = None if part.hidden is None else part.hidden.to(device, non_blocking=True)
+        return FrozenPart(part.features.to(device, non_blocking=True), hidden)
+
+
+def _rows(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return values[rows]
+    pinned = torch.empty(len(rows), *values.shape[1:], dtype=values.dtype, pin_memory=True)
+    return torch.index_select(values, 0, rows, out=pinned)
 
 
 class ViewLoader:
@@ -193,14 +211,22 @@ class ViewLoader:
         batches = [[k if isinstance(k, int) else k[0] for k in batch] for batch in self.batch_sampler]
         unknown = [[offset + i for i in dict.fromkeys(batch) if not self.store.known[offset + i]] for batch in batches]
         images = self._read([rows for rows in unknown if rows])
-        for batch, new in zip(batches, unknown, strict=True):
-            if new:
-                self.store.put(torch.tensor(new), self._encode(next(images)["img"]))
-            part = self.store.take(offset + torch.tensor(batch), self.device)
-            fields = {
-                "feature": part.features,
-                "label": torch.tensor([self.items[i].label for i in batch]),
-                "impath": [self.items[i].impath for i in batch],
-                "index": torch.tensor(batch),
-            }
-            yield fields if part.hidden is None else {**fields, "hidden": part.hidden}
+        rows = [offset + torch.tensor(batch) for batch in batches]
+        ahead: Future[FrozenPart] | None = None  # the next batch's, gathered while the step on this one runs
+        with ThreadPoolExecutor(1) as worker:
+            for number, (batch, new) in enumerate(zip(batches, unknown, strict=True)):
+                if new:
+                    self.store.put(torch.tensor(new), self._encode(next(images)["img"]))
+                gathered = self.store.gather(rows[number], self.device) if ahead is None else ahead.result()
+                ahead = None
+                if self.device.type == "cuda" and number + 1 < len(batches) and not unknown[number + 1]:
+                    ahead = worker.submit(self.store.gather, rows[number + 1], self.device)
+                part = self.store.sent(gathered, self.device)
+                label = torch.tensor([self.items[i].label for i in batch])
+                fields = {
+                    "feature": part.features,
+                    "label": label.pin_memory() if self.device.type == "cuda" else label,
+                    "impath": [self.items[i].impath for i in batch],
+                    "index": torch.tensor(batch),
+                }
+                yield fields if part.hidden is None else {**fields, "hidden": part.hidden}

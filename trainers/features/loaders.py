@@ -214,11 +214,12 @@ class TrainingFeatures:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         done = 0
         while done < len(self):
-            order = torch.randperm(len(self.dataset), generator=generator).to(known.labels.device)
-            for rows in order[: self._used].split(self.batch_size):
+            order = torch.randperm(len(self.dataset), generator=generator)[: self._used]
+            there = order.to(known.labels.device).split(self.batch_size)
+            for listed, rows in zip(order.split(self.batch_size), there, strict=True):
                 if skipped <= done < len(self):
                     views = rows // len(known) if self.every_view else self.epoch % len(known.values)
-                    yield _pick(known, rows % len(known), views)
+                    yield _pick(known, rows % len(known), views, listed % len(known))
                 done += 1
 
 
@@ -236,7 +237,8 @@ class OneStep:
         yield {"label": self.features.all().labels}
 
 
-def _pick(known: FeatureSet, rows: Tensor, view: Tensor | int = 0) -> Batch:
-    paths = [known.paths[row] for row in rows.tolist()] if known.paths else []
+def _pick(known: FeatureSet, rows: Tensor, view: Tensor | int = 0, listed: Tensor | None = None) -> Batch:
+    """A batch of these rows; `listed` are the same rows on the CPU, so that nothing waits for the device."""
+    paths = [known.paths[row] for row in (rows if listed is None else listed).tolist()] if known.paths else []
     batch: Batch = {"feature": known.values[view, rows], "label": known.labels[rows], "index": rows}
     return {**batch, "impath": paths} if paths else batch

@@ -85,7 +85,8 @@ class TipLearner(FeatureLearner):
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, E] -> logits [B, C]."""
         clip_logits, images = self.clip_logits(features), self.compared(features)
-        return tip_logits(images, clip_logits, self.keys, self.key_labels, float(self.alpha), float(self.beta))
+        alpha, beta = self.peek("alpha", self.alpha), self.peek("beta", self.beta)
+        return tip_logits(images, clip_logits, self.keys, self.key_labels, alpha, beta)
 
 
 @dataclass(frozen=True)
@@ -266,5 +267,6 @@ class TipAdapterF(TipAdapter):
         """See FeatureTrainer; with the initial alpha and beta, also after others have been chosen."""
         learner: Any = self.network.learner
         for name, value in self.initial.items():
-            getattr(learner, name).fill_(value)
+            if learner.peek(name, getattr(learner, name)) != value:
+                getattr(learner, name).fill_(value)
         return super().forward_backward(batch)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dassl.engine.reliability.finite import lost_terms, report
@@ -23,10 +24,16 @@ WHAT_HELPS = (
 
 
 def as_numbers(summary: Mapping[str, Any] | None) -> dict[str, float]:
-    """What forward_backward returned, with one-element tensors and the like turned into plain numbers."""
-    return {
-        name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in (summary or {}).items()
-    }
+    """What forward_backward returned, with one-element tensors and the like turned into plain numbers.
+
+    All tensors are read in one transfer, for which a program waits on a GPU.
+    """
+    found = dict(summary or {})
+    tensors = {name: value.detach() for name, value in found.items() if isinstance(value, Tensor)}
+    if len(tensors) > 1 and len({value.device for value in tensors.values()}) == 1:
+        values = torch.stack([value.reshape(()).double() for value in tensors.values()]).tolist()
+        found |= zip(tensors, values, strict=True)
+    return {name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in found.items()}
 
 
 def fault_of(trainer: SimpleTrainer, summary: Mapping[str, float]) -> str:

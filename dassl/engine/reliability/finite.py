@@ -1,7 +1,9 @@
 """What happens when numbers are lost: a loss or its gradients that are NaN or infinite.
 
-A step is asked twice whether it may change the model: before its loss is back-propagated, and before the optimiser
-follows the gradients. Where it may not, the model, its optimiser and the loss scale stay as they are, the step goes on
+A step is asked twice whether it may change the model: whether its loss is finite, and whether its gradients are, before
+the optimiser follows them. Both answers are read at once where the engine makes the whole step, because a GPU has to
+come to its end for each look at a number. Where it may not, the model, its optimiser and the loss scale stay as they
+are, the step goes on
 to its end (so that it can tell all its loss terms), and the hook ``Losses`` stops the run or leaves the step out. What
 the forward pass has moved by then, such as the running means of a BatchNorm, is put back (``KeptBuffers``); whatever
 else follows the model from step to step moves in ``after_update``, which a step that is left out does not reach.
@@ -14,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,16 @@ from dassl.utils.checkpoints import pointed_file
 if TYPE_CHECKING:
     from dassl.engine.trainer import SimpleTrainer
 
-__all__ = ["RECORD", "KeptBuffers", "NotFiniteError", "StepGuard", "last_checkpoint", "lost_terms", "report"]
+__all__ = [
+    "RECORD",
+    "KeptBuffers",
+    "NotFiniteError",
+    "StepGuard",
+    "finite_gradients",
+    "last_checkpoint",
+    "lost_terms",
+    "report",
+]
 
 RECORD = "not_finite.json"  # in the run's folder: the step that stopped it, with all paths
 SHOWN = 8  # image paths in the message
@@ -36,6 +47,23 @@ SHOWN = 8  # image paths in the message
 
 class NotFiniteError(FloatingPointError):
     """A run stopped because numbers were lost; ``str`` of it is several lines for the screen."""
+
+
+def finite_gradients(optimizers: Iterable[Optimizer]) -> Tensor | None:
+    """Return whether all gradients of optimisers are finite, as a bool tensor on their device; None: there are none."""
+    grads = [
+        p.grad
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.grad is not None and p.grad.numel()
+    ]
+    if not grads:
+        return None
+    largest = list(torch._foreach_norm(grads, math.inf))  # a few kernels for all of them; NaN stays NaN
+    if len({(grad.dtype, grad.device) for grad in grads}) > 1:
+        largest = [value.to(grads[0].device, torch.float64) for value in largest]
+    return torch.isfinite(torch.stack(largest)).all()
 
 
 class StepGuard:
@@ -51,20 +79,57 @@ class StepGuard:
         self.active = False
         self.fault = ""
         self.checked = False
+        self._later = False  # whether losses wait for the look at the gradients
+        self._waiting: list[Tensor] = []  # whether each of those losses is finite
 
     def begin(self) -> None:
         """A step begins."""
         self.active, self.fault, self.checked = True, "", False
+        self._waiting.clear()
 
     def end(self) -> None:
         """No step runs any more: one that died may have left this open."""
         self.active, self.fault = False, ""
 
+    @contextlib.contextmanager
+    def one_look(self) -> Iterator[None]:
+        """Within, a loss is back-propagated unseen, and looked at together with its gradients, before any step.
+
+        Of several processes each loss is looked at, because all have to average their gradients, or none.
+        """
+        self._later = distributed.world_size() == 1
+        try:
+            yield
+        finally:
+            self._later = False
+            if self._waiting:  # nothing has asked for the gradients
+                self.look(None)
+
+    def look(self, gradients: Tensor | None) -> bool:
+        """Read whether the losses that wait are finite, which becomes the ``fault``, and whether ``gradients`` says so.
+
+        Returns:
+            Whether the gradients are finite.
+        """
+        flags = [*self._waiting, *([] if gradients is None else [gradients])]
+        self._waiting.clear()
+        if not flags:
+            return True
+        *losses, last = torch.stack([flag.to(flags[-1].device) for flag in flags]).tolist()  # one transfer
+        if gradients is None:
+            losses, last = [*losses, last], True
+        if not all(losses):
+            self.fault = self.fault or "the loss"
+        return last
+
     def admits_loss(self, loss: Tensor) -> bool:
         """Whether a loss may be back-propagated."""
-        finite = bool(torch.isfinite(loss.detach()).all())
+        finite = torch.isfinite(loss.detach()).all()
         self.checked = True
-        if distributed.any_rank(not finite):
+        if self._later:
+            self._waiting.append(finite)
+            return True
+        if distributed.any_rank(not bool(finite)):
             self.fault = self.fault or "the loss"
         return not self.fault
 
@@ -72,9 +137,8 @@ class StepGuard:
         """Whether optimisers may follow their gradients, which are the same in all processes."""
         if self.fault:
             return False
-        grads = [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
-        if grads and not bool(torch.stack([torch.isfinite(grad).all().to(grads[0].device) for grad in grads]).all()):
-            self.fault = "a gradient"
+        if not self.look(finite_gradients(optimizers)):
+            self.fault = self.fault or "a gradient"
         return not self.fault
 
 

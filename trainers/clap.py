@@ -84,6 +84,8 @@ class CLAP(FeatureTrainer):
 
     recipe = 2
     node_name = "CLAP"
+    paper = "Silva-Rodriguez et al. 2024"
+    learns = "class prototypes held near the text"
     config = CLAPConfig
     model_name = "clap"
     main_head = "clap"

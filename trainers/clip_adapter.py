@@ -105,6 +105,8 @@ class CLIPAdapter(FeatureTrainer):
 
     recipe = 2
     node_name = "CLIPADAPTER"
+    paper = "Gao et al. 2021"
+    learns = "a bottleneck on image features"
     config = CLIPAdapterConfig
     model_name = "adapter"
     main_head = "adapter"

@@ -130,6 +130,8 @@ class CLIPLoRA(EncoderTrainer):
 
     recipe = 2
     node_name = "CLIPLORA"
+    paper = "Zanella and Ben Ayed 2024"
+    learns = "low-rank updates of both encoders"
     config = CLIPLoRAConfig
     model_name = "lora"
     main_head = "lora"

@@ -93,6 +93,8 @@ class CoCoOp(EncoderTrainer):
     """Conditional context optimisation."""
 
     node_name = "COCOOP"
+    paper = "Zhou et al. 2022b"
+    learns = "context vectors, and a network that shifts them by image"
     config = CoCoOpConfig
     model_name = "prompt_learner"  # as published
     main_head = "cocoop"

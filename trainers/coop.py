@@ -115,6 +115,8 @@ class CoOp(EncoderTrainer):
     """Context optimisation."""
 
     node_name = "COOP"
+    paper = "Zhou et al. 2022a"
+    learns = "context vectors of the prompts"
     config = CoOpConfig
     model_name = "prompt_learner"  # as published
     main_head = "coop"

@@ -94,6 +94,8 @@ class CrossModalProbe(FeatureTrainer):
 
     recipe = 2
     node_name = "CROSSMODAL"
+    paper = "Lin et al. 2023"
+    learns = "a linear classifier on image and text features"
     config = CrossModalConfig
     extra_keys = {"MODEL": CorrectedKeys}
     model_name = "cross_modal"

@@ -265,6 +265,8 @@ class EMDirichlet(FeatureTrainer):
 
     recipe = 2
     node_name = "EMDIRICHLET"
+    paper = "Martin et al. 2024"
+    learns = "nothing; clusters the test images"
     config = EMDirichletConfig
     model_name = "em_dirichlet"
     main_head = "em"

@@ -96,6 +96,8 @@ class JCLIPAdapter(FeatureTrainer):
     """Bottlenecks on image and text features, prompts by super-category, curves, and result.txt."""
 
     node_name = "JCLIPADAPTER"
+    paper = "after Gao et al. 2021"
+    learns = "bottlenecks on image and text features"
     config = JCLIPAdapterConfig
     extra_keys = {"DATASET": PromptMapKeys}
     model_name = "jclip"

@@ -176,6 +176,8 @@ class LinearProbe(FeatureTrainer):
 
     recipe = 2
     node_name = "LINEARPROBE"
+    paper = "Radford et al. 2021"
+    learns = "a linear classifier on image features"
     config = LinearProbeConfig
     extra_keys = {"MODEL": CorrectedKeys}
     model_name = "probe"

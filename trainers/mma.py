@@ -119,6 +119,8 @@ class MMA(EncoderTrainer):
 
     recipe = 2
     node_name = "MMADAPTER"
+    paper = "Yang et al. 2024"
+    learns = "adapters shared by both encoders"
     config = MMAConfig
     model_name = "adapter_learner"  # as published
     main_head = "mma"

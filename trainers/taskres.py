@@ -62,6 +62,8 @@ class TaskRes(FeatureTrainer):
 
     recipe = 2
     node_name = "TASKRES"
+    paper = "Yu et al. 2023"
+    learns = "a residual on the class weights"
     config = TaskResConfig
     model_name = "taskres"
     main_head = "taskres"

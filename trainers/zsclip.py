@@ -27,6 +27,8 @@ class ZeroshotCLIP(FeatureTrainer):
     """Zero-shot CLIP with the dataset's template."""
 
     node_name = "ZEROSHOTCLIP"
+    paper = "Radford et al. 2021"
+    learns = "nothing"
     main_head = "clip"
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
@@ -79,6 +81,8 @@ class ZeroshotCLIP2(ZeroshotCLIP):
     """Zero-shot CLIP with an ensemble of templates, beside the one with the dataset's template."""
 
     node_name = "ZEROSHOTCLIP2"
+    paper = "Radford et al. 2021, prompt ensemble"
+    learns = "nothing"
     config = EnsembleConfig
     main_head = "ensemble"
 

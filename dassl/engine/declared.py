@@ -21,6 +21,8 @@ class Declared:
     Attributes:
         recipe: number of the method's recipe, raised when the same settings give other numbers than before. Runs of
             another recipe are neither gone on with nor taken for this one's.
+        paper: who has published the method, and when; for tables.
+        learns: what is trained or fitted; for tables.
         node_name: the key below TRAINER that holds the method's settings; "": the class's name in upper case.
         main_head: the head that counts as the method's accuracy; "": the first.
         reference_head: the head that pictures show as "before"; "": none.
@@ -34,6 +36,8 @@ class Declared:
     """
 
     recipe: int = 1
+    paper: str = ""
+    learns: str = ""
     node_name: str = ""
     main_head: str = ""
     reference_head: str = ""

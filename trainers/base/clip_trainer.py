@@ -35,6 +35,8 @@ class CLIPTrainer(PortableTrainer):
     config: type[MethodConfig] = MethodConfig  # the keys of its node
     extra_keys: dict[str, type] = {}  # keys that it adds to other sections: "INPUT" -> a dataclass of keys
     recipe = 1  # raised when the same settings give other numbers than before; the engine then tells runs apart
+    paper = ""  # who has published the method, and when
+    learns = ""  # what is trained or fitted
     node_name = ""
     main_head = ""
     reference_head = "clip"

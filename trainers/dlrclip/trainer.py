@@ -52,6 +52,8 @@ class DLRCLIP(LearnerTrainer):
     network: DLRCLIPNetwork
     recipe = 2
     node_name = "DLRCLIP"
+    paper = "this repository's method"
+    learns = "adapters shared by both encoders, a logit refiner, a fusion gate"
     config = DLRCLIPConfig
     extra_keys = {"INPUT": ViewsKeys}
     model_name = "dlrclip"

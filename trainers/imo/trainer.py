@@ -202,6 +202,8 @@ class IMO(AdapterTrainer):
     """Adapters trained by cross-entropy through a linear classifier, which is thrown away."""
 
     node_name = "IMO"
+    paper = "Kravets and Namboodiri 2024"
+    learns = "adapters that correct image features, by labels"
     config = IMOConfig
 
     def training_transform(self) -> Any:
@@ -237,6 +239,8 @@ class IMODINO(AdapterTrainer):
     """Adapters trained by self-distillation, without labels: the student matches the teacher's view of another crop."""
 
     node_name = "IMODINO"
+    paper = "Kravets and Namboodiri 2024"
+    learns = "the same, by self-distillation"
     config = IMODINOConfig
     model_name = "imodino"
 

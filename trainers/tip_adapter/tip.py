@@ -136,6 +136,8 @@ class TipAdapter(FeatureTrainer):
 
     recipe = 2
     node_name = "TIPADAPTER"
+    paper = "Zhang et al. 2022"
+    learns = "nothing; a cache of training features"
     config: type[MethodConfig] = TipConfig
     model_name = "tip"
     main_head = "tip"
@@ -247,6 +249,8 @@ class TipAdapterF(TipAdapter):
     """The cache with trained keys; alpha and beta are the initial ones in training, and searched after it."""
 
     node_name = "TIPADAPTERF"
+    paper = "Zhang et al. 2022"
+    learns = "the keys of that cache"
     config = TipFConfig
     model_name = "tip_f"
     main_head = "tip_f"

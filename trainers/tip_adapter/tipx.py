@@ -65,6 +65,8 @@ class TipAdapterPP(TipAdapter):
     """The training-free cache on corrected features."""
 
     node_name = "TIPADAPTERPP"
+    paper = "Kravets and Namboodiri 2024"
+    learns = "nothing; a cache of corrected features"
     config: type[MethodConfig] = TipPPConfig
     extra_keys = {"MODEL": CorrectedKeys}
     model_name = "tip_pp"
@@ -178,6 +180,8 @@ class TipX(TipAdapterPP):
     """Tip-Adapter with a term that compares images by what they look like to the text."""
 
     node_name = "TIPX"
+    paper = "Udandarao et al. 2023"
+    learns = "nothing; a cache, and distributions over classes"
     config: type[MethodConfig] = TipXConfig
     extra_keys: dict[str, type] = {}
     model_name = "tipx"
@@ -243,6 +247,8 @@ class TipXPP(TipX):
     """Tip-X with the cache on corrected features."""
 
     node_name = "TIPXPP"
+    paper = "Kravets and Namboodiri 2024"
+    learns = "nothing; the same on corrected features"
     config = TipXPPConfig
     extra_keys = {"MODEL": CorrectedKeys}
     model_name = "tipx_pp"

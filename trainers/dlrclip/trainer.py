@@ -52,7 +52,7 @@ class DLRCLIP(LearnerTrainer):
     network: DLRCLIPNetwork
     recipe = 2
     node_name = "DLRCLIP"
-    paper = "this repository's method"
+    paper = "DLR-CLIP"
     learns = "adapters shared by both encoders, a logit refiner, a fusion gate"
     config = DLRCLIPConfig
     extra_keys = {"INPUT": ViewsKeys}

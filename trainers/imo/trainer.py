@@ -240,7 +240,7 @@ class IMODINO(AdapterTrainer):
 
     node_name = "IMODINO"
     paper = "Kravets and Namboodiri 2024"
-    learns = "the same, by self-distillation"
+    learns = "adapters that correct image features, without labels"
     config = IMODINOConfig
     model_name = "imodino"
 

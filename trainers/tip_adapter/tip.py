@@ -250,7 +250,7 @@ class TipAdapterF(TipAdapter):
 
     node_name = "TIPADAPTERF"
     paper = "Zhang et al. 2022"
-    learns = "the keys of that cache"
+    learns = "the keys of a cache of training features"
     config = TipFConfig
     model_name = "tip_f"
     main_head = "tip_f"

@@ -248,7 +248,7 @@ class TipXPP(TipX):
 
     node_name = "TIPXPP"
     paper = "Kravets and Namboodiri 2024"
-    learns = "nothing; the same on corrected features"
+    learns = "nothing; as TipX, on corrected features"
     config = TipXPPConfig
     extra_keys = {"MODEL": CorrectedKeys}
     model_name = "tipx_pp"

@@ -1,12 +1,14 @@
 """What exists so that our trainers live beside other people's, and on an upstream Dassl.
 
-Upstream refuses to register a name twice, and knows no `_BASE_` in YAML files.
+Upstream is the toolbox wherever it is there; it refuses to register a name twice, and knows no `_BASE_` in YAML files.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,19 @@ import yaml
 logger = logging.getLogger(__name__)
 
 BASE_KEY = "_BASE_"
+
+
+def find_toolbox() -> None:
+    """Have `import dassl` find the toolbox that comes with this package, where there is no other.
+
+    Its folder goes last on the path, which other processes (those that read for a DataLoader) inherit.
+    """
+    if "dassl" in sys.modules:
+        return
+    spec = importlib.util.find_spec("dassl")
+    if spec is None or spec.origin is None:  # None: a mere folder of that name
+        here = Path(__file__).parent
+        sys.path.append(str(here / "_toolbox" if (here / "_toolbox").is_dir() else here.parent))
 
 
 def first_come_first_served(registry: Any, package: str) -> None:

@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from .compat import find_toolbox, first_come_first_served, merge_from_file
+from .compat import be_heard, find_toolbox, first_come_first_served, merge_from_file
 
 find_toolbox()  # before anything of it is imported
 
-from dassl.engine import TRAINER_REGISTRY  # noqa: E402
+from dassl.engine import TRAINER_REGISTRY, TrainerX  # noqa: E402
 
+be_heard(TrainerX, __name__)
 first_come_first_served(TRAINER_REGISTRY, __name__)  # before the methods below register
 
 from . import (  # noqa: E402

@@ -9,11 +9,17 @@ import importlib.util
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from dassl.engine import TrainerX as _Trainer
+else:
+    _Trainer = object
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +39,37 @@ def find_toolbox() -> None:
         sys.path.append(str(here / "_toolbox" if (here / "_toolbox").is_dir() else here.parent))
 
 
+def is_ours(trainer: Any) -> bool:
+    """Return whether a trainer, or its class, is of our own toolbox: it handles precision and several heads itself."""
+    return callable(getattr(trainer, "set_precision", None))
+
+
+class _Printer(logging.Handler):
+    """Prints what is logged, unless whoever runs the program has set logging up."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            print(self.format(record))
+
+
+def be_heard(trainer_class: Any, package: str) -> None:
+    """Have the lines of a package reach the console on an upstream Dassl, in place.
+
+    Upstream prints, so that logging is not set up there; what is more, one of its datasets, imported with it, switches
+    logging off for the whole process. Our toolbox sees to the console itself.
+
+    Args:
+        trainer_class: the toolbox's TrainerX.
+        package: the name of our package.
+    """
+    log = logging.getLogger(package)
+    if is_ours(trainer_class) or any(isinstance(handler, _Printer) for handler in log.handlers):
+        return
+    logging.disable(logging.NOTSET)
+    log.setLevel(logging.INFO)
+    log.addHandler(_Printer())
+
+
 def first_come_first_served(registry: Any, package: str) -> None:
     """Have a registry admit a name that it knows, where one of the two is ours: the first stays, which is logged.
 
@@ -47,14 +84,14 @@ def first_come_first_served(registry: Any, package: str) -> None:
     if getattr(strict, "tolerant", False):
         return
 
-    def is_ours(target: Any) -> bool:
+    def from_here(target: Any) -> bool:
         return str(target.__module__).partition(".")[0] == package
 
     def register(obj: Any = None, force: bool = False) -> Any:
         def add(target: Any) -> Any:
             name = target.__name__
             first = registry.get(name) if name in registry.registered_names() else None
-            if first is not None and not force and is_ours(first) != is_ours(target):
+            if first is not None and not force and from_here(first) != from_here(target):
                 logger.warning(
                     "%s of %s stays registered, that of %s is left out", name, first.__module__, target.__module__
                 )
@@ -66,6 +103,19 @@ def first_come_first_served(registry: Any, package: str) -> None:
 
     register.tolerant = True  # type: ignore[attr-defined]
     registry.register = register
+
+
+class MayMakeNoStep(_Trainer):
+    """A trainer that may have no step to make, as `has_training_step` says: upstream's loop would ask it for one."""
+
+    def train(self) -> None:  # type: ignore[override]  # upstream's signature
+        """Train as the toolbox does; without a step, on upstream, go straight to what follows the training."""
+        if is_ours(self) or self.has_training_step():
+            super().train()
+        else:
+            trainer: Any = self
+            trainer.time_start = time.time()
+            trainer.after_train()
 
 
 def merge_from_file(cfg: Any, path: str | os.PathLike[str]) -> None:

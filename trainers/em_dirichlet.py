@@ -28,6 +28,7 @@ from dassl.engine import TRAINER_REGISTRY
 from .clip import CLIP
 from .clip.features import Batch, FeatureLoader, FeatureSet
 from .common import check_bool, check_number, check_whole
+from .compat import MayMakeNoStep
 from .frozen import FeatureLearner, FeatureTrainer
 
 logger = logging.getLogger(__name__)
@@ -244,7 +245,7 @@ class DirichletLearner(FeatureLearner):
 
 
 @TRAINER_REGISTRY.register()
-class EMDirichlet(FeatureTrainer):
+class EMDirichlet(MayMakeNoStep, FeatureTrainer):
     """Transductive: every set of test images (all of them, or tasks) is classified as a whole."""
 
     recipe = 2

@@ -18,6 +18,7 @@ from dassl.engine import TRAINER_REGISTRY
 
 from .clip import CLIP, IMAGENET_TEMPLATES, IMAGENET_TEMPLATES_SELECT, zeroshot_weights
 from .common import check_choice
+from .compat import MayMakeNoStep
 from .frozen import FeatureLearner, FeatureTrainer
 
 
@@ -34,7 +35,7 @@ def ensemble_templates(own: Sequence[str], which: str, dataset: str) -> list[str
 
 
 @TRAINER_REGISTRY.register()
-class ZeroshotCLIP(FeatureTrainer):
+class ZeroshotCLIP(MayMakeNoStep, FeatureTrainer):
     """Zero-shot CLIP with the dataset's template."""
 
     node_name = "ZEROSHOTCLIP"

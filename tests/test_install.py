@@ -95,10 +95,13 @@ def test_what_is_installed(installed):
 
 
 def test_import_without_another_toolbox(run, installed):
-    """The bundled toolbox is found, and the name `datasets` stays whose it is."""
+    """The bundled toolbox is found, the name `datasets` stays whose it is, and no module is there twice."""
     script = (
         "import json, sys, dlr_clip, dassl.engine, datasets\n"
         "import dlr_clip.app.configuration as app\n"
+        "import dlr_clip.scripts, dlr_clip.imo, trainers.imo, scripts.lib.jobs, dlr_clip.scripts.lib.jobs\n"
+        "assert trainers is dlr_clip and trainers.imo is dlr_clip.imo and scripts is dlr_clip.scripts\n"
+        "assert scripts.lib.jobs is dlr_clip.scripts.lib.jobs and trainers.imo.__spec__.name == 'dlr_clip.imo'\n"
         "from dassl.data.datasets import DATASET_REGISTRY\n"
         "print(json.dumps({'files': [dlr_clip.__file__, dassl.__file__, app.datasets.__file__],\n"
         "    'trainers': dassl.engine.TRAINER_REGISTRY.registered_names(), 'datasets': datasets.NAME,\n"

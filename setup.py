@@ -1,7 +1,7 @@
-"""Installs `trainers/` as the package `dlr_clip`.
+"""Installs everything in two packages: `dlr_clip`, and its command lines `dlr_clip_cli`, which start without torch.
 
-`dassl/` and `datasets/` are never installed: an environment that has upstream Dassl keeps it, and `datasets` on the
-path of an installed program would shadow Hugging Face's package of that name.
+`dassl` goes inside, where `import dlr_clip` finds it unless there is another: an environment that has upstream Dassl
+keeps it. `datasets` goes inside, too: Hugging Face's package has that name.
 """
 
 from pathlib import Path
@@ -29,9 +29,28 @@ REQUIRES = [
     "tqdm>=4.65",
     "matplotlib>=3.7",
 ]
-TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "submitit>=1.5"]  # xdist: a test process per core
+# xdist: a test process per core; setuptools: the tests build and install the package.
+TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "submitit>=1.5", "setuptools>=70.1"]
 CLUSTER = ["submitit>=1.5"]  # scripts/protocol.py --launcher submitit
 DEV = [*TEST, "pytest-cov", "ruff>=0.6", "mypy>=1.10", "pre-commit>=3.5"]
+
+# Package -> its folder in the checkout. What has to be found by another name lies in a folder of its own (_toolbox).
+FOLDERS = {
+    "dlr_clip": "trainers",
+    "dlr_clip.datasets": "datasets",
+    "dlr_clip.scripts": "scripts",
+    "dlr_clip._configs": "configs",
+    "dlr_clip._toolbox.dassl": "dassl",
+    "dlr_clip_cli": "dlr_clip_cli",
+}
+NOT_INSTALLED = ("dlr_clip.scripts.dev",)
+
+
+def packages() -> list[str]:
+    """Return the names of all packages."""
+    inner = [f"{name}.{inner}" for name, folder in FOLDERS.items() for inner in find_packages(str(HERE / folder))]
+    return [name for name in (*FOLDERS, *inner) if name not in NOT_INSTALLED]
+
 
 setup(
     name="dlr-clip",
@@ -41,9 +60,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    package_dir={"dlr_clip": "trainers"},
-    packages=["dlr_clip", *(f"dlr_clip.{name}" for name in find_packages(str(HERE / "trainers")))],
-    package_data={"dlr_clip.clip": ["assets/*"]},
+    package_dir=FOLDERS,
+    packages=packages(),
+    package_data={"dlr_clip.clip": ["assets/*"], "dlr_clip._configs": ["*/*.yaml", "*/*/*.yaml"]},
+    entry_points={"console_scripts": ["dlr-clip = dlr_clip_cli.command:main"]},
     install_requires=REQUIRES,
     extras_require={"cluster": CLUSTER, "test": TEST, "dev": DEV},
 )

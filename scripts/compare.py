@@ -111,7 +111,7 @@ def write_results(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=lambda s: s.split(","), default=["digits"], help="configs/datasets/*.yaml")
     parser.add_argument("--shots", type=whole_numbers, default=[1, 2, 4, 8, 16])
     parser.add_argument("--seeds", type=whole_numbers, default=[1, 2, 3])

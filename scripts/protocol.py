@@ -39,6 +39,7 @@ if __name__ == "__main__":  # run as a file
 
 from dassl.utils import InputError
 from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
+from dlr_clip_cli.places import spoken
 from scripts.lib.grid import Run, missing_runs, run_missing
 from scripts.lib.launch import launch, parameters_of
 from scripts.lib.methods import check_datasets, choose_methods, whole_numbers
@@ -78,7 +79,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the runs that are missing, and start none")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config pairs for every run")
-    whole = Parser(prog="protocol.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    whole = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     protocols = whole.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL", help=", ".join(PLANS))
     for name in PLANS:
         protocols.add_parser(name, parents=[parser], description=NOTES[name])
@@ -133,7 +134,7 @@ def print_plan(runs: Sequence[Run]) -> None:
     """The command of each missing run, an evaluation after the run that it evaluates."""
     missing = missing_runs(runs)
     for run in missing:
-        print(f"python train.py {shlex.join(run.arguments())}")
+        print(f"{spoken('train')} {shlex.join(run.arguments())}")
     print(f"# {len(missing)} of {len(runs)} runs are missing")
 
 

@@ -6,7 +6,7 @@ With an upstream Dassl, in one's own train.py:
     import dlr_clip
     cfg = get_cfg_default()
     dlr_clip.extend_cfg(cfg)
-    dlr_clip.merge_from_file(cfg, "configs/trainers/dlr/rn50.yaml")  # upstream's own does not know _BASE_
+    dlr_clip.merge_from_file(cfg, dlr_clip.find_config("DLRCLIP", "rn50"))  # upstream's own does not know _BASE_
 
 A new method is one file or folder here with a class under `@TRAINER_REGISTRY.register()` and one import line below;
 its keys come from the class's static `add_config(cfg)`.
@@ -17,10 +17,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from dassl.engine import TRAINER_REGISTRY
+from .compat import be_heard, find_toolbox, first_come_first_served, merge_from_file
 
-from .compat import first_come_first_served, merge_from_file
+find_toolbox()  # before anything of it is imported
 
+from dassl.engine import TRAINER_REGISTRY, TrainerX  # noqa: E402
+
+be_heard(TrainerX, __name__)
 first_come_first_served(TRAINER_REGISTRY, __name__)  # before the methods below register
 
 from . import (  # noqa: E402

@@ -1,112 +1,68 @@
 """All that exists so that our trainers live beside other people's, and on an upstream Dassl.
 
-Upstream refuses to register a name twice, knows no `_BASE_` in YAML files, scales no gradients, evaluates one head, and
-runs one process.
+Upstream is the toolbox wherever it is there; it refuses to register a name twice, and knows no `_BASE_` in YAML files.
+What its trainers lack is in portable.py.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from torch import Tensor
-
-from dassl.engine import TrainerX
 
 logger = logging.getLogger(__name__)
 
 BASE_KEY = "_BASE_"
-OWN_TOOLBOX = callable(getattr(TrainerX, "set_precision", None))  # not upstream's
 
 
-class PortableTrainer(TrainerX):
-    """Offer the same methods on our toolbox and on upstream's; here on ours.
+def find_toolbox() -> None:
+    """Have `import dassl` find the toolbox that comes with this package, where there is no other.
 
-    `_autocast()` gives the context in which the forward pass runs.
+    Its folder goes last on the path, which other processes (those that read for a DataLoader) inherit.
     """
-
-    def _set_up_precision(self, prec: str) -> None:
-        """Compute in this precision from now on."""
-        self.set_precision(prec)
-        self._autocast: Any = self.precision.autocast
-
-    def _unscale(self, optim: Any) -> None:
-        """Divide the gradients by the loss scale, where there is one."""
-        if self.precision.scaler is not None:
-            self.precision.scaler.unscale_(optim)
+    if "dassl" in sys.modules:
+        return
+    spec = importlib.util.find_spec("dassl")
+    if spec is None or spec.origin is None:  # None: a mere folder of that name
+        here = Path(__file__).parent
+        sys.path.append(str(here / "_toolbox" if (here / "_toolbox").is_dir() else here.parent))
 
 
-if not OWN_TOOLBOX:
-
-    class PortableTrainer(TrainerX):  # type: ignore[no-redef]
-        """Offer on upstream's toolbox what ours has and upstream's has not."""
-
-        _collect: Any  # see CLIPTrainer
-
-        share = None  # of several processes; upstream knows one only
-        writes_files = True
-        main_head = ""
-
-        def _set_up_precision(self, prec: str) -> None:
-            self._autocast: Any = contextlib.nullcontext
-            if prec == "amp":
-                logger.info("This toolbox cannot scale gradients: amp means bfloat16 here, which needs no scaling")
-                self._autocast = lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-        def _unscale(self, optim: Any) -> None:
-            pass
-
-        def average_gradients(self, names: Any = None) -> None:
-            """Leave the gradients as they are."""
-
-        def after_update(self) -> None:
-            """Move what follows the model from step to step."""
-
-        def model_backward(self, loss: Tensor) -> bool:
-            """Back-propagate the loss; upstream stops at one that is not finite."""
-            super().model_backward(loss)
-            return True
-
-        def model_update(self, names: Any = None) -> bool:
-            """Step the optimisers and call `after_update`: upstream makes every step."""
-            super().model_update(names)
-            self.stepped = True
-            self.after_update()
-            return True
-
-        def model_backward_and_update(self, loss: Tensor, names: Any = None) -> bool:
-            """Back-propagate the loss and step."""
-            self.model_zero_grad(names)
-            self.model_backward(loss)
-            return self.model_update(names)
-
-        @property
-        def writer(self) -> Any:
-            """The open SummaryWriter, or None."""
-            return self._writer
-
-        def test(self, split: str | None = None) -> float:
-            """Evaluate a split; upstream knows one head, so a second pass reports all of them."""
-            result = super().test(split)
-            split = split or self.cfg.TEST.SPLIT
-            use_val = split == "val" and self.val_loader is not None
-            heads, labels = self._collect(self.val_loader if use_val else self.test_loader)
-            for head, logits in heads.items():
-                accuracy = 100.0 * (logits.argmax(dim=1) == labels).float().mean().item()
-                logger.info("* head %s: accuracy %.2f%%", head, accuracy)
-                self.write_scalar(f"{'val' if use_val else 'test'}/{head}/accuracy", accuracy, self.epoch)
-            return result
+def is_ours(trainer: Any) -> bool:
+    """Return whether a trainer, or its class, is of our own toolbox: it handles precision and several heads itself."""
+    return callable(getattr(trainer, "set_precision", None))
 
 
-def class_indices(dataset: Any) -> list[int] | None:
-    """Return which of the classes trained on a dataset's are, where it says so (upstream's never do)."""
-    return getattr(dataset, "class_indices", None)
+class _Printer(logging.Handler):
+    """Prints what is logged, unless whoever runs the program has set logging up."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            print(self.format(record))
+
+
+def be_heard(trainer_class: Any, package: str) -> None:
+    """Have the lines of a package reach the console on an upstream Dassl, in place.
+
+    Upstream prints, so that logging is not set up there; what is more, one of its datasets, imported with it, switches
+    logging off for the whole process. Our toolbox sees to the console itself.
+
+    Args:
+        trainer_class: the toolbox's TrainerX.
+        package: the name of our package.
+    """
+    log = logging.getLogger(package)
+    if is_ours(trainer_class) or any(isinstance(handler, _Printer) for handler in log.handlers):
+        return
+    logging.disable(logging.NOTSET)
+    log.setLevel(logging.INFO)
+    log.addHandler(_Printer())
 
 
 def first_come_first_served(registry: Any, package: str) -> None:
@@ -123,14 +79,14 @@ def first_come_first_served(registry: Any, package: str) -> None:
     if getattr(strict, "tolerant", False):
         return
 
-    def is_ours(target: Any) -> bool:
+    def from_here(target: Any) -> bool:
         return str(target.__module__).partition(".")[0] == package
 
     def register(obj: Any = None, force: bool = False) -> Any:
         def add(target: Any) -> Any:
             name = target.__name__
             first = registry.get(name) if name in registry.registered_names() else None
-            if first is not None and not force and is_ours(first) != is_ours(target):
+            if first is not None and not force and from_here(first) != from_here(target):
                 logger.warning(
                     "%s of %s stays registered, that of %s is left out", name, first.__module__, target.__module__
                 )

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 # Installed within this package, in the checkout beside it.
 CONFIGS = HERE / "_configs" if (HERE / "_configs").is_dir() else HERE.parent / "configs"
+FOLDER = CONFIGS / "trainers"
 FIRST = "tiny"  # the name that is suggested: it runs anywhere, without a download
 
 
@@ -33,7 +34,7 @@ def trainer_of(file: str | os.PathLike[str]) -> str:
 
 def configs_of(trainer: str) -> dict[str, Path]:
     """Return the files that are made for a trainer, by short name (the file's stem), in order."""
-    return {file.stem: file for file in sorted(CONFIGS.glob("trainers/*/*.yaml")) if trainer_of(file) == trainer}
+    return {file.stem: file for file in sorted(FOLDER.glob("*/*.yaml")) if trainer_of(file) == trainer}
 
 
 def find_config(trainer: str, name: str) -> Path:
@@ -42,14 +43,15 @@ def find_config(trainer: str, name: str) -> Path:
     Raises:
         ValueError: there is none; the message names those there are.
     """
+    for file in sorted(FOLDER.glob("*/*.yaml")):  # each that is read costs some hundredths of a second
+        if file.stem == name and trainer_of(file) == trainer:
+            return file
     found = configs_of(trainer)
-    if name not in found:
-        near = difflib.get_close_matches(name, found, 1)
-        hint = f' (did you mean "{near[0]}"?)' if near else ""
-        known = f"be one of {', '.join(found)}" if found else "be left out, as there is no configuration"
-        path = "; --config-file takes a path" if os.path.basename(name) != name or name.endswith(".yaml") else ""
-        raise ValueError(f'Expected --config to {known} for {trainer} but got "{name}"{hint}{path}')
-    return found[name]
+    near = difflib.get_close_matches(name, found, 1)
+    hint = f' (did you mean "{near[0]}"?)' if near else ""
+    known = f"be one of {', '.join(found)}" if found else "be left out, as there is no configuration"
+    path = "; --config-file takes a path" if os.path.basename(name) != name or name.endswith(".yaml") else ""
+    raise ValueError(f'Expected --config to {known} for {trainer} but got "{name}"{hint}{path}')
 
 
 def without_config(trainer: str) -> str:
@@ -58,10 +60,11 @@ def without_config(trainer: str) -> str:
     if not found:
         return "Expected a configuration (--config-file) or a backbone (--backbone) but got neither"
     name, here = FIRST if FIRST in found else next(iter(found)), Path.cwd()
+    program = "dlr-clip train" if CONFIGS.parent == HERE else "python train.py"
     files = ", ".join(str(file.relative_to(here) if file.is_relative_to(here) else file) for file in found.values())
     return (
         "Expected a configuration (--config, or --config-file with one's own) or a backbone (--backbone) but got "
-        f"neither. Try: python train.py --trainer {trainer} --config {name} (of {trainer} there are {files})"
+        f"neither. Try: {program} --trainer {trainer} --config {name} (of {trainer} there are {files})"
     )
 
 

@@ -16,6 +16,7 @@ import torch
 import dassl
 
 PACKAGES = (
+    "dlr-clip",
     "torchvision",
     "open_clip_torch",
     "torchmetrics",
@@ -62,8 +63,13 @@ def _version(name: str) -> str | None:
 
 
 def _commit(folder: Path) -> dict[str, Any]:
-    """The commit of the checkout, and whether tracked files differ from it; None where git or a checkout is missing."""
-    head = _git(folder, "rev-parse", "HEAD")
+    """Return the commit of the checkout, and whether tracked files differ from it.
+
+    Both are None where git or a checkout is missing: a repository that merely holds the environment in which this
+    package is installed does not track it.
+    """
+    tracked = _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None
+    head = _git(folder, "rev-parse", "HEAD") if tracked else None
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no") if head else None
     return {"commit": head, "modified": None if changes is None else bool(changes)}
 

@@ -116,7 +116,7 @@ class Runs:
 
     def __init__(self, threads: int = 1) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["train", "torch.utils.tensorboard"])
+        self._context.set_forkserver_preload(["trainers.app.train", "torch.utils.tensorboard"])
         self._threads = threads
         with self._import_path():  # now, so that no run's time has the imports in it
             process = self._context.Process(target=int)

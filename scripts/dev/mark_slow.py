@@ -48,7 +48,7 @@ def slow_ones(found: Mapping[str, float], budget: float) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="mark_slow.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="JUnit XML of a whole run")
     parser.add_argument("--budget", type=float, default=14.0, help="seconds of one process (default: 14)")
     args = parser.parse_args(argv)

@@ -29,6 +29,7 @@ def best(prediction: Prediction, names: Sequence[str], count: int) -> list[dict[
 
 
 def print_table(predictions: Sequence[Prediction], names: Sequence[str], count: int) -> None:
+    """Print a row per image: its name and the `count` best classes with their probabilities in percent."""
     rows = [
         [
             one_line(p.name),
@@ -40,6 +41,7 @@ def print_table(predictions: Sequence[Prediction], names: Sequence[str], count: 
 
 
 def print_csv(predictions: Sequence[Prediction], names: Sequence[str], count: int) -> None:
+    """Print a row per image: its path and, for each of the `count` best classes, name and probability."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     ranks = range(1, min(count, len(names)) + 1)
     writer.writerow(["path", *(f"{column}_{rank}" for rank in ranks for column in ("class", "probability"))])
@@ -51,6 +53,7 @@ def print_csv(predictions: Sequence[Prediction], names: Sequence[str], count: in
 def print_json(
     predictions: Sequence[Prediction], names: Sequence[str], count: int, unreadable: Mapping[str, str], head: str
 ) -> None:
+    """Print one object: the head, the classes, the predictions of each image, and why others could not be read."""
     content = {
         "head": head,
         "classes": list(names),

@@ -1,6 +1,6 @@
 """Set up a trainer on a frozen CLIP: settings, precision, prompts, and the heads that are reported.
 
-It stands on PortableTrainer (../compat.py), so that it runs on upstream Dassl, too.
+It stands on PortableTrainer (../portable.py), so that it runs on upstream Dassl, too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from dassl.metrics import compute_accuracy
 
 from ..clip import CLIP, DEFAULT_TEMPLATE, check_backbone, load_clip, tell_preprocessing, templates_for
-from ..compat import OWN_TOOLBOX, PortableTrainer
 from ..configs import without_config
 from ..features.loaders import workers_like
+from ..portable import OWN_TOOLBOX, PortableTrainer
 from .keys import MethodConfig, add_keys, check_number, has_keys, read_keys
 from .transfers import sent
 

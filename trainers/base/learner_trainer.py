@@ -10,7 +10,7 @@ from typing import Any
 
 from dassl.utils import load_checkpoint
 
-from ..compat import class_indices
+from ..portable import class_indices
 from .clip_trainer import CLIPTrainer
 
 logger = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from dassl.optim import build_lr_scheduler
 
 from ..base import LearnerTrainer, build_optimizer_with_eps, count_steps
 from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
-from ..compat import class_indices
 from ..features import FrozenPart, ImageEncoder, KnownFeatures, collect_features, feature_slot
 from ..features.kept_views import GIB, ViewLoader
+from ..portable import class_indices
 from .config import DLRCLIPConfig, ViewsKeys
 from .glr import best_beta
 from .network import DLRCLIPNetwork

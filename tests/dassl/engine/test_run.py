@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import time
 
 import pytest
@@ -12,7 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from dassl.engine import TRAINER_REGISTRY, HookBase, TrainerBase, TrainerX, build_trainer
+from dassl.engine import TRAINER_REGISTRY, HookBase, TrainerBase, TrainerX, build_trainer, environment
 from dassl.engine.hooks.results import count_parameters
 from dassl.modeling import BACKBONE_REGISTRY, Backbone
 from dassl.utils import InputError, set_random_seed
@@ -49,10 +50,23 @@ def test_a_run_leaves_its_records(build, pictures, tmp_path):
 
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["OPTIM"]["LR"] == 0.1 and config["TRAINER"]["NAME"] == "TwoHeads"
-    environment = json.loads((run / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__ and "dassl" in environment and "commit" in environment
+    told = json.loads((run / "environment.json").read_text())
+    assert told["packages"]["torch"] == torch.__version__ and "dassl" in told and "commit" in told
     assert json.loads((run / "DONE").read_text())["metrics"] == "metrics.json"
     assert (run / "DONE").stat().st_mtime_ns == max(p.stat().st_mtime_ns for p in run.iterdir() if p.is_file())
+
+
+def test_the_commit_is_that_of_the_checkout_itself(tmp_path):
+    """Not that of a repository in whose folder an environment lies, with the package installed."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@localhost"]
+    for name in ("checkout", "environment"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+    for command in (["init", "-q"], ["add", "checkout"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert environment._commit(tmp_path / "checkout") == {"commit": head, "modified": False}
+    assert environment._commit(tmp_path / "environment") == {"commit": None, "modified": None}
 
 
 def test_closing_lines(build, caplog, tmp_path):

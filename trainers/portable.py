@@ -1,0 +1,115 @@
+"""The trainer that all of ours derive from: the same methods on our own toolbox and on an upstream Dassl.
+
+Upstream scales no gradients, evaluates one head, runs one process, and makes every step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dassl.engine import TrainerX
+
+from .compat import is_ours
+
+logger = logging.getLogger(__name__)
+
+OWN_TOOLBOX = is_ours(TrainerX)  # else upstream's
+
+
+class PortableTrainer(TrainerX):
+    """Offer the same methods on our toolbox and on upstream's; here on ours.
+
+    `_autocast()` gives the context in which the forward pass runs.
+    """
+
+    def _set_up_precision(self, prec: str) -> None:
+        """Compute in this precision from now on."""
+        self.set_precision(prec)
+        self._autocast: Any = self.precision.autocast
+
+    def _unscale(self, optim: Any) -> None:
+        """Divide the gradients by the loss scale, where there is one."""
+        if self.precision.scaler is not None:
+            self.precision.scaler.unscale_(optim)
+
+
+if not OWN_TOOLBOX:
+
+    class PortableTrainer(TrainerX):  # type: ignore[no-redef]
+        """Offer on upstream's toolbox what ours has and upstream's has not."""
+
+        _collect: Any  # see CLIPTrainer
+        trains: Any
+
+        share = None  # of several processes; upstream knows one only
+        writes_files = True
+        main_head = ""
+
+        def _set_up_precision(self, prec: str) -> None:
+            self._autocast: Any = contextlib.nullcontext
+            if prec == "amp":
+                logger.info("This toolbox cannot scale gradients: amp means bfloat16 here, which needs no scaling")
+                self._autocast = lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+        def _unscale(self, optim: Any) -> None:
+            pass
+
+        def average_gradients(self, names: Any = None) -> None:
+            """Leave the gradients as they are."""
+
+        def after_update(self) -> None:
+            """Move what follows the model from step to step."""
+
+        def model_backward(self, loss: Tensor) -> bool:
+            """Back-propagate the loss; upstream stops at one that is not finite."""
+            super().model_backward(loss)
+            return True
+
+        def model_update(self, names: Any = None) -> bool:
+            """Step the optimisers and call `after_update`: upstream makes every step."""
+            super().model_update(names)
+            self.stepped = True
+            self.after_update()
+            return True
+
+        def model_backward_and_update(self, loss: Tensor, names: Any = None) -> bool:
+            """Back-propagate the loss and step."""
+            self.model_zero_grad(names)
+            self.model_backward(loss)
+            return self.model_update(names)
+
+        def train(self) -> None:  # type: ignore[override]  # upstream's signature
+            """Train; where there is nothing to train, go straight to the test: upstream's loop would ask for a step."""
+            if type(self).trains(self.cfg):
+                super().train()
+            else:
+                self.time_start = time.time()
+                self.after_train()
+
+        @property
+        def writer(self) -> Any:
+            """The open SummaryWriter, or None."""
+            return self._writer
+
+        def test(self, split: str | None = None) -> float:
+            """Evaluate a split; upstream knows one head, so a second pass reports all of them."""
+            result = super().test(split)
+            split = split or self.cfg.TEST.SPLIT
+            use_val = split == "val" and self.val_loader is not None
+            heads, labels = self._collect(self.val_loader if use_val else self.test_loader)
+            for head, logits in heads.items():
+                accuracy = 100.0 * (logits.argmax(dim=1) == labels).float().mean().item()
+                logger.info("* head %s: accuracy %.2f%%", head, accuracy)
+                self.write_scalar(f"{'val' if use_val else 'test'}/{head}/accuracy", accuracy, self.epoch)
+            return result
+
+
+def class_indices(dataset: Any) -> list[int] | None:
+    """Return which of the classes trained on a dataset's are, where it says so (upstream's never do)."""
+    return getattr(dataset, "class_indices", None)

@@ -37,8 +37,9 @@ class CLIPTrainer(PortableTrainer):
     recipe = 1  # raised when the same settings give other numbers than before; the engine then tells runs apart
     paper = ""  # who has published the method, and when
     learns = ""  # what is trained or fitted
-    node_name = ""
-    main_head = ""
+    node_name = ""  # key below TRAINER; "": the class's name in upper case
+    model_name = ""  # folder of the checkpoints; "": the class's name in lower case
+    main_head = ""  # head that is the method's accuracy; "": as model_name
     reference_head = "clip"
     of_each_class = ""  # what each class trained on has of its own, so that no other can be classified; "": nothing
     # Prompts of zero-shot CLIP, the head `clip`, on ImageNet and its shifted test sets, unless DATASET.TEMPLATE is set.
@@ -49,6 +50,17 @@ class CLIPTrainer(PortableTrainer):
     adapters = "none"  # whether features are corrected by MODEL.IMO_WEIGHTS: none (refused) | optional | needed
     per_step = False  # whether the schedule of the learning rate counts steps; else epochs, as CoOp's
     network: Any
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let config key, checkpoint folder and head follow from the class's name, unless it names them itself.
+
+        Classes called ...Trainer are no methods, and stay without.
+        """
+        super().__init_subclass__(**options)
+        if not cls.__name__.endswith("Trainer"):
+            cls.node_name = cls.node_name or cls.__name__.upper()
+            cls.model_name = cls.model_name or cls.__name__.lower()
+            cls.main_head = cls.main_head or cls.model_name
 
     # Configuration
 

@@ -20,7 +20,6 @@ class LearnerTrainer(CLIPTrainer):
     """A trainer whose `network` has a `learner`: what is trained or fitted, and saved in the folder `model_name`."""
 
     network: Any
-    model_name = ""
 
     # Checkpoints
 

@@ -1,0 +1,65 @@
+"""README.md: short, its tables made of the registries, its links and commands there, its Python snippet running."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dassl.engine import TRAINER_REGISTRY
+from scripts.dev.docs_tables import filled
+from trainers.configs import find_config
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_at_most_700_words():
+    assert len([word for word in TEXT.split() if re.search(r"[A-Za-z]", word)]) <= 700
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/METHODS.md"])
+def test_tables_follow_the_registries(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert "<!-- table: " in text
+    assert filled(text) == text, "run: python scripts/dev/docs_tables.py"
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        if not target.startswith(("http:", "https:")):
+            assert (path.parent / target).exists(), target
+
+
+def test_commands_name_what_there_is():
+    for line in re.findall(r"^(?:.*&& )?(python \S+\.py .*)$", TEXT, re.MULTILINE):
+        words = shlex.split(line)
+        assert (ROOT / words[1]).exists(), words[1]
+        options = dict(zip(words, words[1:], strict=False))
+        trainer = options.get("--trainer", "")
+        assert not trainer or trainer in TRAINER_REGISTRY.registered_names()
+        if "--config" in options:
+            find_config(trainer, options["--config"])
+        if "--config-file" in options:
+            assert (ROOT / options["--config-file"]).exists()
+
+
+def test_ci_runs_the_test_command():
+    command = next(line for line in TEXT.splitlines() if "pytest" in line and "pip install" in line)
+    assert command.rpartition("&& ")[2] in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_snippet_runs(tmp_path):
+    snippet = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert snippet is not None
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", snippet[1]], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'probe'" in done.stdout.splitlines()[-1]
+    assert (tmp_path / "output" / "from_python" / "metrics.json").exists()

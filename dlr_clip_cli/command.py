@@ -12,21 +12,20 @@ from typing import Any
 from .places import SCRIPTS, import_ours, spoken, use_own_toolbox
 
 HERE = Path(__file__).parent
-# Command -> the module of scripts/ that it is; `train` and `predict` are in this package.
-COMMANDS = {
-    "train": "",
-    "predict": "",
-    "compare": "compare",
-    "protocol": "protocol",
-    "report": "report",
-    "parse": "parse_results",
-    "heads": "heads_table",
-    "search": "search_params",
-    "imo": "measure_imo",
-    "cache": "feature_cache",
-    "prepare": "prepare_dataset",
-    "prepare-open-images": "prepare_open_images",
+# Module of scripts/ -> its command, where that is not the module's own name with hyphens.
+SHORT = {
+    "feature_cache": "cache",
+    "heads_table": "heads",
+    "parse_results": "parse",
+    "prepare_dataset": "prepare",
+    "search_params": "search",
 }
+
+
+def commands() -> dict[str, str]:
+    """Return the commands with their modules in scripts/; `train` and `predict` have none, they are in this package."""
+    modules = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem != "__init__")
+    return {"train": "", "predict": "", **{SHORT.get(name, name.replace("_", "-")): name for name in modules}}
 
 
 def figures() -> dict[str, str]:
@@ -42,25 +41,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dassl.utils.cli import run_main  # of our own toolbox, which is first on the path by now
 
     words = list(sys.argv[1:] if argv is None else argv)
-    return run_main(lambda: _choose("dlr-clip", words, {**COMMANDS, "figure": ""}))
+    return run_main(lambda: _choose("dlr-clip", words, {**commands(), "figure": ""}))
 
 
-def _choose(program: str, words: list[str], commands: Mapping[str, str]) -> int:
+def _choose(program: str, words: list[str], known: Mapping[str, str]) -> int:
     command, rest = (words[0], words[1:]) if words else ("--help", [])
     if command in ("-h", "--help"):
-        print(_help(program, commands), file=sys.stdout if words else sys.stderr)
+        print(_help(program, known), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
-    if command not in commands:
-        near = difflib.get_close_matches(command, commands, 1)
+    if command not in known:
+        near = difflib.get_close_matches(command, known, 1)
         hint = f' (did you mean "{near[0]}"?)' if near else ""
-        print(
-            f'error: Expected a command of {program} ({", ".join(commands)}) but got "{command}"{hint}', file=sys.stderr
-        )
+        print(f'error: Expected a command of {program} ({", ".join(known)}) but got "{command}"{hint}', file=sys.stderr)
         return 2
     if program == "dlr-clip" and command == "figure":
         return _choose("dlr-clip figure", rest, figures())
     sys.argv = [f"{program} {command}", *rest]  # what is said of this process's command line is said by this name
-    module = commands[command]
+    module = known[command]
     run: Any = import_ours(f"scripts.{module}" if module else f"dlr_clip_cli.{command}")
     if not module:
         return int(run.main(rest))
@@ -70,10 +67,10 @@ def _choose(program: str, words: list[str], commands: Mapping[str, str]) -> int:
     return int(run.main(rest))
 
 
-def _help(program: str, commands: Mapping[str, str]) -> str:
-    width = max(map(len, commands))
+def _help(program: str, known: Mapping[str, str]) -> str:
+    width = max(map(len, known))
     lines = [f"usage: {program} COMMAND ... (--help after a command tells its flags)", ""]
-    return "\n".join([*lines, *(f"  {name:<{width}}  {_purpose(name, module)}" for name, module in commands.items())])
+    return "\n".join([*lines, *(f"  {name:<{width}}  {_purpose(name, module)}" for name, module in known.items())])
 
 
 def _purpose(command: str, module: str) -> str:

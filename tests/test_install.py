@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dassl.utils.cli import registered_names
-from dlr_clip_cli.command import COMMANDS, figures
+from dlr_clip_cli.command import SHORT, commands, figures
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("trainers", "datasets", "dassl", "scripts", "configs", "dlr_clip_cli")
@@ -155,11 +155,13 @@ def test_help_comes_without_the_imports_that_take_seconds(run, words):
 
 def test_every_command_is_there(command, installed):
     said = command("--help").stdout
-    for name, module in {**COMMANDS, **figures()}.items():
-        assert not module or (installed / "dlr_clip" / "scripts" / f"{module.replace('.', '/')}.py").is_file()
-        assert name in figures() or f"\n  {name} " in said
-    programs = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__"}
-    assert programs == set(COMMANDS.values()) - {""}
+    for name, module in commands().items():
+        assert not module or (installed / "dlr_clip" / "scripts" / f"{module}.py").is_file()
+        assert f"\n  {name} " in said
+    named = {"train", "predict", "compare", "protocol", "report", "figure", *SHORT.values()}
+    assert named <= {*commands(), "figure"} and set(SHORT) <= set(commands().values())
+    said = command("figure", "--help").stdout
+    assert all(f"\n  {name} " in said for name in figures()) and {"shots", "curves", "logits"} <= set(figures())
 
 
 def test_train_predict_compare_and_draw(command, elsewhere):

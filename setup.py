@@ -32,7 +32,9 @@ REQUIRES = [
 # xdist: a test process per core; setuptools: the tests build and install the package.
 TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "submitit>=1.5", "setuptools>=70.1"]
 CLUSTER = ["submitit>=1.5"]  # scripts/protocol.py --launcher submitit
-DEV = [*TEST, "pytest-cov", "ruff>=0.6", "mypy>=1.10", "pre-commit>=3.5"]
+# Pinned: another version may find other things, and .ci/run would fail without a change of ours.
+LINT = ["ruff==0.17.6", "mypy==2.4.1"]
+DEV = [*TEST, *LINT, "pytest-cov", "pre-commit>=3.5"]
 
 # Package -> its folder in the checkout. What has to be found by another name lies in a folder of its own (_toolbox).
 FOLDERS = {
@@ -65,5 +67,5 @@ setup(
     package_data={"dlr_clip.clip": ["assets/*"], "dlr_clip._configs": ["*/*.yaml", "*/*/*.yaml"]},
     entry_points={"console_scripts": ["dlr-clip = dlr_clip_cli.command:main"]},
     install_requires=REQUIRES,
-    extras_require={"cluster": CLUSTER, "test": TEST, "dev": DEV},
+    extras_require={"cluster": CLUSTER, "test": TEST, "lint": LINT, "dev": DEV},
 )

@@ -1,7 +1,7 @@
 """Toolbox for few-shot adaptation: the Dassl 0.6.3 API on current PyTorch.
 
 Module paths, names, call signatures and config keys are those that CoOp-style trainers and datasets import;
-what lies beneath is written afresh.
+the code beneath them is new.
 """
 
 # The API level this package offers, plus a local label that tells it apart from upstream's distribution.

@@ -1,8 +1,8 @@
-"""Names that upstream's modules offer beside their own, because they import them: others import them from there.
+"""Names that upstream's modules offer because they import them; other projects import these names from there.
 
-A module asks here for what it does not have, so that nothing is imported, and no file grows, for the sake of a name.
-Of upstream, its trainers and layers for domain adaptation, its network zoo, its data sets and the single operations of
-its RandAugment are out of scope.
+A module of ours asks here for a name that it does not have. So no module imports anything, or grows, for the sake of
+such a name. Upstream's trainers and layers for domain adaptation, its network zoo, its data sets and the single
+operations of its RandAugment are out of scope.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ OFFERED = {
 
 
 def upstream_name(module: str, name: str) -> Any:
-    """Return what upstream's module of that name offers as ``name``, for a module's ``__getattr__``.
+    """Return what upstream's module ``module`` offers as ``name``, for our module's ``__getattr__``.
 
     Raises:
-        AttributeError: it offers no such name, or one that is out of scope.
+        AttributeError: upstream's module offers no such name, or the name is out of scope.
     """
     if name not in OFFERED.get(module, ()):
         raise AttributeError(f"module {module!r} has no attribute {name!r}")

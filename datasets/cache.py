@@ -1,4 +1,4 @@
-"""Where the project keeps what it makes itself: generated images, and splits of datasets whose folder is read-only."""
+"""Find the folder for files that the project makes: generated images, and splits of datasets in read-only folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
-    """The user's cache folder: `$DLR_CLIP_CACHE`, else `$XDG_CACHE_HOME/dlr_clip`, else `~/.cache/dlr_clip`.
+    """Return the cache folder: `$DLR_CLIP_CACHE`, else `$XDG_CACHE_HOME/dlr_clip`, else `~/.cache/dlr_clip`.
 
     The folder need not exist yet. A relative path counts from the working directory.
     """
@@ -29,8 +29,8 @@ def cache_root() -> Path:
 def made_dataset_dir(root: str, name: str) -> Path:
     """Return the folder of a dataset that makes its own images: in the user's cache, never in DATASET.ROOT.
 
-    Someone who forgets to name a dataset gives the folder of their own photos as `root`: images made there would be one
-    of their classes from then on.
+    A user who forgets to name a dataset gives the folder of their own photos as `root`. Images made there would be one
+    of the user's classes from then on.
     """
     if root:
         logger.warning(f"The images of {name} are made by this project: they lie in {cache_root()}, not in {root}")
@@ -40,8 +40,8 @@ def made_dataset_dir(root: str, name: str) -> Path:
 def build_once(folder: Path, fill: Callable[[Path], None]) -> Path:
     """Make `folder` by `fill(temporary sibling folder)` and one rename, unless it is there already.
 
-    A folder that exists is therefore complete, however the process that made it ended, and of two processes that
-    start together one wins while the other uses the winner's folder.
+    A folder that exists is therefore complete, however the process that made it ended. If two processes start together,
+    one of them makes the folder and the other uses it.
 
     Raises:
         InputError: the folder cannot be written; the message names it and the two ways to choose another place.

@@ -1,8 +1,9 @@
-"""What readers written for CoOp call on its OxfordPets, DescribableTextures and ImageNet, so that they run as they are.
+"""Static methods that readers written for CoOp call on its OxfordPets and DescribableTextures, so that they run here.
 
-A dataset of one's own is usually a copy of CoOp's `datasets/eurosat.py`, which takes its parts from these classes. Here
-they are thin: the work is done by the functions that our own readers use, with their checks, sorted listings and seeded
-generators (CoOp draws from Python's global one and shuffles listings in the file system's order).
+A user's own dataset is usually a copy of CoOp's `datasets/eurosat.py`, which takes its parts from these classes. Here
+the methods are thin: they call the functions that our own readers use, with their checks, sorted listings and seeded
+generators (CoOp draws from Python's global one and shuffles listings in the file system's order). The method that such
+readers call on ImageNet is in imagenet.py.
 """
 
 from __future__ import annotations

@@ -19,13 +19,13 @@ GREY_LEVELS = 16  # pixel values of the source go from 0 (background) to 16 (str
 
 
 def digit_image(pixels: np.ndarray, size: int = IMAGE_SIZE) -> Image.Image:
-    """An 8 x 8 array with values 0..16 as a greyscale image: bright strokes on black, enlarged bicubically."""
+    """Convert an 8 x 8 array with values 0..16 to a gray image: bright strokes on black, enlarged bicubically."""
     grey = np.rint(np.asarray(pixels) * (255.0 / GREY_LEVELS)).astype(np.uint8)
     return Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def write_digits(folder: Path) -> None:
-    """Write `folder/images/<digit>/<number in the source>.png`."""
+    """Write each digit as `folder/images/<digit>/<number in the source>.png`."""
     from sklearn.datasets import load_digits  # here, not above: scikit-learn is slow to import and rarely needed
 
     source = load_digits()

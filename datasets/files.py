@@ -1,4 +1,4 @@
-"""Folders and annotation files as the readers find them: sorted, hidden entries left out, faults named."""
+"""List folders and read annotation files: sorted, without hidden entries, with errors that name the fault."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def list_folders(folder: str | Path) -> list[str]:
 
     Raises:
         InputError: `folder` cannot be listed, a name is not UTF-8, or an entry is a broken link or a loop of links
-            (left out, it would move the labels of the classes after it). A broken link that is called like an image
-            counts as an image.
+            (without that entry, the classes after it would get other labels). A broken link that is called like an
+            image counts as an image.
     """
     return sorted(e.name for e in _entries(folder) if e.name.lower() not in JUNK_FOLDERS and _is_folder(e))
 
@@ -49,10 +49,10 @@ def list_images_below(folder: str | Path, others: Counter[str] | None = None) ->
     Each folder's own images come first, sorted, then its sub-folders in their order.
 
     Args:
-        others: takes the number of files of other kinds by extension, lower case; hidden files do not count.
+        others: filled with the number of files of other kinds by extension, lower case; hidden files do not count.
 
     Raises:
-        InputError: as `list_folders`, or links that lead round in a circle.
+        InputError: as `list_folders`, or links that lead around in a circle.
     """
     return list(_images_below(str(folder), Counter() if others is None else others, ()))
 
@@ -124,7 +124,7 @@ def check_name(name: str, where: str) -> None:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 text file, stripped, without the empty ones.
+    """Read the lines of a UTF-8 text file, stripped, without the empty ones.
 
     Raises:
         InputError: the file is missing, unreadable, not UTF-8 or has no line.
@@ -142,10 +142,10 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def read_mat(path: str | Path, name: str) -> Any:
-    """The variable `name` of a MATLAB file (format 5, which the official annotation files have), as scipy gives it.
+    """Read the variable `name` of a MATLAB file (format 5, as the official annotations have), as scipy gives it.
 
     Raises:
-        InputError: the file is missing, no such file, or has no such variable.
+        InputError: the file is missing, is not a MATLAB file, or has no such variable.
     """
     from scipy.io import loadmat  # here, not above: slow to import, and needed by two readers only
 
@@ -161,7 +161,7 @@ def read_mat(path: str | Path, name: str) -> Any:
 
 
 def read_table(path: str | Path, *types: type[str] | type[int]) -> list[list[Any]]:
-    """The lines of a text file as fields between spaces; the last field keeps the spaces it has.
+    """Read the lines of a text file as fields between spaces; the last field keeps its inner spaces.
 
     Lines that start with `#` are left out.
 

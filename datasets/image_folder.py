@@ -5,9 +5,10 @@
     my_photos.csv with the columns path, label[, split]      paths are relative to the CSV's folder
 
 `--root` is the folder (or the CSV) itself. Classes are called like their folders (in a CSV: like their labels), or as
-`classes.txt` / `classes.json` beside them says. What has to be drawn is drawn once, with a seed of its own, and kept
-as `split.json` beside the images (in the user's cache folder where that cannot be written): 50 / 20 / 30 % of each
-class for train / val / test, and where only some parts are given, 20 % (val) and 30 % (test) of train.
+`classes.txt` / `classes.json` beside them says. Parts of the split that are not given are drawn once, with a fixed
+seed, and kept as `split.json` beside the images (in the user's cache folder if that cannot be written). If no part is
+given, train / val / test are 50 / 20 / 30 % of each class; if only some parts are given, a missing val is 20 % and a
+missing test 30 % of train.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ from .splits import SPLIT_SEED, Split, cut_shares, relative_items
 
 logger = logging.getLogger(__name__)
 
-TEST_SHARE, VAL_SHARE = 0.3, 0.2  # of a class's training images, where a part is not given
+TEST_SHARE, VAL_SHARE = 0.3, 0.2  # shares of a class's training images, for a part that is not given
 MIN_IMAGES = 4  # per class, to draw train, val and test from
 CSV_NAME = "labels.csv"  # in a folder, stands for --root FOLDER/labels.csv
 SEPARATORS = " \t:=,;"  # between folder and name in classes.txt
 
 
 def read_csv(path: Path) -> list[Photo]:
-    """The rows of a CSV file with the columns path, label and, if wanted, split (train, val or test), in file order.
+    """Read the rows of a CSV file with the columns path, label and, if wanted, split, in file order.
 
-    Commas, semicolons or tabs may separate the columns; further ones are ignored.
+    A split is train, val or test (or a synonym). Commas, semicolons or tabs may separate the columns; further
+    columns are ignored.
 
     Raises:
         InputError: no such file, not CSV, a column or a cell is missing, an image is outside the CSV's folder or is
@@ -101,15 +103,15 @@ def _photo(row: Mapping[Any, Any], where: str, folder: Path) -> Photo:
 
 
 def class_names(folder: Path, keys: Sequence[str]) -> dict[str, str]:
-    """What the classes are called: key (folder, or label of the CSV) -> name.
+    """Return the names of the classes: key (folder, or label in the CSV) -> name.
 
     `classes.json` in `folder` is an object {key: name}, or a list of names in the order of the keys. `classes.txt` has
     lines "key name" (or "key: name", "key = name", "key, name"), or one name per line in the order of the keys. Keys
     that are not mentioned are their own names.
 
     Raises:
-        InputError: the file is malformed or speaks of a class that is not there, a name is empty, or two classes would
-            have the same prompt.
+        InputError: the file is malformed or names a class that is not there, a name is empty, or two classes would have
+            the same prompt.
     """
     files = [path for path in (folder / "classes.json", folder / "classes.txt") if path.exists()]
     if len(files) > 1:
@@ -196,7 +198,7 @@ def _check_key(path: Path, key: str, keys: Sequence[str]) -> None:
 
 
 def draw_parts(split: Split, seed: int = SPLIT_SEED) -> Split:
-    """The split with its empty parts filled from train: test first (TEST_SHARE of each class), then val (VAL_SHARE).
+    """Fill the empty parts of a split from train: test first (TEST_SHARE of each class), then val (VAL_SHARE).
 
     Classes with fewer than MIN_IMAGES training images give none away.
     """
@@ -279,7 +281,7 @@ class ImageFolder(SplitDataset):
         return split
 
     def bind_data(self, split: Split) -> str:
-        """Return a digest that tells two folders apart though their files have the same names: by the files' sizes."""
+        """Return a digest of the split and the files' sizes, to tell apart two folders with the same file names."""
         sizes = [_size(item.impath) for part in split for item in part]
         return hashlib.sha256(f"{self.split_digest} {sizes}".encode()).hexdigest()
 
@@ -292,7 +294,7 @@ class ImageFolder(SplitDataset):
             label, name = self._classes[photo.key]
             parts[photo.part].append(Datum(f"{self.dataset_dir}/{photo.path}", label, classname=name))
         missing = find_missing(item.impath for data in parts.values() for item in data) if self.check_files else []
-        if missing:  # said before a split is saved that could not be used
+        if missing:  # raised before an unusable split is saved
             raise InputError(
                 f"Expected the images of {self._source()} to exist but {len(missing)} of {len(self.photos)} do not: "
                 f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
@@ -317,7 +319,10 @@ class ImageFolder(SplitDataset):
         return split
 
     def _compare(self, split: Split) -> None:
-        """Whether a split that was made earlier still fits what is there now."""
+        """Check that a split that was made earlier still fits the images that are there now.
+
+        Classes that differ are an InputError; new images are left out with a warning.
+        """
         now = {photo.path: self._classes[photo.key] for photo in self.photos}
         known = {path: (label, name) for part in split for path, label, name in relative_items(part, self.dataset_dir)}
         new = [path for path in now if path not in known]

@@ -23,9 +23,10 @@ CLASSNAMES = "classnames.txt"
 
 
 def read_classnames(path: str | Path) -> dict[str, str]:
-    """WordNet id -> class name, in the order of the ids; the file has a line `n01440764 tench` per class.
+    """Read WordNet id -> class name, in the order of the ids.
 
-    Names may repeat (`missile` and `sunglasses` do): classes are told apart by id, never by name.
+    The file has a line such as `n01440764 tench` per class. Names may repeat (`missile` and `sunglasses` do): classes
+    are told apart by id, never by name.
 
     Raises:
         InputError: the file is missing or malformed, or gives one id two lines.
@@ -39,10 +40,10 @@ def read_classnames(path: str | Path) -> dict[str, str]:
 
 
 def read_class_folders(image_dir: str, folders: Sequence[str], names: Sequence[str]) -> list[Datum]:
-    """The images of `folders`, sorted inside each; label = position in `folders`.
+    """List the images of `folders`, sorted inside each; label = position in `folders`.
 
     Raises:
-        InputError: a folder without images.
+        InputError: a folder has no images.
     """
     data = []
     for label, (folder, name) in enumerate(zip(folders, names, strict=True)):
@@ -57,17 +58,17 @@ def read_class_folders(image_dir: str, folders: Sequence[str], names: Sequence[s
 class ImageNet(SplitDataset):
     """`images/train` and `images/val`, one folder per WordNet id in each; test = the official validation set.
 
-    CoOp validates on the test set. Here min(shots, 4) images per class, taken from the training images that were not
-    picked, are the validation set, and without shots there is none; DATASET.VAL "coop" restores CoOp's, and then
-    nothing may be selected on it. Files are sorted, while CoOp's picks follow the file system's order: to continue from
-    those, copy its `split_fewshot` folder.
+    CoOp validates on the test set. Here the validation set is min(shots, 4) images per class from the training images
+    that were not picked; without shots there is no validation set. DATASET.VAL "coop" restores CoOp's validation set,
+    and then nothing may be selected on it. Files are sorted, while CoOp's picks follow the file system's order: to
+    continue from those picks, copy CoOp's `split_fewshot` folder.
     """
 
     folder = "imagenet"
     split_name = ""  # the folders are the split
     sources = (CLASSNAMES, "images/train", "images/val")
-    check_files = False  # what was listed a moment ago is there
-    read_classnames = staticmethod(read_classnames)  # readers written for CoOp ask the class for it
+    check_files = False  # the files have just been listed
+    read_classnames = staticmethod(read_classnames)  # readers written for CoOp call it on the class
 
     def make_split(self) -> Split:
         names = read_classnames(f"{self.dataset_dir}/{CLASSNAMES}")
@@ -93,7 +94,7 @@ class ImageNet(SplitDataset):
         )
 
     def draw_val(self, split: Split, train: list[Datum], shots: int, rng: random.Random | None) -> list[Datum]:
-        """Up to min(shots, 4) images per class of those that are not in `train`."""
+        """Draw up to min(shots, 4) images per class from the training images that are not in `train`."""
         picked = {item.impath for item in train}
         rest = [item for item in split.train if item.impath not in picked]
         val: list[Datum] = self.generate_fewshot_dataset(rest, num_shots=min(shots, MAX_VAL_SHOTS), rng=rng)

@@ -1,4 +1,4 @@
-"""What the four shifted test sets of ImageNet share."""
+"""The base class of the four shifted test sets of ImageNet."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 class ShiftedImageNet(DatasetBase):
     """A test set over (some of) ImageNet's classes: one folder per class, and ImageNet's `classnames.txt` beside them.
 
-    Labels are positions among the classes that are there, as in CoOp; `class_indices` says which of ImageNet's they
-    are. DATASET.NUM_SHOTS and DATASET.SUBSAMPLE_CLASSES change nothing, as in CoOp.
+    Labels are positions among the classes that are there, as in CoOp; `class_indices` gives their labels in ImageNet.
+    DATASET.NUM_SHOTS and DATASET.SUBSAMPLE_CLASSES change nothing, as in CoOp.
 
     Attributes:
         images: name of the folder that holds the class folders.
@@ -37,7 +37,7 @@ class ShiftedImageNet(DatasetBase):
     images: ClassVar[str]
     all_classes: ClassVar[bool] = False
     test_only = True
-    check_files = False  # what was listed a moment ago is there
+    check_files = False  # the files have just been listed
 
     def __init__(self, cfg: CfgNode) -> None:
         check_shots(cfg.DATASET.NUM_SHOTS)
@@ -61,7 +61,7 @@ class ShiftedImageNet(DatasetBase):
         super().__init__(train_x=test, test=test)
 
     def class_folders(self, wnids: list[str]) -> list[str]:
-        """Names of the class folders of ImageNet's classes, given their WordNet ids in label order."""
+        """Return the names of the folders of ImageNet's classes, given their WordNet ids in label order."""
         return wnids
 
     def _read_classnames(self, root: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""How people lay out their own images: one folder per class, or parts of a split (train, val, test) above those.
+"""Recognize how people lay out their images: one folder per class, or parts of a split (train, val, test) above those.
 
-Which of the two it is decides what the classes are called: a wrong guess trains on "Training" against "Testing".
-Folders are therefore read as parts by case and synonym, and what cannot be told apart is refused.
+The layout decides what the classes are called: after a wrong guess, a run trains on "Training" against "Testing".
+Folders are therefore recognized as parts by synonyms in upper or lower case, and an ambiguous layout is refused.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ PARTS = {
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "tst"), "test"),
 }
-# Words that stand beside them: "training_set", "Test Images", "seg_train" (with which sibling folders must agree).
+# Words that may stand beside a part's name: "training_set", "Test Images". Other words ("seg_train") must be shared by
+# the sibling folders.
 FILLERS = frozenset(("set", "sets", "data", "dataset", "image", "images", "img", "imgs", "split", "folder", "photos"))
 NOT_CLASSES = ("split_fewshot",)  # few-shot picks of ours
-UNDERSTOOD_CLASSES = 20  # so many classes are counted one by one when the layout is told
+UNDERSTOOD_CLASSES = 20  # at most so many classes are listed one by one when the layout is told
 
 
 class Photo(NamedTuple):
-    """An image as it was found."""
+    """An image with the class and the part of the split that it was found in."""
 
     path: str  # relative to the dataset's folder, with "/"
     key: str  # its class's folder, or label in the CSV
@@ -43,8 +44,8 @@ def scan_folder(root: str | Path) -> list[Photo]:
     """List the images below `root`, in either layout, sorted by folder.
 
     Raises:
-        InputError: no class folder, a class folder without images, links that go round in a circle, or a layout that
-            can be read in two ways; the message says how it was understood.
+        InputError: no class folder, a class folder without images, links that go around in a circle, or a layout that
+            can be read in two ways; the message says how the layout was understood.
     """
     root = str(root)
     folders = [name for name in list_folders(root) if name not in NOT_CLASSES]
@@ -80,10 +81,11 @@ def part_of(name: str, filler: frozenset[str] = frozenset()) -> str:
 
 
 def read_parts(root: str, folders: Sequence[str]) -> dict[str, str]:
-    """Return folder -> part of a root that holds the parts of a split; empty where its folders are classes.
+    """Return folder -> part if a root's folders are the parts of a split; an empty dict if they are classes.
 
     Raises:
-        InputError: folders that are called like parts cannot be the parts of one split, nor surely classes.
+        InputError: some folders are called like parts, but they cannot be the parts of one split and are not clearly
+            classes.
     """
     parts = {name: part for name in folders if (part := part_of(name, _shared_words(folders)))}
     if not parts:
@@ -115,12 +117,12 @@ def read_parts(root: str, folders: Sequence[str]) -> dict[str, str]:
 
 
 def describe(photos: Sequence[Photo], root: str, chosen: Sequence[tuple[str, dict[str, int]]]) -> str:
-    """Tell in a few lines how images were understood.
+    """Tell in a few lines how a folder or CSV of images was understood.
 
     Args:
-        photos: as they were found.
-        root: where they lie.
-        chosen: (class name, images by part) of each class, in the order of labels.
+        photos: the images as they were found.
+        root: the folder or CSV that they come from.
+        chosen: (class name, number of images by part) for each class, in the order of labels.
     """
     given = {photo.part for photo in photos} - {""}
     drawn = " and ".join(part for part in ("train", "val", "test") if part not in given)
@@ -146,7 +148,7 @@ def _words(name: str) -> list[str]:
 
 
 def _unglued(word: str) -> list[str]:
-    # "trainset", "testdata": people glue them together
+    # Split words that people glue together: "trainset", "testdata".
     for part in PARTS:
         if word.startswith(part) and word[len(part) :] in FILLERS:
             return [part, word[len(part) :]]
@@ -154,7 +156,7 @@ def _unglued(word: str) -> list[str]:
 
 
 def _shared_words(folders: Sequence[str]) -> frozenset[str]:
-    """Return the other words of names that differ in the part only ("seg_train", "seg_test": "seg")."""
+    """Return the other words in names that differ only in the part ("seg" for "seg_train" and "seg_test")."""
     found: Counter[tuple[str, ...]] = Counter()
     for name in folders:
         words = _words(name)

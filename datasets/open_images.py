@@ -4,8 +4,8 @@
         labels.csv              columns ImageID, LabelName (a class's name), one row per image
         images/<ImageID>.jpg    or in folders below, such as images/train_0/<ImageID>.jpg
 
-`scripts/prepare_open_images.py` makes `labels.csv` of the official class descriptions and human-verified labels, for
-the images that are there. 90 / 5 / 5 % of each class are train, val and test, drawn once.
+`scripts/prepare_open_images.py` makes `labels.csv` from the official class descriptions and human-verified labels, for
+the images that are there. Train, val and test are 90 / 5 / 5 % of each class, drawn once.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .splits import SPLIT_SEED, Split
 
 LABELS = "labels.csv"
 COLUMNS = ("ImageID", "LabelName")
-HELD_OUT = 0.05  # of a class's images, for val and for test each
+HELD_OUT = 0.05  # share of a class's images for val, and the same for test
 
 
 def find_images(folder: str | Path) -> dict[str, str]:
-    """Image id (file name without extension) -> path relative to `folder`, of all images below it.
+    """Find all images below `folder`: id (file name without extension) -> path relative to `folder`.
 
     Raises:
-        InputError: two files of one id.
+        InputError: two files have the same id.
     """
     found: dict[str, str] = {}
     for place, folders, names in os.walk(folder):
@@ -48,10 +48,11 @@ def find_images(folder: str | Path) -> dict[str, str]:
 
 
 def read_labels(path: str | Path) -> dict[str, str]:
-    """Image id -> name of its class, in the order of the file.
+    """Read image id -> class name from a CSV file, in the order of the file.
 
     Raises:
-        InputError: unreadable, a column or cell is missing, or an id is there twice. The message names the line.
+        InputError: the file is unreadable, a column or cell is missing, or an id is there twice. The message names the
+            line.
     """
     labels: dict[str, str] = {}
     try:

@@ -22,7 +22,10 @@ class OxfordFlowers(SplitDataset):
     sources = ("imagelabels.mat", "cat_to_name.json", "jpg")
 
     def make_split(self) -> Split:
-        """50 / 20 / 30 % per class; classes in the order of their first image, which is not that of their labels."""
+        """Split each class into 50 / 20 / 30 %.
+
+        Classes come in the order of their first image, which is not that of their labels.
+        """
         names = read_json(f"{self.dataset_dir}/cat_to_name.json")
         by_label: dict[int, list[Datum]] = {}
         for number, value in enumerate(read_mat(f"{self.dataset_dir}/imagelabels.mat", "labels").flatten(), start=1):

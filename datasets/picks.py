@@ -1,7 +1,7 @@
-"""Few-shot picks on disk: our JSON files, and CoOp's old pickles read without running them.
+"""Keep few-shot picks on disk: write and read our JSON files, and read CoOp's old pickles without running them.
 
-A pick file is a record and a way to keep picks across versions, not a source of truth: it is used only if it was drawn
-from the very split at hand (digest), else it is noticed, said, and drawn again.
+A pick file is a record and a way to keep picks across versions, not a source of truth. It is used only if it was drawn
+from the very split at hand (same digest); else a warning says so and the picks are drawn again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_PICKLE_BYTES = 64 * 2**20  # CoOp's largest (ImageNet, 16 shots) has about 2
 
 
 class Picks(NamedTuple):
-    """What a pick file must have been drawn for."""
+    """The dataset, shots, seed and split that a pick file must have been drawn for."""
 
     dataset: str
     shots: int
@@ -37,17 +37,17 @@ class Picks(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Picks read from a file; `val` is None where the file says nothing of it (CoOp's pickles of ImageNet)."""
+    """Picks read from a file; `val` is None where the file has no val picks (CoOp's pickles of ImageNet)."""
 
     train: list[Datum]
     val: list[Datum] | None
 
 
 def find_picks(folder: Path, wanted: Picks, index: Mapping[str, Datum]) -> Found | None:
-    """Train and val picks saved in `folder`, or None where there are none that fit.
+    """Find the train and val picks saved in `folder`; None if no saved picks fit.
 
     Args:
-        index: relative path -> item, of all that may be picked.
+        index: relative path -> item, for all items that may be picked.
 
     Raises:
         InputError: a CoOp pickle is there but is damaged or holds anything but Datum objects.
@@ -123,7 +123,8 @@ def _checked(found: Found, index: Mapping[str, Datum]) -> tuple[str, Found | Non
 
 
 def _by_suffix(impath: str, index: Mapping[str, Datum]) -> Datum | None:
-    # The pickles hold absolute paths, often of another machine; the longest tail that the split knows is the image.
+    # The pickles hold absolute paths, often of another machine. The image is the one whose relative path is the longest
+    # tail of such a path that the split knows.
     names = impath.replace("\\", "/").split("/")
     for start in range(len(names)):
         datum = index.get("/".join(names[start:]))
@@ -133,9 +134,10 @@ def _by_suffix(impath: str, index: Mapping[str, Datum]) -> Datum | None:
 
 
 def read_coop_pickle(path: Path) -> dict[str, list[tuple[str, int, str]]]:
-    """The lists of (absolute path, label, class name) in a CoOp few-shot pickle.
+    """Read the lists of (absolute path, label, class name) in a CoOp few-shot pickle.
 
-    Admits dicts, lists, plain values and one class, which is replaced by an empty one: nothing in the file is run.
+    Dicts, lists, plain values and one class are admitted. The class is replaced by an empty one: nothing in the file is
+    run.
 
     Raises:
         InputError: the file is damaged, too large, or refers to anything else.

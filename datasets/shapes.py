@@ -6,8 +6,8 @@
     ShapesA       occluded, cluttered, noisy; every second class           (ImageNet-A)
     ShapesR       negatives, coarse pixels, emboss, ...; the other classes (ImageNet-R)
 
-All are made on first use from fixed seeds and need no --root. Colours and textures are a subset of what the renderer
-has, so that a generic set with other ones can be made beside them.
+All are made on first use from fixed seeds and need no --root. Their colors and textures are a subset of those that the
+renderer has, so that a generic set can be made with others.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ Rng = np.random.Generator
 
 
 def draw_plain(name: str, rng: Rng) -> Image.Image:
-    """A member of `Shapes`, 64 x 64 RGB."""
+    """Draw a member of `Shapes`, 64 x 64 RGB."""
     style = random_style(rng, COLOURS, TEXTURES, noise=0.1, clutter=3)
     return Image.fromarray(compose(outline_mask(name, rng, scale=(0.4, 0.85)), style, rng))
 
 
 def draw_v2(name: str, rng: Rng) -> Image.Image:
-    """As `Shapes`, smaller and more tilted."""
+    """Draw a member of `ShapesV2`: like one of `Shapes`, but smaller and more tilted."""
     style = random_style(rng, COLOURS, TEXTURES, noise=0.1, clutter=3)
     return Image.fromarray(compose(outline_mask(name, rng, scale=(0.35, 0.65), tilt=40), style, rng))
 
 
 def draw_sketch(name: str, rng: Rng) -> Image.Image:
-    """Black pen on white, with a wavering line."""
+    """Draw a member of `ShapesSketch`: black pen on white, with a wavering line."""
     mask = outline_mask(name, rng, scale=(0.55, 0.9))
     y, x = np.mgrid[0:64, 0:64]
     wobble = 1.2 * np.sin(np.stack([y, x]) * rng.uniform(0.2, 0.5, (2, 1, 1)) + rng.uniform(0, 6.3, (2, 1, 1)))
@@ -60,13 +60,13 @@ def draw_sketch(name: str, rng: Rng) -> Image.Image:
 
 
 def draw_adversarial(name: str, rng: Rng) -> Image.Image:
-    """Half hidden by a bar, among blobs, in noise."""
+    """Draw a member of `ShapesA`: half hidden by a bar, among blobs, in noise."""
     style = random_style(rng, COLOURS, TEXTURES, noise=0.15, clutter=9, occlusion=0.22)
     return Image.fromarray(compose(outline_mask(name, rng, scale=(0.4, 0.85)), style, rng))
 
 
 def draw_rendition(name: str, rng: Rng) -> Image.Image:
-    """One of six renditions of a member of `Shapes`."""
+    """Draw a member of `ShapesR`: one of six renditions of a member of `Shapes`."""
     image = draw_plain(name, rng)
     renditions: tuple[Callable[[], Image.Image], ...] = (
         lambda: ImageOps.invert(image),
@@ -82,7 +82,7 @@ def draw_rendition(name: str, rng: Rng) -> Image.Image:
 def write_images(
     folder: Path, draw: Callable[[str, Rng], Image.Image], labels: range, per_class: int, seed: int
 ) -> None:
-    """Render `folder/images/<label>_<class>/<number>.png`; each class has a generator of its own."""
+    """Render all images as `folder/images/<label>_<class>/<number>.png`; each class has its own generator."""
     for label in labels:
         rng = np.random.default_rng((seed, label))
         place = folder / "images" / FOLDERS[label]

@@ -1,8 +1,9 @@
 """ShapesGeneric: a generic labelled set to train on once and use elsewhere, with nothing of `Shapes` in it.
 
-96 classes of 62 rendered images, split 50 / 6 / 6: each a line of a pen with bends of its own, open or closed, drawn by
-an unsteady hand with another pen, slant and size each time, and mostly scanned with few pixels. Colours and patterns
-are drawn anew for each image and are none of those of `Shapes`. Made on first use from fixed seeds.
+There are 96 classes of 62 rendered images, split 50 / 6 / 6. Each class is a pen line with bends of its own, open or
+closed. An unsteady hand draws it with another pen, slant and size each time, and most images are scanned with few
+pixels. Colors and patterns are drawn anew for each image and are none of those of `Shapes`. The images are made on
+first use from fixed seeds.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ PATTERNS = ("dotted", "checkered", "rings", "bricks", "speckled", "rays")  # Sha
 IMAGES_PER_CLASS, TRAIN, VAL = 62, 50, 6
 SIDE = 64
 ROWS, COLUMNS = np.mgrid[0:SIDE, 0:SIDE].astype(float)
-POINTS = 60  # of a line
+POINTS = 60  # number of points of a line
 HAND = 0.13  # standard deviation of a bend's place, in shares of the figure's half side
 COARSE = 0.8  # probability of a raster of 8 to 16 pixels
 SEED = 11
-APART = 60.0  # least distance of a colour from each of Shapes', in RGB
+APART = 60.0  # least distance of a color from each color of Shapes, in RGB
 
 
 def other_colour(rng: Rng, unlike: Array | None = None) -> Array:
-    """An RGB colour [3] that is none of Shapes', and not like the other one."""
+    """Draw an RGB color [3] that is far from all colors of `Shapes`, and from `unlike` if that is given."""
     taken = np.array([COLOURS[name] for name in TAKEN_COLOURS], dtype=float)
     while True:
         colour = rng.uniform(10, 245, 3)
@@ -50,7 +51,10 @@ def other_colour(rng: Rng, unlike: Array | None = None) -> Array:
 
 
 def pen_line(label: int, rng: Rng) -> Array:
-    """Points [POINTS, 2] in [-1, 1]^2 of a member's line: the class decides where it bends, `rng` the hand."""
+    """Return the points [POINTS, 2], in [-1, 1]^2, of the line of one member of a class.
+
+    The class decides where the line bends; `rng` decides how the hand deviates.
+    """
     own = np.random.default_rng((SEED, label))
     bends = own.uniform(-1, 1, (int(own.integers(4, 8)), 2))
     bends = bends + rng.normal(0, HAND, bends.shape)
@@ -66,7 +70,7 @@ def pen_line(label: int, rng: Rng) -> Array:
 
 
 def draw_mask(label: int, rng: Rng) -> Array:
-    """Where a member of a class lies in the picture: [64, 64] in [0, 1]."""
+    """Draw the mask [64, 64], in [0, 1], of one member of a class."""
     points = pen_line(label, rng)
     scale = float(rng.uniform(0.4, 0.85))
     room = max(0.0, 0.92 - scale)
@@ -79,7 +83,7 @@ def draw_mask(label: int, rng: Rng) -> Array:
 
 
 def draw_pattern(name: str, rng: Rng) -> Array:
-    """Share of the second colour in each pixel, [64, 64]."""
+    """Draw the share of the second color in each pixel, [64, 64]."""
     y, x = ROWS, COLUMNS
     turn, period, phase = rng.uniform(0, np.pi), rng.uniform(5.5, 11.0), rng.uniform(0, 6.3)
     u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
@@ -101,7 +105,7 @@ def draw_pattern(name: str, rng: Rng) -> Array:
 
 
 def draw_generic(label: int, rng: Rng) -> Image.Image:
-    """A member of a class, 64 x 64 RGB, before a background of one colour or of a faint pattern, with clutter."""
+    """Draw a member of a class, 64 x 64 RGB, on a background of one color or of a faint pattern, with clutter."""
     back = other_colour(rng)
     front = other_colour(rng, unlike=back)
     second = np.clip(front * rng.uniform(0.3, 0.7) + rng.uniform(0, 120, 3), 0, 255)
@@ -120,7 +124,7 @@ def draw_generic(label: int, rng: Rng) -> Image.Image:
 
 
 def write_generic(folder: Path) -> None:
-    """Render `folder/images/<label>_<class>/<number>.png`; each class has a generator of its own."""
+    """Render all images as `folder/images/<label>_<class>/<number>.png`; each class has its own generator."""
     for label, name in enumerate(FOLDERS):
         rng = np.random.default_rng((SEED, label))
         (folder / "images" / name).mkdir(parents=True)

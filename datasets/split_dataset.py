@@ -1,6 +1,6 @@
-"""What the datasets of few-shot benchmarks share: a split, few-shot picks of it, base/new halves.
+"""The base class of datasets for few-shot benchmarks: a split, few-shot picks from it, base/new halves.
 
-A reader says where its images are and what its classes are called, and gets from `SplitDataset` the rest:
+A reader says where its images are and what its classes are called; `SplitDataset` does the rest:
 
     split JSON (or a splitter, whose result is then saved as one) -> few-shot picks -> base/new -> train_x, val, test
 
@@ -36,7 +36,7 @@ MAX_VAL_SHOTS = 4  # validation images per class: min(shots, 4), as in CoOp
 
 
 class SplitDataset(DatasetBase):
-    """A dataset with a split file. A subclass gives a few names and, where it can make its split, `make_split`.
+    """A dataset with a split file; a subclass gives a few names and, if it can make its split, `make_split`.
 
     All images of the split must exist, also those that a few-shot run does not use: whether a dataset is complete does
     not depend on the seed.
@@ -47,9 +47,9 @@ class SplitDataset(DatasetBase):
         split_name: file name of the split JSON inside the dataset's folder; "" where official lists are the split and
             are read each time.
         sources: files and folders, relative to the dataset's folder, that `make_split` reads.
-        dataset_dir, image_dir: those folders' full paths.
+        dataset_dir, image_dir: full paths of the dataset's folder and of its image folder.
         split_digest: SHA-256 of the whole split, for the run's records.
-        data_digest: what a run is bound to, see `bind_data`.
+        data_digest: digest that binds a run to its images, see `bind_data`.
     """
 
     folder: ClassVar[str]
@@ -61,7 +61,7 @@ class SplitDataset(DatasetBase):
         shots = check_shots(cfg.DATASET.NUM_SHOTS)
         self.missing_hint = docs_hint(type(self).__name__)
         if cfg.DATALOADER.SKIP_BAD_IMAGES:
-            self.check_files = False  # what is missing is then named and left out with what cannot be read
+            self.check_files = False  # missing images are then named and left out, like unreadable ones
         root = self.locate(cfg.DATASET.ROOT)
         self.dataset_dir = str(root)
         self.image_dir = str(root / self.images) if self.images else str(root)
@@ -78,7 +78,9 @@ class SplitDataset(DatasetBase):
         super().__init__(train_x=train, val=val or None, test=test)
 
     def locate(self, root: str) -> Path:
-        """The dataset's folder for a DATASET.ROOT ("" = not given). Datasets that make their own images override it.
+        """Return the dataset's folder for a DATASET.ROOT ("" = not given).
+
+        Datasets that make their own images override this method.
 
         Raises:
             InputError: no root given, or the dataset is not there.
@@ -86,7 +88,7 @@ class SplitDataset(DatasetBase):
         return find_dataset(type(self).__name__, self.folder, root)
 
     def bind_data(self, split: Split) -> str:
-        """Return the digest that binds a run to its images; `split_digest` where the dataset is known to everybody."""
+        """Return the digest that binds a run to its images: `split_digest`, which suffices for a public dataset."""
         return self.split_digest
 
     def make_split(self) -> Split:
@@ -96,12 +98,14 @@ class SplitDataset(DatasetBase):
         )
 
     def draw_val(self, split: Split, train: list[Datum], shots: int, rng: random.Random | None) -> list[Datum]:
-        """The few-shot validation images that go with the picked `train`; `rng` has drawn those before."""
+        """Draw the few-shot validation images that go with the picked `train`, which `rng` has drawn before."""
         val: list[Datum] = self.generate_fewshot_dataset(split.val, num_shots=min(shots, MAX_VAL_SHOTS), rng=rng)
         return val
 
     def choose_val(self, val: list[Datum], split: Split, cfg: CfgNode) -> list[Datum]:
-        """What `val` is for DATASET.VAL; only a dataset without validation images of its own has a choice.
+        """Return the validation images that DATASET.VAL asks for.
+
+        Only a dataset without validation images of its own has a choice; here it is `val` in any case.
 
         Raises:
             InputError: DATASET.VAL is neither own nor coop.
@@ -122,7 +126,7 @@ class SplitDataset(DatasetBase):
         self._check_sources()
         split = self.make_split()
         _check_classes(f"the split made from {self.dataset_dir}", split)
-        if self.check_files:  # before it is saved
+        if self.check_files:  # before the split is saved
             self._check_files(itertools.chain(*split))
         if not self.split_name:
             return split
@@ -144,7 +148,7 @@ class SplitDataset(DatasetBase):
             )
 
     def _pick(self, split: Split, shots: int, seed: int, index: Mapping[str, Datum]) -> tuple[list[Datum], list[Datum]]:
-        """Few-shot train and val: from a saved file where it fits this split, else drawn (and saved if seeded)."""
+        """Pick few-shot train and val: from a saved file if one fits this split, else drawn (and saved if seeded)."""
         if shots < 1:
             return split.train, split.val
         _check_enough(type(self).__name__, split.train, shots)
@@ -158,7 +162,7 @@ class SplitDataset(DatasetBase):
         # Seeded like CoOp's global generator, but nobody else draws from it. Without a seed: Python's global one.
         rng = random.Random(seed) if seed >= 0 else None
         train = self.generate_fewshot_dataset(split.train, num_shots=shots, rng=rng)
-        if found is not None:  # an old pickle with train only: its val follows, drawn as after a fresh train
+        if found is not None:  # an old pickle with train only: val is drawn as after a fresh train
             train = found.train
         val = self.draw_val(split, train, shots, rng)
         if seed >= 0:
@@ -171,12 +175,16 @@ class SplitDataset(DatasetBase):
 
 
 def docs_hint(dataset: str) -> str:
-    """The end of a message about something that is not there."""
+    """Return the end of a message about something missing: where to read on."""
     return f" (see docs/DATASETS.md, section {dataset})"
 
 
 def find_dataset(name: str, folder: str, root: str) -> Path:
-    """`root/folder`, both checked. The InputError names the dataset, what is missing and where to read on."""
+    """Return `root/folder` after checking that both exist.
+
+    Raises:
+        InputError: one of them is missing; the message names the dataset, what is missing and where to read on.
+    """
     if not root:
         raise InputError(
             f"Expected --root (or DATASET.ROOT) to be the folder that holds {folder} for {name} but none was given"
@@ -191,7 +199,7 @@ def find_dataset(name: str, folder: str, root: str) -> Path:
 
 
 def check_val(cfg: CfgNode) -> str:
-    """DATASET.VAL, checked: "own" or "coop"."""
+    """Check DATASET.VAL and return it: "own" or "coop"."""
     value: Any = cfg.DATASET.get("VAL", "own")
     if value not in ("own", "coop"):
         raise InputError(f"Expected DATASET.VAL to be own or coop but got {value!r}")
@@ -199,15 +207,15 @@ def check_val(cfg: CfgNode) -> str:
 
 
 def check_shots(shots: Any) -> int:
-    """DATASET.NUM_SHOTS, checked: -1 (all images) or at least 1."""
+    """Check DATASET.NUM_SHOTS and return it: -1 (all images) or at least 1."""
     if not isinstance(shots, int) or isinstance(shots, bool) or (shots < 1 and shots != -1):
         raise InputError(f"Expected DATASET.NUM_SHOTS to be -1 (all images) or at least 1 but got {shots!r}")
     return shots
 
 
 def _check_enough(dataset: str, train: Sequence[Datum], shots: int) -> None:
-    # CoOp takes what a small class has and says nothing. That stays so (parity), with a word; but more shots than ANY
-    # class has can only be a mistake.
+    # If a class has fewer images than shots, CoOp takes them all and says nothing. For parity we do the same, but
+    # warn. More shots than ANY class has images can only be a mistake.
     counts = Counter(item.label for item in train)
     if max(counts.values()) < shots:
         raise InputError(
@@ -227,7 +235,7 @@ def _cached_folder(dataset_dir: str) -> Path:
 
 
 def _write_or_warn(where: Path, write: Callable[[], None]) -> None:
-    # Saving a split or picks is a convenience: both are drawn again alike, so a run never fails for want of it.
+    # Saving a split or picks is a convenience: both would be drawn alike again, so a run does not fail without it.
     try:
         write()
     except OSError as error:

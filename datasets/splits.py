@@ -17,7 +17,7 @@ from dassl.utils import InputError, atomic_write
 from .files import check_name, list_folders, list_images
 
 logger = logging.getLogger(__name__)
-SPLIT_SEED = 0  # of the splitters: a split belongs to the dataset, not to a run, so it does not follow cfg.SEED
+SPLIT_SEED = 0  # seed of the splitters: a split belongs to the dataset, not to a run, so cfg.SEED does not change it
 
 
 class Split(NamedTuple):
@@ -34,9 +34,9 @@ def read_split(path: str | Path, image_dir: str | Path) -> Split:
     Paths are relative to `image_dir` and written with `/`. Order and class names are kept as they are in the file.
 
     Raises:
-        InputError: unreadable file, malformed entry, an absolute path or one that leaves `image_dir`, an image listed
-            twice, labels with a gap, one label with two names, an empty `train` or `test`. The message names the file
-            and the entry. Two labels with one name are fine: classes are told apart by label.
+        InputError: an unreadable file, a malformed entry, an absolute path or one that leaves `image_dir`, an image
+            listed twice, labels with a gap, one label with two names, an empty `train` or `test`. The message names the
+            file and the entry. Two labels with one name are fine: classes are told apart by label.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -115,7 +115,7 @@ def _name_twins(where: str, split: Split) -> None:
 
 
 def write_split(path: str | Path, image_dir: str | Path, split: Split) -> None:
-    """Write a split JSON (the form that `read_split` reads and CoOp wrote), at once or not at all."""
+    """Write a split JSON (the form that `read_split` reads and CoOp wrote), completely or not at all."""
     content = {part: relative_items(getattr(split, part), image_dir) for part in Split._fields}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(str(path)) as file:
@@ -123,7 +123,7 @@ def write_split(path: str | Path, image_dir: str | Path, split: Split) -> None:
 
 
 def relative_items(data: Iterable[Datum], image_dir: str | Path) -> list[list[Any]]:
-    """Data as `[path relative to image_dir, label, class name]`, the form that files keep.
+    """Convert items to `[path relative to image_dir, label, class name]`, the form that files keep.
 
     Raises:
         InputError: an image lies outside `image_dir`.
@@ -138,7 +138,10 @@ def relative_items(data: Iterable[Datum], image_dir: str | Path) -> list[list[An
 
 
 def split_digest(split: Split, image_dir: str | Path) -> str:
-    """SHA-256 (hex) of a split's relative paths, labels and names in order: the same wherever the images lie."""
+    """Compute the SHA-256 (hex) of a split's relative paths, labels and names in order.
+
+    The digest is the same wherever the images lie.
+    """
     return _digest([relative_items(part, image_dir) for part in split])
 
 
@@ -170,7 +173,8 @@ def split_by_folder(
     Hidden entries, files beside the class folders, and files in them that are no images (by extension) do not count.
 
     Raises:
-        InputError: no such folder, no class folder, or a class with too few images for three non-empty parts.
+        InputError: the folder is missing or has no class folder, or a class has too few images for three non-empty
+            parts.
     """
     image_dir = str(image_dir)
     renamed = renamed or {}
@@ -200,7 +204,9 @@ def cut_shares(data: Sequence[Datum], split: Split, where: str, p_train: float =
 def split_trainval(
     trainval: Sequence[Datum], p_val: float = 0.2, seed: int = SPLIT_SEED
 ) -> tuple[list[Datum], list[Datum]]:
-    """Cut an official train+val list: per class, in order of first appearance, shuffle; the first `p_val` are val.
+    """Cut an official train+val list into train and val.
+
+    Each class, in order of first appearance, is shuffled; the first `p_val` of its images are val.
 
     Raises:
         InputError: a class has too few images to give one to each part.
@@ -227,7 +233,8 @@ def subsample_classes(*lists: Sequence[Datum], subsample: str) -> list[list[Datu
     """Keep the base or the new half of the classes in every list and number them from 0.
 
     The classes are the labels of the first list: base = the first ceil(n / 2) of them in label order, new = the rest.
-    `subsample="all"` keeps everything. Works by label, so classes that share a name stay apart.
+    `subsample="all"` keeps everything. Classes are told apart by label, so two that share a name stay
+    apart.
 
     Raises:
         InputError: `subsample` is none of all, base, new.

@@ -17,7 +17,7 @@ META = "devkit/cars_meta.mat"
 
 
 def year_first(name: str) -> str:
-    """`Audi TTS Coupe 2012` -> `2012 Audi TTS Coupe`."""
+    """Move the year to the front of a name: `Audi TTS Coupe 2012` -> `2012 Audi TTS Coupe`."""
     *words, year = name.split(" ")
     return " ".join([year, *words])
 

@@ -11,7 +11,10 @@ from .splits import Split, split_trainval
 
 
 def scene_name(path: str) -> str:
-    """`a/apartment_building/outdoor` -> `outdoor apartment_building`: without the letter, the narrower part first."""
+    """Return a class's name for its path, without the letter and with the narrower part first.
+
+    Example: `a/apartment_building/outdoor` -> `outdoor apartment_building`.
+    """
     return " ".join(reversed(path.split("/")[1:]))
 
 

@@ -13,7 +13,7 @@ from .splits import Split, split_trainval
 
 
 def action_name(action: str) -> str:
-    """`ApplyEyeMakeup` -> `Apply_Eye_Makeup`, the name both of the class and of its folder of frames."""
+    """Return the name of a class and of its folder of frames: `ApplyEyeMakeup` -> `Apply_Eye_Makeup`."""
     return "_".join(re.findall("[A-Z][^A-Z]*", action)) or action
 
 

@@ -1,4 +1,4 @@
-"""Which dataset is meant where a command names none."""
+"""Decide which dataset is meant by a command that names none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def name_dataset(root: str) -> str:
     """Return the registered name of the dataset that a command without one means.
 
     Args:
-        root: DATASET.ROOT. "": Digits, which needs none. A folder of one's own images, or a CSV file: ImageFolder.
+        root: DATASET.ROOT. "" means Digits, which needs no root. A folder of the user's own images, or a CSV file,
+            means ImageFolder.
 
     Raises:
         InputError: `root` is something else; the message says what to give.

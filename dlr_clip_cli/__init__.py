@@ -1,4 +1,5 @@
-"""The command lines: what is asked for is understood here, before the imports that take seconds.
+"""The command lines: they are parsed here, before the imports that take seconds.
 
-Nothing here imports torch, nor the package of the methods, which imports torch: hence a package of its own.
+Nothing here imports torch, nor the package of the methods, which imports torch. That is why this is a package of its
+own.
 """

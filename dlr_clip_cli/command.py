@@ -36,7 +36,7 @@ def figures() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `dlr-clip COMMAND ...`; returns the exit code."""
+    """Run `dlr-clip COMMAND ...`; return the exit code."""
     use_own_toolbox()
     from dassl.utils.cli import run_main  # of our own toolbox, which is first on the path by now
 
@@ -56,13 +56,13 @@ def _choose(program: str, words: list[str], known: Mapping[str, str]) -> int:
         return 2
     if program == "dlr-clip" and command == "figure":
         return _choose("dlr-clip figure", rest, figures())
-    sys.argv = [f"{program} {command}", *rest]  # what is said of this process's command line is said by this name
+    sys.argv = [f"{program} {command}", *rest]  # messages about this process's command line use this name
     module = known[command]
     run: Any = import_ours(f"scripts.{module}" if module else f"dlr_clip_cli.{command}")
     if not module:
         return int(run.main(rest))
     files = {f"scripts/{module.replace('.', '/')}.py": f"{program} {command}", "train.py": spoken("train")}
-    for file, name in files.items():  # the help speaks of commands by the names that they have here
+    for file, name in files.items():  # the help calls commands by the names that they have here
         run.__doc__ = (run.__doc__ or "").replace(f"python {file}", name)
     return int(run.main(rest))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 
 class _OtherNames(MetaPathFinder, Loader):
-    """Import a module of ours by another name; the module stays one.
+    """Import a module of ours by another name, without making a second module of it.
 
     Args:
         names: top-level name -> the package that it means.

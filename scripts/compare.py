@@ -44,7 +44,7 @@ METRICS = ("accuracy", "top5", "macro_f1", "ece")
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
-    """All runs of the comparison.
+    """Return all runs of the comparison.
 
     Raises:
         InputError: something given was wrong.
@@ -63,7 +63,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
 
 
 def read_records(runs: Sequence[Run], metric: str) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Records of the finished runs, and the cost of each: parameters that were trained, and seconds."""
+    """Return the records of the finished runs, and what each cost: trained parameters and training seconds."""
     records, costs = [], []
     for run in runs:
         found = run.metrics()
@@ -78,7 +78,7 @@ def read_records(runs: Sequence[Run], metric: str) -> tuple[list[Record], list[d
 
 
 def cost_table(costs: Sequence[dict[str, Any]]) -> str:
-    """Markdown: parameters that are trained and median training seconds, at the largest number of shots."""
+    """Return Markdown of the trained parameters and median training seconds, at the largest number of shots."""
     shots = max(cost["shots"] for cost in costs)
     rows: dict[str, list[Any]] = {}
     names = list(dict.fromkeys(cost["dataset"] for cost in costs))
@@ -97,7 +97,7 @@ def cost_table(costs: Sequence[dict[str, Any]]) -> str:
 def write_results(
     records: Sequence[Record], costs: Sequence[dict[str, Any]], stem: Path, metric: str, command: str
 ) -> str:
-    """Writes the tables and the figure; returns the Markdown."""
+    """Write the tables and the figure; return the Markdown."""
     cells = collect(records)
     higher = metric != "ece"
     head = f"{metric} (%), mean over seeds (standard deviation) ±half of the 95 % interval\n\n    {command}\n"

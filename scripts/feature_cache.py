@@ -27,7 +27,7 @@ MIB = 2**20
 
 
 def table(entries: Iterable[Entry]) -> str:
-    """A row per entry, that used last on top; "?" where a header is damaged."""
+    """Return a table with a row per entry, the one used last on top; "?" stands where a header is damaged."""
     rows = []
     for entry in reversed(list(entries)):
         shape = entry.facts.get("shape", ("?", "?", "?"))
@@ -42,7 +42,7 @@ def table(entries: Iterable[Entry]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -26,7 +26,7 @@ from scripts.lib.runs import find_runs, run_records
 
 
 def finished_runs(folders: list[Path]) -> list[dict[str, Any]]:
-    """`metrics.json` of every finished run below `folders`, in path order.
+    """Return `metrics.json` of every finished run below `folders`, in path order.
 
     Raises:
         ValueError: no finished run was found, or two runs share dataset, trainer, shots and seed.
@@ -39,13 +39,13 @@ def finished_runs(folders: list[Path]) -> list[dict[str, Any]]:
 
 
 def cell(values: list[float]) -> str:
-    """Mean, and standard deviation where there are several values."""
+    """Return the mean as text, with the standard deviation where there are several values."""
     spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{spread}"
 
 
 def table(runs: list[dict[str, Any]], metric: str = "accuracy") -> str:
-    """Markdown; heads that a trainer lacks are left empty."""
+    """Return the Markdown table; cells of heads that a trainer lacks are empty."""
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
         groups[run["dataset"], run["trainer"], run["shots"]].append(run)
@@ -61,7 +61,7 @@ def table(runs: list[dict[str, Any]], metric: str = "accuracy") -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

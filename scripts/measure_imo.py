@@ -46,7 +46,7 @@ BETAS = GRIDS["tip"].beta._replace(end=tip_values("").beta_end).values()
 
 
 class Known:
-    """Features of images by path, each encoded once: as CLIP gives them ("") and with each of the adapters, by name."""
+    """Features of images by path; each image is encoded once, by CLIP ("") and with each of the named adapters."""
 
     def __init__(self, clip: CLIP, every: Mapping[str, IMOAdapters]) -> None:
         self.clip, self.every = clip, every
@@ -54,7 +54,7 @@ class Known:
 
     @torch.no_grad()
     def of(self, cfg: Any, items: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor]:
-        """Features [n, E] by name, normalised, and labels [n]."""
+        """Return normalized features [n, E] by name, and labels [n]."""
         new = [item for item in items if item.impath not in self.by_path]
         if new:
             data = DatasetWrapper(cfg, new, transform=build_transform(cfg, is_train=False))
@@ -70,7 +70,7 @@ class Known:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and half the width of its 95 % interval."""
+    """Return the mean as text, with half the width of its 95 % interval where there are several values."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:+.2f}"
@@ -81,7 +81,10 @@ def interval(values: Sequence[float]) -> str:
 def accuracies(
     known: Known, weights: Tensor, source: str, which: str, args: Any, shots: int, seed: int
 ) -> dict[str, Any]:
-    """Test accuracy (percent) by set and method: "" is Tip-Adapter, `which` Tip-Adapter++ with these adapters."""
+    """Return test accuracies (percent) by set and method.
+
+    The method "" is Tip-Adapter; `which` is Tip-Adapter++ with these adapters.
+    """
     clip = known.clip
     cfg = config(clip, source, args.root, shots, seed)
     dataset = build_dataset(cfg)
@@ -104,7 +107,7 @@ def accuracies(
 
 
 def run(args: argparse.Namespace) -> str:
-    """Both tables; --out gets the numbers behind them."""
+    """Return both tables; write the numbers behind them to --out."""
     groups = {name: paths.split(",") for name, _, paths in (group.partition("=") for group in args.groups)}
     first = next(iter(groups.values()))[0]
     clip = load_clip(read_recipe(first)["backbone"], args.weights or None)

@@ -32,21 +32,21 @@ TRAINED, TESTED = "Finish training", "=> result"
 
 
 class LeftOut(Exception):
-    """Why an entry is not counted."""
+    """An entry is not counted; the message says why."""
 
 
 def run_result(folder: Path, keyword: str, test_log: bool = False, head: str = "") -> tuple[Path, float]:
-    """(the file read, the result in percent) of a run.
+    """Return (the file that was read, the result in percent) of a run.
 
     Args:
-        folder: the run's.
+        folder: of the run.
         keyword: accuracy, error, ...
-        test_log: evaluations count as well as training runs.
-        head: of metrics.json; "": the one that is the method's accuracy.
+        test_log: True: evaluations count as well as training runs.
+        head: name of a head in metrics.json; "": the one whose accuracy is the method's.
 
     Raises:
-        LeftOut: it is no finished run of the kind that is wanted.
-        ValueError: it has no such result.
+        LeftOut: the folder is no finished run of the kind that is wanted.
+        ValueError: the run has no such result.
     """
     path, log = folder / "metrics.json", folder / "log.txt"
     ours = path.is_file() or (folder / "environment.json").is_file()
@@ -73,7 +73,7 @@ def run_result(folder: Path, keyword: str, test_log: bool = False, head: str = "
 
 
 def log_result(path: Path, keyword: str, start: str) -> float:
-    """The last "* <keyword>: <number>%" of a log after the first line that is `start`."""
+    """Return the last "* <keyword>: <number>%" of a log after the first line that is `start`."""
     pattern = re.compile(rf"\* {re.escape(keyword)}: ([\d.eE+-]+)%")
     started, result = False, None
     with open(path, encoding="utf-8", errors="replace") as stream:
@@ -90,13 +90,13 @@ def log_result(path: Path, keyword: str, start: str) -> float:
 
 
 def spread(values: Sequence[float], ci95: bool) -> float:
-    """Standard deviation (n), or 1.96 of it by the square root of n."""
+    """Return the standard deviation (n), or, with `ci95`, 1.96 times it divided by the square root of n."""
     sd = statistics.pstdev(values)
     return 1.96 * sd / math.sqrt(len(values)) if ci95 else sd
 
 
 def summarise(folder: Path, args: argparse.Namespace) -> float:
-    """Prints the runs of a folder and their mean; returns the mean."""
+    """Print the runs of a folder and their mean; return the mean."""
     print(f"Parsing files in {folder}")
     values = []
     for entry in entries(folder):
@@ -116,7 +116,7 @@ def summarise(folder: Path, args: argparse.Namespace) -> float:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without hidden entries."""
+    """Return what a folder holds, sorted, without hidden entries."""
     if not folder.is_dir():
         raise ValueError(f"Expected a folder of runs but got {folder}")
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))

@@ -46,14 +46,14 @@ CHUNK = 1 << 20  # bytes
 
 
 def is_there(folder: Path, part: Part) -> bool:
-    """Whether all that the part gives exists, and its folders are not empty."""
+    """Return whether all that the part gives exists, and its folders are not empty."""
     return all(
         any(path.iterdir()) if path.is_dir() else path.is_file() for path in (folder / name for name in part.gives)
     )
 
 
 def find_download(part: Part, places: Sequence[Path]) -> tuple[Download, Path] | None:
-    """The first of the part's downloads that lies in one of `places`."""
+    """Return the first of the part's downloads that lies in one of `places`, with its path; None: none does."""
     for download in part.downloads:
         for place in places:
             path = place / download.file
@@ -96,7 +96,7 @@ def put_in_place(download: Download, file: Path, folder: Path, places: Sequence[
     """Bring a downloaded file's content to where the reader looks for it, wholly or not at all.
 
     Raises:
-        InputError: a damaged archive, or one without what it should hold.
+        InputError: the archive is damaged, or lacks what it should hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not download.moves:
@@ -138,7 +138,7 @@ def is_empty(path: Path) -> bool:
 
 
 def unpack_class_archives(folder: Path) -> None:
-    """ImageNet's training images: one archive per class, into a folder of its name."""
+    """Unpack ImageNet's training images: one archive per class, into a folder of its name."""
     for archive in sorted(folder.glob("*.tar")):
         (folder / archive.stem).mkdir()
         extract(archive, folder / archive.stem)
@@ -146,10 +146,10 @@ def unpack_class_archives(folder: Path) -> None:
 
 
 def sort_validation_images(folder: Path, places: Sequence[Path]) -> None:
-    """ImageNet's validation images: into a folder per class, by the labels in the development kit.
+    """Sort ImageNet's validation images into a folder per class, by the labels in the development kit.
 
     Raises:
-        InputError: no development kit, or another number of labels than of images.
+        InputError: there is no development kit, or it has more or fewer labels than there are images.
     """
     kit = next((path / DEVKIT for path in places if (path / DEVKIT).is_file()), None)
     if kit is None:
@@ -178,7 +178,7 @@ def fetch(url: str, target: Path, timeout: float = 60.0) -> None:
     """Download `url` to `target`, going on from `target.part` where an earlier try left one; the size is checked.
 
     Raises:
-        InputError: no answer, or fewer bytes than announced (what came is kept, to be resumed).
+        InputError: there is no answer, or not as many bytes as announced (what came is kept, to be resumed).
     """
     part = target.with_name(f"{target.name}.part")
     start = part.stat().st_size if part.exists() else 0
@@ -209,7 +209,7 @@ def fetch(url: str, target: Path, timeout: float = 60.0) -> None:
 
 
 def prepare(name: str, root: Path, archives: Path | None = None, download: bool = False) -> bool:
-    """Check and complete a dataset's folder; whether it is complete now."""
+    """Check and complete a dataset's folder; return whether it is complete now."""
     source = SOURCES[name]
     folder = root / DATASET_REGISTRY.get(name).folder
     places = [place for place in (archives, folder, root) if place is not None]
@@ -267,7 +267,7 @@ def check_counts(name: str, root: Path) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         prog="prepare_dataset.py",

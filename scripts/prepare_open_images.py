@@ -28,7 +28,7 @@ from trainers.app.data import open_images
 
 
 def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The cells of these columns, row by row; the files have millions of rows."""
+    """Yield the cells of these columns, row by row; the files have millions of rows."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
@@ -49,7 +49,7 @@ def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def one_label_each(confirmed: Mapping[str, Sequence[str]], min_images: int = 1) -> dict[str, str]:
-    """Image id -> its rarest label; of equally rare ones the first in the alphabet.
+    """Return image id -> its rarest label; of equally rare labels, the first in the alphabet is taken.
 
     Args:
         confirmed: image id -> labels that people confirmed.
@@ -62,7 +62,7 @@ def one_label_each(confirmed: Mapping[str, Sequence[str]], min_images: int = 1) 
 
 
 def run(args: argparse.Namespace) -> str:
-    """Write labels.csv -> what to say about it."""
+    """Write labels.csv; return what to say about it."""
     folder = Path(args.root).expanduser().absolute() / "open_images"
     images = folder / "images"
     if args.images_path:

@@ -48,13 +48,13 @@ from scripts.lib.protocol_table import NOTES, cells_of, write_tables
 
 
 def names(text: str) -> list[str]:
-    """ "a,b" -> ["a", "b"]."""
+    """Split "a,b" into ["a", "b"]."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; --dataset and --source are one thing, of which transfer protocols take one."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of all protocols
+    """Parse the command line; --source is another name of --dataset, of which cross-dataset and ood take one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the flags of every protocol
     parser.add_argument("--trainers", default="", help="TRAINER[:CONFIG][@VARIANT], separated by commas")
     parser.add_argument("--config", default="tiny", help="name of the configs in configs/trainers/*/ (default: tiny)")
     parser.add_argument("--dataset", "--source", type=names, default=[], help="configs/datasets/*.yaml")
@@ -87,7 +87,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_plan(args: argparse.Namespace) -> tuple[Asked, list[Cell], list[str]]:
-    """What is asked for, the cells of its table, and a sentence on each method that is left out.
+    """Return what is asked for, the cells of its table, and a sentence on each method that is left out.
 
     Raises:
         InputError: something given was wrong.
@@ -131,7 +131,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Asked, list[Cell], list[str]]:
 
 
 def print_plan(runs: Sequence[Run]) -> None:
-    """The command of each missing run, an evaluation after the run that it evaluates."""
+    """Print the command of each missing run, an evaluation after the run that it evaluates."""
     missing = missing_runs(runs)
     for run in missing:
         print(f"{spoken('train')} {shlex.join(run.arguments())}")
@@ -139,7 +139,7 @@ def print_plan(runs: Sequence[Run]) -> None:
 
 
 def run_them(runs: Sequence[Run], args: argparse.Namespace) -> list[Run]:
-    """Runs what is missing, here or on the cluster; returns what failed."""
+    """Run what is missing, here or on the cluster; return the runs that failed or were not started."""
     if args.launcher == "local":
         return run_missing(runs, args.jobs or 1, args.threads)
     parameters = {"timeout_min": args.time, "gpus_per_node": args.gpus_per_run}

@@ -39,7 +39,7 @@ from scripts.figures.style import readable, write_figure
 from scripts.lib.runs import Run, find_runs, read_records, run_records
 from scripts.lib.tables import BANDS, mean_and_band
 
-# Of the predictions of a run; what each shows, then how it is drawn.
+# The figures of a run's predictions: what each shows -> the function that draws it.
 FIGURES: dict[str, Callable[[Predictions], Figure]] = {
     "Confusion among the most confused classes, before and after": confusion_figure,
     "Logit of the true class and of its strongest rival": logits_figure,
@@ -63,12 +63,12 @@ code { overflow-wrap: anywhere; }
 
 
 def text(value: object) -> str:
-    """Any text as HTML that shows it."""
+    """Return any value as HTML that shows its text."""
     return html.escape(readable(str(value)))
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], marked: int | None = None) -> str:
-    """An HTML table of any texts; the row `marked` is emphasised."""
+    """Return an HTML table of any texts; the row `marked` is emphasized."""
     lines = ["<div class='scroll'><table><thead><tr>", *(f"<th>{text(cell)}</th>" for cell in head)]
     lines.append("</tr></thead><tbody>")
     for number, row in enumerate(rows):
@@ -79,7 +79,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], marked: int 
 
 
 def picture(figure: Figure, caption: str) -> str:
-    """A figure as an image inside the page."""
+    """Return a figure as HTML, its image inside the page."""
     stream = io.BytesIO()
     write_figure(figure, stream, "svg")
     data = base64.b64encode(stream.getvalue()).decode("ascii")
@@ -91,7 +91,7 @@ def picture(figure: Figure, caption: str) -> str:
 
 
 def attempt(draw: Callable[[], Figure], caption: str) -> str:
-    """The picture, or a line that says why there is none."""
+    """Return the picture, or a line that says why there is none."""
     try:
         return picture(draw(), caption)
     except ValueError as error:
@@ -99,7 +99,7 @@ def attempt(draw: Callable[[], Figure], caption: str) -> str:
 
 
 def heads_rows(runs: Iterable[Run]) -> tuple[list[str], list[list[str]]]:
-    """(head names, rows of dataset, method, shots, number of runs, and each head's accuracy)."""
+    """Return (head names, rows of dataset, method, shots, number of runs, and each head's accuracy)."""
     groups: dict[tuple[str, str, int], list[Run]] = defaultdict(list)
     for run in runs:
         groups[run.dataset(), run.method, run.shots].append(run)
@@ -120,7 +120,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def run_section(run: Run) -> str:
-    """What one run was and did."""
+    """Return the section of one run: its facts, heads and figures."""
     metrics = run.metrics
     main = metrics.get(metrics.get("split", "test"), {}).get("main")
     names = ("accuracy", "top5", "macro_f1", "ece")
@@ -156,11 +156,11 @@ def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, object]]:
 
 
 def page(runs: Sequence[Run], unfinished: Sequence[Path], published: Sequence[Mapping[str, Any]], most: int) -> str:
-    """The page.
+    """Return the HTML page.
 
     Args:
-        runs: finished ones.
-        unfinished: folders of others.
+        runs: the finished runs.
+        unfinished: folders of runs that have not finished.
         published: records of other methods, for the figure of accuracy by shots.
         most: how many runs get a section of their own.
     """

@@ -37,7 +37,7 @@ FILES = {"tiny": "tiny.yaml", "RN50": "rn50.yaml"}  # other backbones: vit_b16.y
 
 
 class SeedResult(NamedTuple):
-    """Of one seed: validation accuracy on the grid, the grid, and the trainer, its cache filled."""
+    """The result of one seed: validation accuracy on the grid, the grid, and the trainer with its cache filled."""
 
     accuracy: torch.Tensor  # [betas, gammas, alphas]
     axes: dict[str, list[float]]
@@ -45,10 +45,10 @@ class SeedResult(NamedTuple):
 
 
 def fill_cache(args: argparse.Namespace, shots: int, seed: int, folder: str) -> SeedResult:
-    """The trainer of one seed with its cache, and the grid on its validation images.
+    """Return the trainer of one seed with its cache, and the grid on its validation images.
 
     Raises:
-        InputError: there are none.
+        InputError: there are no validation images.
     """
     cfg = default_cfg()
     backbone = read_recipe(args.model)["backbone"]
@@ -72,7 +72,7 @@ def fill_cache(args: argparse.Namespace, shots: int, seed: int, folder: str) -> 
 
 @torch.no_grad()
 def test_accuracy(trainer: Any, point: GridPoint) -> dict[str, float]:
-    """Accuracy (percent) of zero-shot CLIP and of the method on the test images."""
+    """Return the accuracy (percent) of zero-shot CLIP and of the method on the test images."""
     learner = trainer.network.learner
     for name in ("alpha", "beta", "gamma"):
         if hasattr(learner, name):
@@ -85,7 +85,7 @@ def test_accuracy(trainer: Any, point: GridPoint) -> dict[str, float]:
 
 
 def run(args: argparse.Namespace) -> str:
-    """The table."""
+    """Return the Markdown table, with a row per number of shots."""
     rows = []
     for shots in args.shots:
         with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def numbers(text: str) -> list[int]:
-    """1,2,3 -> [1, 2, 3]."""
+    """Convert "1,2,3" to [1, 2, 3]."""
     return [int(part) for part in text.split(",")]
 
 

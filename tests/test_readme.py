@@ -48,6 +48,24 @@ def test_commands_name_what_there_is():
             assert (ROOT / options["--config-file"]).exists()
 
 
+HEADINGS = [
+    "What it does",
+    "What it learns",
+    "Settings",
+    "What is chosen, and on what",
+    "What differs from the source",
+]
+
+
+@pytest.mark.parametrize("name", TRAINER_REGISTRY.registered_names())
+def test_each_method_is_described_under_the_same_headings(name):
+    text = (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8")
+    section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    assert section is not None
+    assert re.findall(r"^### (.*)$", section[1], re.MULTILINE) == HEADINGS
+    assert f"<!-- table: keys {name} -->" in section[1]
+
+
 def test_ci_runs_the_test_command():
     command = next(line for line in TEXT.splitlines() if "pytest" in line and "pip install" in line)
     assert command.rpartition("&& ")[2] in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

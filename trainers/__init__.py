@@ -19,7 +19,7 @@ from typing import Any
 
 from .compat import be_heard, find_toolbox, first_come_first_served, merge_from_file
 
-find_toolbox()  # before anything of it is imported
+find_toolbox()  # before anything of the toolbox is imported
 
 from dassl.engine import TRAINER_REGISTRY, TrainerX  # noqa: E402
 
@@ -47,8 +47,8 @@ from .base import CLIPTrainer  # noqa: E402
 from .clip import add_clip_config, complete_input  # noqa: E402
 from .configs import find_config, warn_if_for_another  # noqa: E402
 
-# What the field calls our trainers elsewhere (titles, other repositories' registered names) -> the name here. They are
-# not registered: they are suggested where somebody asks for them.
+# Names of our trainers elsewhere (in titles of papers, in registries of other repositories) -> the name here. The names
+# from elsewhere are not registered; where somebody asks for one, ours is suggested.
 ALIASES = {
     "DLR": "DLRCLIP",
     "CLIPDLR": "DLRCLIP",
@@ -105,7 +105,7 @@ __all__ = [
 
 
 def extend_cfg(cfg: Any) -> None:
-    """Adds the keys of CLIP and of every registered trainer to `cfg`, in place; keys that exist are left alone."""
+    """Add the keys of CLIP and of every registered trainer to `cfg`, in place; keys that exist are left alone."""
     add_clip_config(cfg)
     for name in TRAINER_REGISTRY.registered_names():
         trainer = TRAINER_REGISTRY.get(name)
@@ -114,7 +114,7 @@ def extend_cfg(cfg: Any) -> None:
 
 
 def complete_cfg(cfg: Any, given: Collection[str]) -> None:
-    """Fill what a configuration leaves open with what its backbone wants of images, in place.
+    """Fill the keys of INPUT that a configuration leaves open with what its backbone needs, in place.
 
     Args:
         cfg: an unfrozen configuration whose trainer is registered.

@@ -1,13 +1,13 @@
-"""CLAP: a linear probe that starts at the zero-shot prototypes and is held near them, each class as it merits.
+"""CLAP: a linear probe that starts at the zero-shot prototypes and is held near them, by a strength per class.
 
 Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, 2024. No validation
 set is used.
 
-    logits = s f normalise(P)^T,  P = T at first, the text features of the class prompts as CLIP gives them
+    logits = s f normalize(P)^T,  P = T at first, the text features of the class prompts as CLIP gives them
     loss = CE(logits) + mean_c lambda_c |P_c - T_c|^2
     lambda_c = mean over the training images of class c of their zero-shot probability of c
 
-An epoch takes as many batches as N images make whole ones, at least one, drawn from the 20 N features of all views.
+An epoch takes as many batches as N images fill, at least one; they are drawn from the 20 N features of all views.
 
 Legend: N training images, B images in a batch, C classes, E width of the joint embedding.
 """
@@ -30,7 +30,7 @@ from .features import FeatureSet
 
 
 def class_multipliers(zeroshot_logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean zero-shot probability of the right class, by class; 0 for a class without images.
+    """Return the mean zero-shot probability of the right class, by class; 0 for a class without images.
 
     Args:
         zeroshot_logits: [N, C]. labels: [N].
@@ -44,12 +44,12 @@ def class_multipliers(zeroshot_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def clap_penalty(prototypes: Tensor, base: Tensor, multipliers: Tensor) -> Tensor:
-    """mean_c lambda_c |P_c - T_c|^2, for prototypes and base [C, E] and multipliers [C]."""
+    """Return mean_c lambda_c |P_c - T_c|^2, for prototypes P and base T [C, E] and multipliers lambda [C]."""
     return (multipliers * (prototypes - base).pow(2).sum(dim=1)).mean()
 
 
 class CLAPLearner(FeatureLearner):
-    """The prototypes and the multipliers.
+    """The class prototypes P and the multipliers lambda of their penalty.
 
     Args:
         base: T, [C, E].
@@ -67,7 +67,7 @@ class CLAPLearner(FeatureLearner):
         self.prototypes = nn.Parameter(base.clone())
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [B, E] -> logits [B, C]."""
+        """Return logits [B, C] for features [B, E]."""
         return self.scale * features @ F.normalize(self.prototypes, dim=-1).t()
 
 
@@ -95,25 +95,28 @@ class CLAP(FeatureTrainer):
     raw_mean = True
 
     def epoch_steps(self) -> int:
-        """Whole batches of one view, at least 1: the source counts by its loader of images, which drops the last."""
+        """Return the number of whole batches in one view, at least 1.
+
+        The source counts the batches of its loader of images, which drops the last, smaller one.
+        """
         return max(1, len(self.dm.dataset.train_x) // self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE)
 
     def pooled_views(self) -> int:
-        """All of them."""
+        """Return the number of all views."""
         return max(1, self.views)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """The prototypes."""
+        """Build the prototypes, which start as the mean text features of the templates."""
         return CLAPLearner(clip, classnames, zeroshot, mean_text_features(clip, classnames, self.templates()))
 
     def prepare(self, features: FeatureSet) -> None:
-        """The multipliers, from the zero-shot logits of all views."""
+        """Compute the multipliers from the zero-shot logits of all views."""
         learner: Any = self.network.learner
         x, y = features.flat()
         learner.multipliers.copy_(class_multipliers(self.network(x), y))
 
     def loss(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return cross-entropy and penalty."""
+        """Return the cross-entropy and the penalty."""
         learner: Any = self.network.learner
         penalty = clap_penalty(learner.prototypes, learner.base, learner.multipliers)
         return {"ce": F.cross_entropy(outputs, labels), "penalty": penalty}

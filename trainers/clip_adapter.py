@@ -2,9 +2,9 @@
 
 Gao et al., CLIP-Adapter: Better Vision-Language Models with Feature Adapters, 2021.
 
-    f* = normalise(a A_v(f) + (1 - a) f)    A_v(f) = relu(f W1v) W2v, in CLIP-Adapter's code relu(relu(f W1v) W2v)
-    W* = normalise(b A_t(W) + (1 - b) W)    A_t(W) = relu(W W1t) W2t
-    logits = s f* W*^T, cross-entropy; a = 0 or b = 0 switches a side off (CLIP-Adapter: b = 0)
+    f* = normalize(a A_v(f) + (1 - a) f)    A_v(f) = relu(f W1v) W2v, in CLIP-Adapter's code relu(relu(f W1v) W2v)
+    W* = normalize(b A_t(W) + (1 - b) W)    A_t(W) = relu(W W1t) W2t
+    logits = s f* W*^T, trained by cross-entropy; a = 0 or b = 0 switches a side off (CLIP-Adapter: b = 0)
 
 Legend: B images, C classes, E width of the joint embedding, s CLIP's temperature (1 / tau).
 """
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 def blend(features: Tensor, down: Tensor, up: Tensor, ratio: float, final_relu: bool = False) -> Tensor:
-    """Return normalise(ratio * relu(features down^T) up^T + (1 - ratio) * features).
+    """Return normalize(ratio * relu(features down^T) up^T + (1 - ratio) * features).
 
     Args:
         features: [n, E]. down: [r, E]. up: [E, r].
-        final_relu: a second ReLU, after up.
+        final_relu: whether a second ReLU follows `up`.
     """
     adapted = (features @ down.t()).relu() @ up.t()
     if final_relu:
@@ -44,10 +44,10 @@ class AdapterLearner(FeatureLearner):
     """A bottleneck for image features, one for text features, or both; it works for any class list.
 
     Args:
-        image_ratio: a in [0, 1]; 0: no adapter on that side.
-        text_ratio: b, the same.
+        image_ratio: a in [0, 1]; 0: no adapter on the image side.
+        text_ratio: b in [0, 1]; 0: no adapter on the text side.
         reduction: E over the width of the bottleneck.
-        final_relu: a second ReLU, after the bottleneck. A checkpoint keeps the form that it was trained in.
+        final_relu: whether a second ReLU follows the bottleneck. A loaded checkpoint keeps the form it was trained in.
     """
 
     def __init__(
@@ -72,20 +72,20 @@ class AdapterLearner(FeatureLearner):
                 self.up[side] = nn.Linear(width, clip.embed_dim, bias=False).weight
 
     def adopt(self, facts: Mapping[str, Any]) -> None:
-        """Takes over the form of a checkpoint; those that do not say it were trained without the second ReLU."""
+        """Take over the form of a checkpoint; one that does not name its form was trained without the second ReLU."""
         form = bool(facts.get("final_relu", False))
         if form != self.facts["final_relu"]:
             logger.info("The checkpoint was trained with FINAL_RELU %s, which counts", form)
         self.facts["final_relu"] = form
 
     def adapt(self, features: Tensor, side: str) -> Tensor:
-        """Features [n, E] of the "image" or "text" side -> the same, adapted and normalised."""
+        """Return features [n, E] of the "image" or "text" side adapted and normalized; as they are without adapter."""
         if not self.ratios[side]:
             return features
         return blend(features, self.down[side], self.up[side], self.ratios[side], self.facts["final_relu"])
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [B, E] -> logits [B, C]."""
+        """Return logits [B, C] for features [B, E]."""
         return self.scale * self.adapt(features, "image") @ self.adapt(self.zeroshot, "text").t()
 
 
@@ -113,7 +113,7 @@ class CLIPAdapter(FeatureTrainer):
     per_step = False  # as published
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """The adapter on the image side."""
+        """Build the adapter on the image side."""
         settings = self.settings
         return AdapterLearner(
             clip,

@@ -1,8 +1,8 @@
 """CoCoOp: CoOp's context, shifted for each image by a small network that sees the image's feature.
 
 Zhou et al., Conditional Prompt Learning for Vision-Language Models, 2022. Each image has prompts of its own, so the
-text encoder runs once per image over all classes; what these prompts begin with is computed once per image, and they
-are cut at the longest one: the numbers are those of the full 77 tokens.
+text encoder runs once per image over all classes. The common beginning of an image's prompts is computed once, and
+prompts are cut to the length of the longest one; the results are those of the full 77 tokens.
 
 Legend: B images, C classes, n context vectors, D width of the text encoder, E width of the joint embedding.
 """
@@ -27,7 +27,7 @@ REDUCTION = 16  # hidden width of the meta network: E / 16
 
 
 class ConditionalPromptLearner(PromptLearner):
-    """The context vectors and the meta network. Its state has the published names.
+    """The context vectors and the meta network. The names in its state are the published ones.
 
     Args:
         clip: the frozen CLIP.
@@ -47,7 +47,7 @@ class ConditionalPromptLearner(PromptLearner):
         )
 
     def contexts(self, features: Tensor) -> Tensor:
-        """Normalised image features [B, E] -> contexts [B, n, D]; in fp32 even under autocast."""
+        """Return contexts [B, n, D] for normalized image features [B, E], in fp32 even under autocast."""
         with torch.autocast(device_type=features.device.type, enabled=False):
             return self.ctx + self.meta_net(features.float()).unsqueeze(1)
 
@@ -58,7 +58,7 @@ class CoCoOpClassifier(Classifier):
     learner: ConditionalPromptLearner
 
     def _conditional(self, features: Tensor) -> Tensor:
-        """Image features [B, E] -> logits [B, C]."""
+        """Return logits [B, C] for image features [B, E]."""
         text, learner = self.clip.text, self.learner
         features = F.normalize(features.float(), dim=-1)
         rows = []
@@ -68,13 +68,13 @@ class CoCoOpClassifier(Classifier):
         return torch.cat(rows)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> logits [B, C]."""
+        """Return logits [B, C] for images [B, 3, H, W]."""
         with torch.no_grad():
             features = self.clip.encode_image(images)
         return self._conditional(features)
 
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> zero-shot logits and those of the conditional prompts."""
+        """Return zero-shot logits and those of the conditional prompts, [B, C] each, for images [B, 3, H, W]."""
         features = self.clip.encode_image(images)
         return self.logits(features, self.zeroshot), self._conditional(features)
 
@@ -90,7 +90,7 @@ class CoCoOpConfig(MethodConfig):
 
 @TRAINER_REGISTRY.register()
 class CoCoOp(EncoderTrainer):
-    """Conditional context optimisation."""
+    """Conditional context optimization."""
 
     node_name = "COCOOP"
     paper = "Zhou et al. 2022b"
@@ -100,6 +100,6 @@ class CoCoOp(EncoderTrainer):
     main_head = "cocoop"
 
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> CoCoOpClassifier:
-        """CLIP with a conditional prompt learner."""
+        """Build CLIP with a conditional prompt learner."""
         learner = ConditionalPromptLearner(clip, classnames, self.settings)
         return CoCoOpClassifier(clip, classnames, templates, learner)

@@ -1,7 +1,7 @@
-"""All that exists so that our trainers live beside other people's, and on an upstream Dassl.
+"""Let our trainers live beside other people's, and on an upstream Dassl.
 
-Upstream is the toolbox wherever it is there; it refuses to register a name twice, and knows no `_BASE_` in YAML files.
-What its trainers lack is in portable.py.
+Where upstream Dassl is installed, it is the toolbox. It refuses to register a name twice, and does not know `_BASE_` in
+YAML files; this module makes up for both. What upstream's trainers lack is in portable.py.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ BASE_KEY = "_BASE_"
 def find_toolbox() -> None:
     """Have `import dassl` find the toolbox that comes with this package, where there is no other.
 
-    Its folder goes last on the path, which other processes (those that read for a DataLoader) inherit.
+    The toolbox's folder goes last on the path; other processes (those that read for a DataLoader) inherit the path.
     """
     if "dassl" in sys.modules:
         return
     spec = importlib.util.find_spec("dassl")
-    if spec is None or spec.origin is None:  # None: a mere folder of that name
+    if spec is None or spec.origin is None:  # an origin of None: a mere folder of that name
         here = Path(__file__).parent
         sys.path.append(str(here / "_toolbox" if (here / "_toolbox").is_dir() else here.parent))
 
 
 def is_ours(trainer: Any) -> bool:
-    """Return whether a trainer, or its class, is of our own toolbox: it handles precision and several heads itself."""
+    """Return whether a trainer or its class is our own toolbox's, which handles precision and several heads itself."""
     return callable(getattr(trainer, "set_precision", None))
 
 
 class _Printer(logging.Handler):
-    """Prints what is logged, unless whoever runs the program has set logging up."""
+    """Print what is logged, unless the program has set up logging itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers:
@@ -50,8 +50,8 @@ class _Printer(logging.Handler):
 def be_heard(trainer_class: Any, package: str) -> None:
     """Have the lines of a package reach the console on an upstream Dassl, in place.
 
-    Upstream prints, so that logging is not set up there; what is more, one of its datasets, imported with it, switches
-    logging off for the whole process. Our toolbox sees to the console itself.
+    Upstream prints and does not set up logging. What is more, one of its datasets, imported with it, switches logging
+    off for the whole process. Our own toolbox sets up the console itself.
 
     Args:
         trainer_class: the toolbox's TrainerX.
@@ -66,10 +66,10 @@ def be_heard(trainer_class: Any, package: str) -> None:
 
 
 def first_come_first_served(registry: Any, package: str) -> None:
-    """Have a registry admit a name that it knows, where one of the two is ours: the first stays, which is logged.
+    """Have a registry keep the first of two classes of one name, where one of the two is ours, and log that.
 
-    Repositories of the CoOp family register CoOp, CoCoOp or ZeroshotCLIP themselves. Without this, whichever is
-    imported second ends with a KeyError. Two classes of which neither is ours are still refused.
+    Repositories of the CoOp family register CoOp, CoCoOp or ZeroshotCLIP themselves. Without this, the import of the
+    second package ends with a KeyError. Two classes of one name are still refused where both or neither are ours.
 
     Args:
         registry: Dassl's, ours or upstream's; changed in place, once.
@@ -103,15 +103,15 @@ def first_come_first_served(registry: Any, package: str) -> None:
 def merge_from_file(cfg: Any, path: str | os.PathLike[str]) -> None:
     """Merge one of our YAML files into a configuration of an upstream Dassl, in place.
 
-    As `cfg.merge_from_file`, but what the file that `_BASE_` names (relative to it) says is merged before.
+    This does what `cfg.merge_from_file` does, but first merges the file that `_BASE_` names (relative to this one).
 
     Args:
         cfg: an unfrozen yacs node, after `extend_cfg`.
-        path: a file of configs/trainers, say.
+        path: the YAML file, such as one of configs/trainers.
 
     Raises:
-        ValueError: a `_BASE_` that leads back to a file, or a file that is no YAML.
-        KeyError: a key that this toolbox does not know; a setting of ours that it cannot follow is never passed over.
+        ValueError: a `_BASE_` leads back to a file that was read before, or a file is no YAML.
+        KeyError: this toolbox does not know a key; a setting of ours that it cannot follow is never ignored.
     """
     if getattr(type(cfg), "follows_base", False):  # our own toolbox's
         cfg.merge_from_file(path)
@@ -121,10 +121,10 @@ def merge_from_file(cfg: Any, path: str | os.PathLike[str]) -> None:
 
 
 def yaml_chain(path: Path) -> list[dict[str, Any]]:
-    """Return what a YAML file says, after what the file that its `_BASE_` names says, and so on: the farthest first.
+    """Return the values of a YAML file and of the files along its chain of `_BASE_`; the file itself comes last.
 
     Raises:
-        ValueError: a `_BASE_` that leads back to a file, or a file that is no YAML.
+        ValueError: a `_BASE_` leads back to a file that was read before, or a file is no YAML.
     """
     chain: list[dict[str, Any]] = []
     seen: list[Path] = []

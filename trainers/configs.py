@@ -1,7 +1,7 @@
 """The configurations that come with the project, by trainer and short name.
 
-CoOp's `tiny` is configs/trainers/coop/tiny.yaml. Which trainer a file is for is said in it (by TRAINER.NAME, perhaps in
-the file that its `_BASE_` names), not by its folder.
+CoOp's `tiny` is configs/trainers/coop/tiny.yaml. Not the folder, but TRAINER.NAME in the file (or in the file that its
+`_BASE_` names) says which trainer the file is for.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .compat import yaml_chain
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-# Installed within this package, in the checkout beside it.
+# Once installed, the configurations are within this package; in the checkout, beside it.
 CONFIGS = HERE / "_configs" if (HERE / "_configs").is_dir() else HERE.parent / "configs"
 FOLDER = CONFIGS / "trainers"
-FIRST = "tiny"  # the name that is suggested: it runs anywhere, without a download
+FIRST = "tiny"  # the configuration to suggest: it runs anywhere, without a download
 
 
 def trainer_of(file: str | os.PathLike[str]) -> str:
-    """Return the TRAINER.NAME that a YAML file sets, itself or by its `_BASE_`; "": it sets none."""
+    """Return the TRAINER.NAME that a YAML file sets, itself or by its `_BASE_`; "" where it sets none."""
     name = ""
     for values in yaml_chain(Path(file).expanduser()):
         node: Any = values.get("TRAINER")
@@ -41,9 +41,9 @@ def find_config(trainer: str, name: str) -> Path:
     """Return the file of a short name that is made for a trainer.
 
     Raises:
-        ValueError: there is none; the message names those there are.
+        ValueError: there is no such file; the message names those that there are.
     """
-    for file in sorted(FOLDER.glob("*/*.yaml")):  # each that is read costs some hundredths of a second
+    for file in sorted(FOLDER.glob("*/*.yaml")):  # reading one costs some hundredths of a second
         if file.stem == name and trainer_of(file) == trainer:
             return file
     found = configs_of(trainer)
@@ -55,7 +55,7 @@ def find_config(trainer: str, name: str) -> Path:
 
 
 def without_config(trainer: str) -> str:
-    """Return what to say to a command that names a trainer and nothing that its model could be built of."""
+    """Return the message for a command that names a trainer but neither a configuration nor a backbone."""
     found = configs_of(trainer)
     if not found:
         return "Expected a configuration (--config-file) or a backbone (--backbone) but got neither"

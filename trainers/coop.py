@@ -1,7 +1,7 @@
 """CoOp: the words around the class name are learnt, as vectors, through the frozen text encoder.
 
-Zhou et al., Learning to Prompt for Vision-Language Models, 2022. The prompts are cut at the longest one, and what all
-of them begin with is computed once: the numbers are those of the full 77 tokens.
+Zhou et al., Learning to Prompt for Vision-Language Models, 2022. The prompts are cut to the length of the
+longest one, and their common beginning is computed once; the results are those of the full 77 tokens.
 
 Legend: B images, C classes, n context vectors, D width of the text encoder.
 """
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def initial_context(clip: CLIP, n_ctx: int, words: str) -> tuple[Tensor, str]:
-    """(context vectors [n, D], the words to tokenise in their place).
+    """Return the initial context vectors [n, D], and the words to tokenize in their place.
 
     Args:
         clip: the frozen CLIP.
         n_ctx: n, where there are no words.
-        words: whose token embeddings the vectors start as; "": normal with deviation 0.02.
+        words: the vectors start as the token embeddings of these words; "": as normal draws with deviation 0.02.
     """
     words = words.replace("_", " ").strip()
     if words:
@@ -41,7 +41,7 @@ def initial_context(clip: CLIP, n_ctx: int, words: str) -> tuple[Tensor, str]:
 
 
 class PromptLearner(Learner):
-    """The context vectors. Its state has the published names: ctx, token_prefix, token_suffix.
+    """The context vectors. The names in its state are the published ones: ctx, token_prefix, token_suffix.
 
     Args:
         clip: the frozen CLIP.
@@ -71,7 +71,7 @@ class PromptLearner(Learner):
     def for_classes(
         self, state: dict[str, Tensor], trained: Sequence[str] | None, indices: Sequence[int] | None
     ) -> dict[str, Tensor]:
-        """With a context for each class, the rows of the present classes."""
+        """Return `state`; where each class has a context of its own (CSC), with those of the present classes only."""
         if self.ctx.ndim < 3 or state["ctx"].ndim < 3 or trained is None:
             return state
         return {**state, "ctx": state["ctx"][class_rows(self.classnames, trained, indices, "a context (CSC)")]}
@@ -83,18 +83,18 @@ class CoOpClassifier(Classifier):
     learner: PromptLearner
 
     def compute_text(self) -> Tensor:
-        """Text features [C, E], normalised, fp32."""
+        """Compute the text features [C, E] of the learnt prompts, normalized, fp32."""
         text, learner = self.clip.text, self.learner
         return F.normalize(text.suffix(learner.prompts.state(text, learner.ctx), 1).float(), dim=-1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> logits [B, C]."""
+        """Return logits [B, C] for images [B, 3, H, W]."""
         with torch.no_grad():
             features = self.clip.encode_image(images)
         return self.logits(features, self.text_features())
 
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> zero-shot logits and those of the learnt prompts."""
+        """Return zero-shot logits and those of the learnt prompts, [B, C] each, for images [B, 3, H, W]."""
         features = self.clip.encode_image(images)
         return self.logits(features, self.zeroshot), self.logits(features, self.text_features())
 
@@ -112,7 +112,7 @@ class CoOpConfig(MethodConfig):
 
 @TRAINER_REGISTRY.register()
 class CoOp(EncoderTrainer):
-    """Context optimisation."""
+    """Context optimization."""
 
     node_name = "COOP"
     paper = "Zhou et al. 2022a"
@@ -123,10 +123,10 @@ class CoOp(EncoderTrainer):
 
     @classmethod
     def each_class_has(cls, cfg: Any) -> str:
-        """Return "a context" with CSC, which CTX_INIT overrules."""
+        """Return "a context (CSC)" where CSC is set and CTX_INIT, which overrules it, is not; else ""."""
         node = cfg.TRAINER.COOP
         return "a context (CSC)" if node.CSC and not node.CTX_INIT else ""
 
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> CoOpClassifier:
-        """CLIP with a prompt learner."""
+        """Build CLIP with a prompt learner."""
         return CoOpClassifier(clip, classnames, templates, PromptLearner(clip, classnames, self.settings))

@@ -1,9 +1,9 @@
 """Cross-modal linear probe: class names are one more kind of training example.
 
 Lin et al., Multimodality Helps Unimodality: Cross-Modal Few-Shot Learning with Multimodal Models, 2023. One linear
-classifier on features of unit length, of images and of class prompts; every batch is half images, half prompts. It
-starts as the prompts' features and keeps CLIP's temperature. With FLIP each image is there twice, as it is at test time
-and mirrored.
+classifier is trained on unit-length features of images and of class prompts; every batch is half images, half prompts.
+The classifier starts as the prompts' features and keeps CLIP's temperature. With FLIP each image is used twice: as it
+is at test time, and mirrored.
 
 Legend: B images (and as many prompts) in a batch, T templates, C classes, E width of the joint embedding.
 """
@@ -26,7 +26,7 @@ from .clip.templates import ensemble_templates
 
 
 class Outputs(NamedTuple):
-    """Logits of a batch of images and of as many prompts [B, C] each, and the labels of the prompts [B]."""
+    """Logits of a batch of images and of as many prompts, [B, C] each, and the labels of the prompts [B]."""
 
     images: Tensor
     texts: Tensor
@@ -34,13 +34,13 @@ class Outputs(NamedTuple):
 
 
 def cross_modal_loss(image_logits: Tensor, image_labels: Tensor, text_logits: Tensor, text_labels: Tensor) -> Tensor:
-    """Cross-entropy over the union of image and text examples: [B, C], [B], [B, C], [B]."""
+    """Return the cross-entropy over image and text examples together; logits are [B, C], labels [B]."""
     return F.cross_entropy(torch.cat([image_logits, text_logits]), torch.cat([image_labels, text_labels]))
 
 
 def text_rows(total: int, n: int, seed: int, step: int) -> Tensor:
-    """Rows [n] of `total` prompts in the batch of a step: see `CrossModalProbe.sample_texts`."""
-    batches = max(1, total // n)  # of a pass
+    """Draw the rows [n] of `total` prompts in the batch of a step; see `CrossModalProbe.sample_texts`."""
+    batches = max(1, total // n)  # in a pass
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step // batches)
     if total < n:
         return torch.randint(total, (n,), generator=generator)
@@ -49,7 +49,7 @@ def text_rows(total: int, n: int, seed: int, step: int) -> Tensor:
 
 
 class CrossModalLearner(FeatureLearner):
-    """A linear classifier that starts as the zero-shot weights: s f weight^T."""
+    """A linear classifier, with logits s f weight^T, that starts as the text weights `start` [C, E]."""
 
     CLASS_ROWS = ("weight",)
 
@@ -58,7 +58,7 @@ class CrossModalLearner(FeatureLearner):
         self.weight = nn.Parameter(start.clone())
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [B, E] -> logits [B, C]."""
+        """Return logits [B, C] for features [B, E]."""
         return self.scale * self.compared(features) @ self.weight.t()
 
 
@@ -107,15 +107,15 @@ class CrossModalProbe(FeatureTrainer):
 
     @property
     def mirror(self) -> bool:  # type: ignore[override]  # read from the configuration, never set
-        """See FeatureTrainer: FLIP."""
+        """See FeatureTrainer; this is the setting FLIP."""
         return bool(self.settings.flip)
 
     def epoch_steps(self) -> int:
-        """STEPS."""
+        """Return the setting STEPS."""
         return self.settings.steps
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """The classifier; the features of the prompts are kept beside it."""
+        """Build the classifier, and keep the features of the prompts beside it."""
         own = self.templates()
         templates = own if self.settings.templates == "dataset" else ensemble_templates(own, "select", "")
         texts = torch.stack([zeroshot_weights(clip, classnames, [template]) for template in templates])
@@ -124,10 +124,10 @@ class CrossModalProbe(FeatureTrainer):
         return CrossModalLearner(clip, classnames, zeroshot, F.normalize(start, dim=-1))
 
     def sample_texts(self, n: int) -> tuple[Tensor, Tensor]:
-        """n features [n, E] of prompts and their labels [n], drawn by seed and step.
+        """Draw features [n, E] of n prompts and their labels [n], by seed and step.
 
-        Pass after pass over all prompts, each in an order of its own, without the last, smaller batch of a pass; where
-        there are fewer than n prompts, with repetitions.
+        The draws run through all prompts pass after pass, each pass in an order of its own, and leave out the last,
+        smaller batch of a pass. Where there are fewer than n prompts, they are drawn with repetitions.
         """
         step = self.epoch * len(self.train_loader_x) + self.batch_idx
         rows = text_rows(len(self.texts), n, self._seed, step).to(self.texts.device)
@@ -143,5 +143,5 @@ class CrossModalProbe(FeatureTrainer):
         return {"loss": cross_modal_loss(outputs.images, labels, outputs.texts, outputs.text_labels)}
 
     def shown_logits(self, outputs: Outputs) -> Tensor:
-        """Return those of the images."""
+        """Return the logits of the images."""
         return outputs.images

@@ -1,13 +1,13 @@
-"""EM-Dirichlet: the images to be classified are clustered together, in the simplex of their zero-shot probabilities.
+"""EM-Dirichlet: cluster the images to be classified together, in the simplex of their zero-shot probabilities.
 
 Martin et al., Transductive Zero-Shot and Few-Shot CLIP, 2024. z_n = softmax(T cos(f_n, W)), T = 30. Each class has a
-Dirichlet distribution over the simplex; assignments u, class shares pi and parameters alpha take turns so that
+Dirichlet distribution over the simplex. Assignments u, class shares pi and parameters alpha are updated in turn so that
 
     - sum_n sum_k u_nk ln p(z_n | alpha_k) + sum_n sum_k u_nk ln u_nk - lambda sum_k pi_k ln pi_k,   pi_k = mean_n u_nk
 
-never increases; the sums over n run over the queries, and the first one over the supports too, whose u is their label.
-The last term favours few classes. Both variants start from u = z. The hard one makes u one-hot from the first turn of u
-on, and leaves the second term out.
+never increases. The sums over n run over the queries; the first one also runs over the supports, whose u is their
+label. The last term favors few classes. Both variants start from u = z. The hard variant makes u one-hot from the first
+update of u on, and leaves out the second term.
 
 Legend: Q queries, S supports, n images, C classes (also the dimension of the simplex).
 """
@@ -32,11 +32,11 @@ from .features import Batch, FeatureLoader, FeatureSet
 
 logger = logging.getLogger(__name__)
 
-TINY = 1e-15  # probabilities below are taken for this in logarithms
+TINY = 1e-15  # smaller probabilities are replaced by this before a logarithm is taken
 
 
 def dirichlet_log_likelihood(log_z: Tensor, alpha: Tensor) -> Tensor:
-    """ln p(z_n | alpha_k) = lgamma(sum alpha_k) - sum lgamma(alpha_k) + sum (alpha_k - 1) ln z_n.
+    """Return ln p(z_n | alpha_k) = lgamma(sum alpha_k) - sum lgamma(alpha_k) + sum (alpha_k - 1) ln z_n.
 
     Args:
         log_z: [n, C]. alpha: [C, C], a row per class.
@@ -48,24 +48,25 @@ def dirichlet_log_likelihood(log_z: Tensor, alpha: Tensor) -> Tensor:
 
 
 def fit_dirichlet(alpha: Tensor, statistic: Tensor, iterations: int = 1000, tolerance: float = 1e-11) -> Tensor:
-    """Raises the weighted likelihood of each row's Dirichlet by majorise-minimise steps.
+    """Fit each row's Dirichlet: increase its weighted likelihood by majorize-minimize steps.
 
     Each step replaces -lgamma(sum alpha) by its tangent and lgamma(alpha + 1) by the parabola that touches it and is
     equal to it at 0; the minimum of what remains, c a^2 / 2 + b a - ln a, solves a quadratic. No step lowers the
     likelihood.
 
     Args:
-        alpha: [K, C], where to start, above 0.
+        alpha: [K, C], the start, above 0.
         statistic: [K, C], weighted mean of ln z.
-        tolerance: of the squared relative change, at which to stop.
+        iterations: steps at most.
+        tolerance: squared relative change of alpha below which the fit stops.
     """
     for iteration in range(iterations):
         digamma = torch.digamma(alpha + 1)
         curvature = 2 * (alpha * digamma - torch.lgamma(alpha + 1)) / alpha**2
-        curvature = torch.where(alpha > 1e-5, curvature, torch.polygamma(1, torch.ones_like(alpha)))  # its limit at 0
+        curvature = torch.where(alpha > 1e-5, curvature, torch.polygamma(1, torch.ones_like(alpha)))  # the limit at 0
         linear = digamma - torch.digamma(alpha.sum(dim=1, keepdim=True)) - curvature * alpha - statistic
         root = torch.sqrt(linear**2 + 4 * curvature)
-        # (root - linear) / (2 curvature), written so that nothing cancels where linear is above 0
+        # This is (root - linear) / (2 curvature), written so that nothing cancels where `linear` is above 0.
         new = torch.where(linear > 0, 2 / (root + linear), (root - linear) / (2 * curvature))
         change = float(((new - alpha) ** 2).sum() / (alpha**2).sum())
         alpha = new
@@ -75,12 +76,12 @@ def fit_dirichlet(alpha: Tensor, statistic: Tensor, iterations: int = 1000, tole
 
 
 class Clustering(NamedTuple):
-    """What EM-Dirichlet ends with, fp64."""
+    """The result of EM-Dirichlet, fp64."""
 
     assignments: Tensor  # u of the queries, [Q, C]
     log_scores: Tensor  # what u is the softmax (or arg-max) of, [Q, C]
     alpha: Tensor  # [C, C]
-    objective: list[float]  # after each turn of alpha and of u
+    objective: list[float]  # after each update of alpha and of u
 
 
 def em_dirichlet(
@@ -94,15 +95,15 @@ def em_dirichlet(
     mm_iterations: int = 1000,
     tolerance: float = 1e-11,
 ) -> Clustering:
-    """EM-Dirichlet on one set of queries.
+    """Run EM-Dirichlet on one set of queries.
 
     Args:
         queries: z of the queries, [Q, C].
         supports: z of the supports, [S, C], or None: zero-shot.
         support_labels: [S].
         strength: lambda / Q.
-        hard: one-hot assignments after the first fit of alpha, which is to the soft ones.
-        iterations: turns of alpha, shares and assignments.
+        hard: whether assignments become one-hot; the first fit of alpha is still to the soft ones.
+        iterations: number of rounds, each of which updates alpha, shares and assignments.
         mm_iterations, tolerance: see `fit_dirichlet`.
     """
     size, num_classes = queries.shape
@@ -140,13 +141,15 @@ def em_dirichlet(
 
 
 def match_clusters(alpha: Tensor, assignments: Tensor) -> Tensor:
-    """The class of each cluster: the arg-max of its Dirichlet mean, one-to-one where two clusters would have the same.
+    """Match each cluster with a class: the arg-max of its Dirichlet mean.
+
+    Where two clusters would get the same class, all clusters with queries are matched one-to-one instead.
 
     Args:
         alpha: [C, C]. assignments: [Q, C].
 
     Returns:
-        [C], a permutation: clusters that no query is in get the classes that are left.
+        [C], a permutation: clusters without queries get the classes that are left, their own class where possible.
     """
     used = torch.unique(assignments.argmax(dim=1))
     mean = alpha / alpha.sum(dim=1, keepdim=True)
@@ -167,13 +170,16 @@ def match_clusters(alpha: Tensor, assignments: Tensor) -> Tensor:
 
 
 def draw_tasks(labels: Tensor, size: int, classes: int, count: int, seed: int) -> list[list[int]]:
-    """Rows of `count` sets of `size` images, each of `classes` classes drawn at random; repetitions only across sets.
+    """Draw the rows of `count` sets of `size` images, each from `classes` random classes.
+
+    An image may be in several sets, but only once in each.
 
     Args:
         labels: [N].
+        seed: decides the draws.
 
     Raises:
-        ValueError: there are fewer classes, or too few images in `classes` of them.
+        ValueError: there are fewer classes, or too few images in some `classes` of them.
     """
     present = torch.unique(labels)
     if classes > len(present):
@@ -191,7 +197,7 @@ def draw_tasks(labels: Tensor, size: int, classes: int, count: int, seed: int) -
 
 
 class DirichletLearner(FeatureLearner):
-    """Supports, and the clustering of whatever images come together.
+    """The supports, and the clustering of the images that are given together.
 
     Args:
         n: number of supports; 0: zero-shot.
@@ -226,11 +232,11 @@ class DirichletLearner(FeatureLearner):
         self.register_buffer("support_labels", torch.zeros(n, dtype=torch.long))
 
     def simplex(self, features: Tensor) -> Tensor:
-        """Features [n, E] -> z [n, C]."""
+        """Return the zero-shot probabilities z [n, C] of features [n, E], with temperature T."""
         return (self.temperature * features @ self.zeroshot.t()).softmax(dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [Q, E] of one set of queries -> log-probabilities [Q, C]; they depend on the whole set."""
+        """Return log-probabilities [Q, C], which depend on the whole set, for features [Q, E] of one set of queries."""
         queries, options = self.simplex(features), self.options
         if self.use_supports:
             found = em_dirichlet(
@@ -261,7 +267,7 @@ class EMDirichletConfig(MethodConfig):
 
 @TRAINER_REGISTRY.register()
 class EMDirichlet(FeatureTrainer):
-    """Transductive: every set of test images (all of them, or tasks) is classified as a whole."""
+    """A transductive method: every set of test images (all of them, or each task) is classified as a whole."""
 
     recipe = 2
     node_name = "EMDIRICHLET"
@@ -273,11 +279,11 @@ class EMDirichlet(FeatureTrainer):
 
     @classmethod
     def each_class_has(cls, cfg: Any) -> str:
-        """Return "images" where they support the clusters."""
+        """Return "images" where the training images are supports of the clusters; else ""."""
         return "images" if cfg.TRAINER.EMDIRICHLET.SUPPORTS else ""
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """The supports' features, empty until the fit."""
+        """Build the learner; its supports are zeros until the fit."""
         settings = self.settings
         return DirichletLearner(
             clip,
@@ -300,11 +306,11 @@ class EMDirichlet(FeatureTrainer):
 
     @classmethod
     def trains(cls, cfg: Any) -> bool:
-        """Return False in the zero-shot case: a run then goes straight to the test."""
+        """Return whether there are supports to keep; in the zero-shot case, a run goes straight to the test."""
         return bool(cfg.TRAINER.EMDIRICHLET.SUPPORTS)
 
     def fit(self, features: FeatureSet) -> dict[str, float]:
-        """Keeps the supports -> their number."""
+        """Keep the supports, and return their number."""
         learner: Any = self.network.learner
         learner.supports.copy_(features.values[0])
         learner.support_labels.copy_(features.labels)
@@ -317,7 +323,7 @@ class EMDirichlet(FeatureTrainer):
         if settings.task_size and len(labels):
             draw_tasks(
                 labels, settings.task_size, settings.task_classes, 0, 0
-            )  # says now what would go wrong in the end
+            )  # raises now what would otherwise be raised at the test
         self.test_loader = TransductiveLoader(
             self.test_loader, settings.task_size, settings.task_classes, settings.num_tasks, self._seed
         )
@@ -326,7 +332,10 @@ class EMDirichlet(FeatureTrainer):
 
 
 class TransductiveLoader(FeatureLoader):
-    """Batches that are to be classified as a whole: all images, or (with a size above 0) tasks; see `draw_tasks`."""
+    """A loader whose batches are classified as a whole: all images, or tasks where `size` is above 0.
+
+    For the tasks see `draw_tasks`.
+    """
 
     def __init__(self, loader: FeatureLoader, size: int = 0, classes: int = 0, count: int = 1, seed: int = 0) -> None:
         super().__init__(loader.loader, loader.encode, loader.slot)

@@ -1,4 +1,4 @@
-"""Files that are never seen half-written, also on a toolbox that has no such thing."""
+"""Write files that nobody ever sees half-written, also on a toolbox that cannot do so itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file at once or not at all; its folder is made when missing."""
+    """Write a file at once or not at all; its folder is made when missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
@@ -21,12 +21,12 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """The same for text, in UTF-8."""
+    """Write text in UTF-8, at once or not at all; see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_png(path: str | os.PathLike[str], figure: Any, **how: Any) -> None:
-    """The same for a Matplotlib figure; `how` goes to its `savefig`."""
+    """Write a Matplotlib figure as a PNG, at once or not at all; `how` goes to its `savefig`."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", **how)
     write_bytes(path, picture.getvalue())

@@ -1,7 +1,7 @@
 """JCLIP-Adapter: bottlenecks on image and text features, and prompts by super-category.
 
-The formulas are those of clip_adapter.py. Beside the usual results it draws curves and writes the five best classes of
-each test image.
+The formulas are those of clip_adapter.py. Beside the usual results, the trainer draws curves and writes the five best
+classes of each test image.
 
 Legend: B images, C classes, E width of the joint embedding.
 """
@@ -29,14 +29,14 @@ from .clip_adapter import AdapterLearner
 from .files import write_png, write_text
 
 logger = logging.getLogger(__name__)
-RESULT_CLASSES = 5  # of result.txt
+RESULT_CLASSES = 5  # classes of each image in result.txt
 
 
 def parse_prompt_map(entries: Sequence[str]) -> dict[str, str]:
-    """ "prefix=template" entries -> {prefix: template}.
+    """Parse "prefix=template" entries as {prefix: template}.
 
     Raises:
-        ValueError: an entry that is not of that form, or a prefix that comes twice.
+        ValueError: an entry is not of that form, or a prefix comes twice.
     """
     parsed: dict[str, str] = {}
     for entry in entries:
@@ -51,9 +51,10 @@ def parse_prompt_map(entries: Sequence[str]) -> dict[str, str]:
 
 
 def mapped_prompt(classname: str, prompt_map: dict[str, str], default: str) -> str:
-    """The prompt of a class: by the longest prefix in the map that its name has, else by the default template.
+    """Return the prompt of a class, by the template of the longest prefix of its name in the map.
 
-    What is left of the name without the prefix and the separator after it goes into the template.
+    The rest of the name, after the prefix and the separator, goes into the template; where there is no rest, the whole
+    name does. A name without a prefix in the map goes into the default template.
     """
     prefixes = [prefix for prefix in prompt_map if classname.startswith(prefix)]
     if not prefixes:
@@ -107,12 +108,12 @@ class JCLIPAdapter(FeatureTrainer):
 
     @classmethod
     def check_settings(cls, cfg: Any) -> None:
-        """See CLIPTrainer; the map of prompts is checked, too."""
+        """Check the settings, and the map of prompts; see CLIPTrainer."""
         super().check_settings(cfg)
         parse_prompt_map(cfg.DATASET.PROMPT_MAP)
 
     def zeroshot(self, clip: CLIP, classnames: Sequence[str]) -> Tensor:
-        """Weights [C, E] from the prompts by super-category, normalised."""
+        """Return the weights [C, E] of the prompts by super-category, normalized."""
         prompt_map, weights = parse_prompt_map(self.cfg.DATASET.PROMPT_MAP), []
         for default in self.templates():
             prompts = [mapped_prompt(name, prompt_map, default) for name in classnames]
@@ -120,7 +121,7 @@ class JCLIPAdapter(FeatureTrainer):
         return weights[0] if len(weights) == 1 else F.normalize(torch.stack(weights).mean(dim=0), dim=-1)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """The adapters."""
+        """Build the adapters of the image and the text side."""
         settings = self.settings
         return AdapterLearner(
             clip,
@@ -135,7 +136,7 @@ class JCLIPAdapter(FeatureTrainer):
     # Curves
 
     def forward_backward(self, batch: Any) -> dict[str, float]:
-        """See FeatureTrainer; the numbers are kept for the curves."""
+        """Make one step, and add its numbers to the sums for the curves; see FeatureTrainer."""
         summary = super().forward_backward(batch)
         n = len(batch["label"]) if self.stepped else 0
         earlier = self._sums if self.batch_idx else (0.0, 0.0, 0)
@@ -146,7 +147,7 @@ class JCLIPAdapter(FeatureTrainer):
 
     @torch.no_grad()
     def after_epoch(self) -> None:
-        """Adds a point to the curves."""
+        """Add a point to the curves."""
         loss, accuracy, n = self._sums
         point: dict[str, Any] = {"epoch": self.epoch + 1}
         if n:
@@ -165,7 +166,7 @@ class JCLIPAdapter(FeatureTrainer):
         super().after_epoch()
 
     def after_train(self) -> None:
-        """Draws the curves, and tests."""
+        """Draw the curves, and test."""
         curves = self._read_curves() if self.writes_files else []
         if curves:
             draw_curves(curves, self._file("curves.png"))
@@ -181,20 +182,20 @@ class JCLIPAdapter(FeatureTrainer):
         except (OSError, ValueError):
             return []
 
-    # What the toolbox keeps of a run that is stopped within an epoch
+    # What the toolbox saves of a run, so that the run can be resumed within an epoch
 
     def run_state(self) -> dict[str, Any]:
-        """The sums of the epoch."""
+        """Return the sums of this epoch."""
         return {"sums": self._sums}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
-        """Puts `run_state` back."""
+        """Put the sums that `run_state` returned back."""
         self._sums = tuple(state["sums"])
 
     # result.txt
 
     def test(self, split: str | None = None) -> float:
-        """Evaluates a split; after the test set, also writes result.txt: each image's file and its best classes."""
+        """Evaluate a split; after the test set, also write result.txt: each image's file and its best classes."""
         result = super().test(split)
         if (split or self.cfg.TEST.SPLIT) == "test" and self.writes_files:
             self.write_result(self._file("result.txt"))
@@ -202,7 +203,7 @@ class JCLIPAdapter(FeatureTrainer):
 
     @torch.no_grad()
     def write_result(self, path: str) -> None:
-        """One line per test image: file name and the numbers of its five best classes, best first."""
+        """Write one line per test image: file name and the numbers of its five best classes, best first."""
         self.set_model_mode("eval")
         lines = []
         for batch in self.test_loader:
@@ -213,19 +214,22 @@ class JCLIPAdapter(FeatureTrainer):
 
 
 def file_name(path: str) -> str:
-    """The name of a file as one printable line, whatever is in it."""
+    """Return the name of a file as one printable line, whatever characters it contains."""
     name = os.path.basename(path)
     return " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in name).split())
 
 
 def result_lines(paths: Sequence[str], logits: Tensor) -> list[str]:
-    """File name and the numbers of the (at most) five best classes, best first and equal ones in order, per image."""
+    """Return a line for each image: its file name and the numbers of its (at most) five best classes.
+
+    The best class comes first; classes of equal logits stay in order.
+    """
     order = logits.sort(dim=1, descending=True, stable=True).indices[:, :RESULT_CLASSES].tolist()
     return [" ".join([file_name(path), *map(str, classes)]) for path, classes in zip(paths, order, strict=True)]
 
 
 def draw_curves(curves: Sequence[dict[str, Any]], path: str) -> None:
-    """Loss and accuracy by epoch, of training and validation images, as a PNG."""
+    """Draw loss and accuracy by epoch, of training and validation images, as a PNG."""
     figure = Figure(figsize=(9, 3.5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, name, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("", ", %"), strict=True):

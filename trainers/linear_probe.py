@@ -1,8 +1,8 @@
 """Linear probe: logistic regression on the frozen CLIP's image features.
 
-Radford et al., 2021: L-BFGS, and the strength of the regularisation by a binary search on validation images (the search
-that CoOp's comparison runs, on features as CLIP gives them, not normalised). Or a linear classifier that starts as the
-zero-shot weights and is trained by gradient descent with CLIP's temperature.
+As in Radford et al., 2021, it is fitted by L-BFGS, and a binary search on validation images finds the strength of the
+regularization. The search is that of CoOp's comparison, on features as CLIP gives them, not normalized. Alternatively,
+a linear classifier starts as the zero-shot weights and is trained by gradient descent with CLIP's temperature.
 
 Legend: N training images, n validation images, B images in a batch, C classes, E width of the joint embedding.
 """
@@ -37,21 +37,24 @@ STEPS = 8
 
 
 class Linear(NamedTuple):
-    """Logits are features @ weight.T + bias."""
+    """A linear classifier, whose logits are features @ weight.T + bias."""
 
     weight: Tensor  # [C, E]
     bias: Tensor  # [C]
 
 
 def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float, max_iter: int = 1000) -> Linear:
-    """Multinomial logistic regression by L-BFGS with an L2 penalty of weight 1 / c.
+    """Fit a multinomial logistic regression by L-BFGS with an L2 penalty of weight 1 / c.
 
     Args:
         features: [N, E].
         labels: [N], each of 0..C-1 at least once.
+        num_classes: C.
+        c: inverse strength of the penalty.
+        max_iter: iterations at most.
 
     Raises:
-        ValueError: a class without an image.
+        ValueError: a class has no image.
     """
     missing = set(range(num_classes)) - set(labels.tolist())
     if missing:
@@ -60,7 +63,7 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float, m
         return Linear(features.new_zeros(1, features.shape[1]), features.new_zeros(1))
     model = LogisticRegression(C=c, solver="lbfgs", max_iter=max_iter)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # hardly any penalty: the search comes by such places too
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the search also tries penalties too weak to converge
         model.fit(features.cpu().numpy(), labels.cpu().numpy())
     weight, bias = (torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in (model.coef_, model.intercept_))
     if num_classes == 2:  # one row, for the second class
@@ -69,13 +72,13 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float, m
 
 
 def binary_search(accuracy: Callable[[float], float]) -> float:
-    """The C that CoOp's binary search ends at.
+    """Return the C that CoOp's binary search ends at.
 
-    The best of seven powers of ten, then eight halvings of the interval one power to both sides; the better end of each
-    interval stays, the left one in a tie.
+    The search takes the best of seven powers of ten. Then eight times it halves the interval, at first from a tenth of
+    the best to ten times the best: the better end of each interval stays, the left one in a tie.
 
     Args:
-        accuracy: of a probe with that C on validation images.
+        accuracy: C -> the accuracy of a probe with that C on validation images.
     """
     (place,) = best_place(torch.tensor([accuracy(c) for c in COARSE]))
     peak = COARSE[place]
@@ -94,10 +97,10 @@ class ProbeLearner(FeatureLearner):
     """A linear classifier.
 
     Args:
-        trained: start as the zero-shot weights, without a bias and with CLIP's temperature, and be trained; else zeros
-            with a bias, to be fitted.
-        raw: features come as CLIP gives them, and are classified so. A checkpoint of features of unit length, as all
-            were that do not say it, keeps to these.
+        trained: True: the classifier starts as the zero-shot weights, without a bias and with CLIP's temperature, and
+            is trained; False: it starts as zeros with a bias, and is fitted.
+        raw: whether features come, and are classified, as CLIP gives them. A loaded checkpoint of unit-length features
+            still classifies unit-length features; a checkpoint that does not name its features is such a one.
     """
 
     CLASS_ROWS: tuple[str, ...] = ("weight",)
@@ -119,23 +122,23 @@ class ProbeLearner(FeatureLearner):
             self.register_buffer("bias", torch.zeros(len(zeroshot)))
 
     def adopt(self, facts: Mapping[str, Any]) -> None:
-        """Takes over a checkpoint's unit length, which features can be given here; raw ones must have come so."""
+        """Take over a checkpoint's unit length: raw features can be normalized, but unit ones not made raw."""
         if self.raw and facts.get("features", "unit") == "unit":
             logger.info("The checkpoint classifies features of unit length, which counts")
             self.facts["features"] = "unit"
 
     def original(self, features: Tensor) -> Tensor:
-        """See FeatureLearner; of unit length."""
+        """Return CLIP's features at unit length; see FeatureLearner."""
         features = super().original(features)
         return F.normalize(features, dim=-1) if self.raw else features
 
     def compared(self, features: Tensor) -> Tensor:
-        """See FeatureLearner; what is classified."""
+        """Return the features that are classified; see FeatureLearner."""
         features = super().compared(features)
         return F.normalize(features, dim=-1) if self.raw and self.facts["features"] == "unit" else features
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [B, E] -> logits [B, C]."""
+        """Return logits [B, C] for features [B, E]."""
         images = self.compared(features)
         if self.trained:
             return self.scale * images @ self.weight.t()
@@ -184,13 +187,13 @@ class LinearProbe(FeatureTrainer):
     main_head = "probe"
     of_each_class = "weights"
     adapters = "optional"
-    drop_last = False  # of INIT text, which is ours
+    drop_last = False  # concerns INIT text, which is ours, not the source's
     eps = 1e-4
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """The linear classifier."""
+        """Build the linear classifier."""
         learner = ProbeLearner(clip, classnames, zeroshot, trained=self.settings.init == "text", raw=self.raw)
-        if not learner.trained:  # L-BFGS fits weights and biases, which are no parameters of torch
+        if not learner.trained:  # L-BFGS fits weights and biases, which are not nn.Parameters
             self.fitted_parameters = learner.weight.numel() + learner.get_buffer("bias").numel()
         return learner
 
@@ -201,12 +204,12 @@ class LinearProbe(FeatureTrainer):
         return bool(settings.init == "zeros" and settings.features == "raw" and not corrected)
 
     def build_encoder(self, clip: CLIP) -> ImageEncoder:
-        """See FeatureTrainer."""
+        """Build the encoder of images; see FeatureTrainer."""
         encoder = super().build_encoder(clip)
         return encoder.raw() if self.raw else encoder
 
     def fit(self, features: FeatureSet) -> dict[str, float]:
-        """Searches C on validation images and fits -> accuracy (percent) on training images."""
+        """Choose C on validation images, fit, and return the accuracy (percent) on the training images."""
         learner, known = self.network.learner, self.validation_features()
         x, y = features.flat()
         x = learner.compared(x)

@@ -1,6 +1,6 @@
-"""The trainer that all of ours derive from: the same methods on our own toolbox and on an upstream Dassl.
+"""Offer the base class of all our trainers: the same methods on our own toolbox and on an upstream Dassl.
 
-Upstream scales no gradients, evaluates one head, runs one process, and makes every step.
+Upstream does not scale gradients, evaluates one head only, runs one process only, and never leaves out a step.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .compat import is_ours
 
 logger = logging.getLogger(__name__)
 
-OWN_TOOLBOX = is_ours(TrainerX)  # else upstream's
+OWN_TOOLBOX = is_ours(TrainerX)  # False: the toolbox is upstream's
 
 
 class PortableTrainer(TrainerX):
-    """Offer the same methods on our toolbox and on upstream's; here on ours.
+    """Offer the same methods on our toolbox and on upstream's; this class is for ours.
 
     `_autocast()` gives the context in which the forward pass runs.
     """
@@ -42,12 +42,12 @@ class PortableTrainer(TrainerX):
 if not OWN_TOOLBOX:
 
     class PortableTrainer(TrainerX):  # type: ignore[no-redef]
-        """Offer on upstream's toolbox what ours has and upstream's has not."""
+        """Add to upstream's trainer the methods that ours has and upstream's lacks."""
 
         _collect: Any  # see CLIPTrainer
         trains: Any
 
-        share = None  # of several processes; upstream knows one only
+        share = None  # how processes share a step's batch; upstream runs one process only
         writes_files = True
         main_head = ""
 
@@ -61,18 +61,18 @@ if not OWN_TOOLBOX:
             pass
 
         def average_gradients(self, names: Any = None) -> None:
-            """Leave the gradients as they are."""
+            """Leave the gradients as they are: there is one process only."""
 
         def after_update(self) -> None:
             """Move what follows the model from step to step."""
 
         def model_backward(self, loss: Tensor) -> bool:
-            """Back-propagate the loss; upstream stops at one that is not finite."""
+            """Back-propagate the loss; upstream raises an error where the loss is not finite."""
             super().model_backward(loss)
             return True
 
         def model_update(self, names: Any = None) -> bool:
-            """Step the optimisers and call `after_update`: upstream makes every step."""
+            """Step the optimizers and call `after_update`; upstream never leaves out a step."""
             super().model_update(names)
             self.stepped = True
             self.after_update()
@@ -111,5 +111,8 @@ if not OWN_TOOLBOX:
 
 
 def class_indices(dataset: Any) -> list[int] | None:
-    """Return which of the classes trained on a dataset's are, where it says so (upstream's never do)."""
+    """Return the position of each class of a dataset among the classes trained on.
+
+    None where the dataset does not know these positions; datasets of upstream never do.
+    """
     return getattr(dataset, "class_indices", None)

@@ -1,7 +1,8 @@
 """TaskRes: a learnt residual on the class weights of zero-shot CLIP.
 
-Yu et al., Task Residual for Tuning Vision-Language Models, 2023. logits = s f normalise(T + alpha x)^T: T are the text
-features of the class prompts as CLIP gives them (their length counts), x a parameter of the same size, zero at first.
+Yu et al., Task Residual for Tuning Vision-Language Models, 2023. logits = s f normalize(T + alpha x)^T. T are the text
+features of the class prompts as CLIP gives them (their length counts); x is a parameter of the same shape, zero at
+first.
 
 Legend: B images, C classes, E width of the joint embedding.
 """
@@ -22,15 +23,16 @@ from .clip import CLIP, IMAGENET_TEMPLATES_SELECT_OWN, mean_text_features
 
 
 def taskres_logits(features: Tensor, base: Tensor, residual: Tensor, alpha: float, scale: float) -> Tensor:
-    """Features [B, E], base and residual [C, E] -> logits [B, C]."""
+    """Return logits [B, C] for features [B, E], with base and residual [C, E]."""
     return scale * features @ F.normalize(base + alpha * residual, dim=-1).t()
 
 
 class TaskResLearner(FeatureLearner):
-    """The residual.
+    """The residual x on the class weights.
 
     Args:
         base: T, [C, E].
+        alpha: scale of the residual.
     """
 
     CLASS_ROWS = ("residual",)
@@ -44,7 +46,7 @@ class TaskResLearner(FeatureLearner):
         self.residual = nn.Parameter(torch.zeros_like(base))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [B, E] -> logits [B, C]."""
+        """Return logits [B, C] for features [B, E]."""
         return taskres_logits(features, self.base, self.residual, self.alpha, self.scale)
 
 
@@ -73,6 +75,6 @@ class TaskRes(FeatureTrainer):
     raw_mean = True
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """The residual on the text features of the dataset's template."""
+        """Build the residual on the text features of the dataset's templates."""
         base = mean_text_features(clip, classnames, self.templates())
         return TaskResLearner(clip, classnames, zeroshot, base, self.settings.alpha)

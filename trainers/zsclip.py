@@ -1,7 +1,7 @@
 """Zero-shot CLIP: the dataset's prompt template, or an ensemble of templates. Nothing is trained.
 
-Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021. In an ensemble each prompt
-is encoded and normalised, averaged over the templates, and normalised again.
+Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021. In an ensemble, each prompt
+is encoded and normalized; a class's features are averaged over the templates, and normalized again.
 
 Legend: B images, C classes, E width of the joint embedding.
 """
@@ -32,7 +32,7 @@ class ZeroshotCLIP(FeatureTrainer):
     main_head = "clip"
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """Zero-shot logits."""
+        """Build a learner that learns nothing and gives zero-shot logits."""
         return FeatureLearner(clip, classnames, zeroshot)
 
     def _register(self, learner: FeatureLearner, optim_cfg: Any) -> None:
@@ -45,15 +45,15 @@ class ZeroshotCLIP(FeatureTrainer):
 
     @torch.no_grad()
     def model_heads(self, input: Tensor) -> dict[str, Tensor]:
-        """Images [B, 3, H, W] or features [B, E] -> logits [B, C]."""
+        """Return zero-shot logits [B, C] for images [B, 3, H, W] or features [B, E]."""
         return {"clip": self.network.both(input)[0]}
 
 
 class EnsembleLearner(FeatureLearner):
-    """Logits by the weights of an ensemble.
+    """A classifier by the weights of an ensemble of templates.
 
     Args:
-        weights: [C, E], normalised.
+        weights: [C, E], normalized.
     """
 
     weights: Tensor
@@ -63,7 +63,7 @@ class EnsembleLearner(FeatureLearner):
         self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [B, E] -> logits [B, C]."""
+        """Return logits [B, C] for features [B, E]."""
         return self.scale * features @ self.weights.t()
 
 
@@ -78,7 +78,7 @@ class EnsembleConfig(MethodConfig):
 
 @TRAINER_REGISTRY.register()
 class ZeroshotCLIP2(ZeroshotCLIP):
-    """Zero-shot CLIP with an ensemble of templates, beside the one with the dataset's template."""
+    """Zero-shot CLIP with an ensemble of templates, beside zero-shot CLIP with the dataset's template."""
 
     node_name = "ZEROSHOTCLIP2"
     paper = "Radford et al. 2021, prompt ensemble"
@@ -87,12 +87,12 @@ class ZeroshotCLIP2(ZeroshotCLIP):
     main_head = "ensemble"
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """Logits by the ensemble."""
+        """Build the classifier by the ensemble's weights."""
         templates = ensemble_templates(self.templates(), self.settings.templates, self.cfg.DATASET.NAME)
         return EnsembleLearner(clip, classnames, zeroshot, zeroshot_weights(clip, classnames, templates))
 
     @torch.no_grad()
     def model_heads(self, input: Tensor) -> dict[str, Tensor]:
-        """Images [B, 3, H, W] or features [B, E] -> logits [B, C] of the dataset's template and of the ensemble."""
+        """Return logits [B, C] of the dataset's template and of the ensemble, for images or features [B, E]."""
         clip_logits, logits = self.network.both(input)
         return {"clip": clip_logits, "ensemble": logits}

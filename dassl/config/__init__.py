@@ -23,7 +23,7 @@ __all__ = [
 
 
 def get_cfg_default() -> CfgNode:
-    """A new tree of all default values, free to be changed."""
+    """Return a new tree of all default values, which the caller may change."""
     return build_defaults()
 
 

@@ -1,4 +1,4 @@
-"""Which settings of two runs differ, and which of these matter."""
+"""Find the settings that differ between two runs, and tell which of them matter."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import yaml
 
 __all__ = ["INDIFFERENT", "REPORTS", "Difference", "differing", "plain_config"]
 
-# Settings that say where, how fast and how safely, not what: runs that differ in these only are the same run. A node's
-# name stands for all keys in it.
+# Settings that say where, how fast and how safely a run computes, not what it computes. Runs that differ in these only
+# are the same run. A node's name stands for all keys in it.
 INDIFFERENT = (
     "OUTPUT_DIR",
     "RESUME",
@@ -27,10 +27,10 @@ INDIFFERENT = (
     "TRAIN.CHECKPOINT_MINUTES",
     "TRAIN.CHECKPOINTS_KEPT",
     "TRAIN.FORCE_RESUME",
-    "TRAIN.ON_NAN",  # what comes before a checkpoint was finite, or left out and counted there
+    "TRAIN.ON_NAN",  # steps before a checkpoint were finite, or were left out and counted there
     "TRAIN.ON_NAN_LIMIT",
 )
-# Settings that say what is written beside the numbers, which stay the same.
+# Settings that say what is written beside the results; the results themselves stay the same.
 REPORTS = ("TEST.COMPUTE_CMAT", "TEST.PER_CLASS_RESULT", "TEST.PREDICTIONS_MB")
 
 
@@ -43,14 +43,16 @@ class Difference(NamedTuple):
 
 
 def plain_config(cfg: Any) -> dict[str, Any]:
-    """A config as its YAML file has it: nested dicts, lists for tuples."""
+    """Return a config as its YAML file has it: nested dicts, with lists instead of tuples."""
     return yaml.safe_load(cfg.dump())
 
 
 def differing(
     there: Mapping[str, Any], here: Mapping[str, Any], indifferent: tuple[str, ...] = INDIFFERENT
 ) -> Iterator[Difference]:
-    """The settings that both have, with other values; what an older version did not know is not among them.
+    """Yield the settings that both configs have with different values.
+
+    A setting that only one of them has, such as one that an older version did not know, is left out.
 
     Args:
         there, here: as ``plain_config`` gives them.

@@ -1,4 +1,4 @@
-"""Default value of every key of the toolbox. Trainers and datasets add their own keys to this tree."""
+"""The default value of every key of the toolbox; trainers and datasets add their own keys to this tree."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .node import CfgNode as CN
 
 
 def build_defaults() -> CN:
-    """A new tree with all defaults."""
+    """Build a new tree with all defaults."""
     cfg = CN()
     cfg.VERSION = 1
     cfg.OUTPUT_DIR = "./output"  # folder of the run: logs, checkpoints, results
@@ -39,7 +39,7 @@ def _input() -> CN:
     node.RRCROP_SCALE = (0.08, 1.0)  # random_resized_crop: share of the image's area
     node.CUTOUT_N = 1  # cutout: number of holes
     node.CUTOUT_LEN = 16  # cutout: side of a hole in pixels
-    node.GN_MEAN = 0.0  # gaussian_noise, in units of the normalised image
+    node.GN_MEAN = 0.0  # gaussian_noise, in units of the normalized image
     node.GN_STD = 0.15
     node.RANDAUGMENT_N = 2  # operations per image
     node.RANDAUGMENT_M = 10  # strength, 0..30
@@ -59,7 +59,7 @@ def _dataset() -> CN:
     node.NAME = ""  # registry name
     node.SOURCE_DOMAINS = ()
     node.TARGET_DOMAINS = ()
-    node.NUM_LABELED = -1  # semi-supervised sets: labelled images in all
+    node.NUM_LABELED = -1  # semi-supervised sets: number of labeled images in all
     node.NUM_SHOTS = -1  # training images per class; below 1: all
     node.VAL_PERCENT = 0.1  # share held out for validation, where a set has no own split
     node.STL10_FOLD = -1
@@ -125,7 +125,7 @@ def _optim() -> CN:
     node.NEW_LAYERS = ()
     node.BASE_LR_MULT = 0.1
     node.LR_SCHEDULER = "single_step"  # single_step, multi_step or cosine
-    node.LR_UNIT = "epoch"  # when the rate moves: every epoch, or every optimiser step. Ours
+    node.LR_UNIT = "epoch"  # when the rate moves: every epoch, or every optimizer step. Ours
     node.STEPSIZE = (-1,)  # in LR_UNIT; single_step: period (<= 0: MAX_EPOCH), multi_step: milestones
     node.GAMMA = 0.1  # factor at each step of single_step and multi_step
     node.MAX_EPOCH = 10
@@ -140,18 +140,18 @@ def _optim() -> CN:
 def _train() -> CN:
     node = CN()
     node.CHECKPOINT_FREQ = 0  # epochs between two numbered checkpoints, which all stay; below 1: only the last's
-    # To go on from, the end of each epoch is kept too (not of every short one: saving takes a tenth of the time at
-    # most), and what these two add. Both 0 or more, 0: off. Ours, as the next two.
-    node.CHECKPOINT_STEPS = 0  # steps of the optimiser between two such checkpoints
+    # A run can also be resumed from the end of an epoch (not of every short one: saving takes a tenth of the time at
+    # most) and from the checkpoints that these two add. Both are 0 or more, 0: off. Ours, as the next two.
+    node.CHECKPOINT_STEPS = 0  # steps of the optimizer between two such checkpoints
     node.CHECKPOINT_MINUTES = 0.0  # minutes between two
     node.CHECKPOINTS_KEPT = 2  # how many of them stay, the newest, 1 or more: where one is damaged, the next serves
     node.FORCE_RESUME = False  # go on from a checkpoint that was made with other settings
     node.PRINT_FREQ = 10  # batches between two progress lines
-    # Of a step whose loss or gradients are NaN or infinite: stop the run before it changes anything, or leave the step
-    # out (skip). Ours
+    # When the loss or gradients of a step are NaN or infinite: stop the run before the step changes anything, or leave
+    # the step out (skip). Ours
     node.ON_NAN = "stop"
-    node.ON_NAN_LIMIT = 10  # at least 1, with skip: at the next such step of the run it stops
-    node.COUNT_ITER = "train_x"  # what an epoch's length is: train_x, train_u or smaller_one
+    node.ON_NAN_LIMIT = 10  # with skip: most steps left out, at least 1; the next such step stops the run
+    node.COUNT_ITER = "train_x"  # which loader sets an epoch's length: train_x, train_u or smaller_one
     return node
 
 
@@ -161,14 +161,17 @@ def _test() -> CN:
     node.PER_CLASS_RESULT = False
     node.COMPUTE_CMAT = False  # save the confusion matrix to cmat.pt
     node.NO_TEST = False  # do not test after training
-    node.PREDICTIONS_MB = 20  # at most so many million bytes of predictions for figures go to the run's folder; 0: none
+    node.PREDICTIONS_MB = 20  # limit, in million bytes, of predictions saved in the run's folder for figures; 0: none
     node.SPLIT = "test"  # test or val
     node.FINAL_MODEL = "last_step"  # last_step or best_val
     return node
 
 
 def _trainer() -> CN:
-    """Nodes of upstream's own trainers, none of which is here: their keys keep upstream's YAML files mergeable."""
+    """Build the nodes of upstream's own trainers, whose keys keep upstream's YAML files mergeable.
+
+    None of these trainers is in this project.
+    """
     node = CN()
     node.NAME = ""
     node.MCD = CN({"N_STEP_F": 4})

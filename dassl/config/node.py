@@ -15,25 +15,25 @@ from dassl.utils.errors import InputError, UnknownNameError
 from dassl.utils.tools import did_you_mean
 
 BASE_KEY = "_BASE_"
-MAX_VALUES = 10_000  # of a file, what aliases repeat counted as often as it is repeated; the defaults have some 300
+MAX_VALUES = 10_000  # in a file, aliased values counted at each use; the defaults have some 300
 _SEQUENCES = (list, tuple)
-_NULLABLE: set[str] = set()  # settings, with dots, whose default is None: they may be given back to it
-_TEXT_OR_LIST: set[str] = set()  # settings, with dots, that are a text or a list of texts
+_NULLABLE: set[str] = set()  # names, with dots, of settings whose default is None: None stays allowed
+_TEXT_OR_LIST: set[str] = set()  # names, with dots, of settings that are a text or a list of texts
 
 
 class CfgNode(YacsNode):
     """A tree of settings that reads YAML files with `_BASE_`.
 
-    Unknown keys and values of another type than the default's are InputErrors that say so.
+    An unknown key, or a value of another type than the default's, raises an InputError that says so.
     """
 
     follows_base = True
 
     def merge_from_file(self, cfg_filename: str | os.PathLike[str]) -> dict[str, Any]:
-        """Merge a YAML file; keys of the file that its ``_BASE_:`` names (relative to it) are merged before its own.
+        """Merge a YAML file, after the file that its ``_BASE_:`` names (relative to it).
 
         Returns:
-            What the file sets, by key (with dots), what it inherits included.
+            The values that the file sets or inherits, by key (with dots).
 
         Raises:
             InputError: as ``read_yaml``, or a value of another type than the default's.
@@ -51,7 +51,7 @@ class CfgNode(YacsNode):
         return found
 
     def merge_from_other_cfg(self, cfg_other: Mapping[str, Any]) -> None:
-        """Merge another tree."""
+        """Merge another tree of settings into this one."""
         _merge(self, cfg_other, ())
 
     @staticmethod
@@ -81,7 +81,7 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The keys and values of a YAML file, read without running anything in it.
+    """Read the keys and values of a YAML file, without running anything in it.
 
     Raises:
         InputError: unreadable, not YAML, no keys and values, a key twice in one section, or values without end
@@ -91,7 +91,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """(file, its own keys) of ``path`` and of the files it inherits from, the outermost base first."""
+    """Return (file, its own keys) for ``path`` and for the files it inherits from, the outermost base first."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     seen: list[Path] = []
     while True:
@@ -138,7 +138,7 @@ class _KeyTwiceError(Exception):
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """The safe loader, but for keys that stand twice in one mapping."""
+    """The safe loader, which also refuses keys that stand twice in one mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -152,7 +152,7 @@ class _OnceLoader(yaml.SafeLoader):
 
 
 def _check_size(values: Any, path: Path) -> None:
-    # A few aliases can stand for more values than there are atoms, or for themselves.
+    # A few nested aliases can stand for more values than there are atoms; an aliased value can contain itself.
     count, waiting = 0, [values]
     while waiting:
         value = waiting.pop()
@@ -203,7 +203,10 @@ def _merge(into: YacsNode, values: Mapping[str, Any], parents: tuple[str, ...]) 
 
 
 def _coerce(value: Any, old: Any, name: str) -> Any:
-    """``value`` in the type of the default ``old``: int becomes float, list and tuple interchange, else InputError."""
+    """Return ``value`` in the type of the default ``old``.
+
+    An int becomes a float, and list and tuple interchange; any other mismatch is an InputError.
+    """
     if old is None:
         _NULLABLE.add(name)
         return value

@@ -1,4 +1,4 @@
-"""Going on without the images that cannot be read."""
+"""Find the images that cannot be read, and go on without them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["find_bad_images", "skip_bad_images"]
 
 
 def find_bad_images(paths: Iterable[str]) -> dict[str, str]:
-    """Path -> reason, of those images that cannot be read; every one is opened and decoded, once."""
+    """Open and decode each image once, and return path -> reason for those that cannot be read."""
 
     def reason(path: str) -> str:
         try:
@@ -36,10 +36,10 @@ def find_bad_images(paths: Iterable[str]) -> dict[str, str]:
 def skip_bad_images(dataset: DatasetBase) -> dict[str, str]:
     """Take the images that cannot be read out of the dataset's lists, and say so.
 
-    Done before training, not while it runs: the batches of an epoch then do not depend on what fails when.
+    This is done before training, not while it runs: the batches of an epoch then do not depend on what fails when.
 
     Returns:
-        Path -> reason of each.
+        Path -> reason, for each image taken out.
 
     Raises:
         InputError: a class would be left without training images, or nothing to test on.

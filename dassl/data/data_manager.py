@@ -1,4 +1,4 @@
-"""Loaders of a run, built from the config."""
+"""Build the loaders of a run from its config."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ Transform = Callable[[Any], Any]
 
 
 def seed_worker(worker_id: int) -> None:
-    """Seed Python's and NumPy's generators of a loader's worker process from torch's, which the loader has seeded.
+    """Seed Python's and NumPy's generators in a loader's worker process from torch's, which the loader has seeded.
 
-    Signals to the process group do not reach it any more.
+    From then on, signals to the process group do not reach the worker.
     """
     seed = torch.initial_seed() % 2**32
     random.seed(seed)
     np.random.seed(seed)
-    # A signal to the whole group (Ctrl-C) is for the run's own process: it wants its batch, to finish the step with.
+    # A signal to the whole group (Ctrl-C) is for the run's own process, which still needs a batch to finish its step.
     with contextlib.suppress(OSError, AttributeError):
         os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -59,7 +59,7 @@ def seed_worker(worker_id: int) -> None:
 
 
 def usable_workers(requested: int) -> int:
-    """``requested``, at most this process's share of the CPUs it may use; more would only take turns."""
+    """Limit ``requested`` workers to this process's share of the usable CPUs; more would only take turns."""
     if requested < 0:
         raise InputError(f"Expected DATALOADER.NUM_WORKERS to be 0 or more but got {requested}")
     try:
@@ -82,19 +82,20 @@ def build_data_loader(
     seed: int | None = None,
     drop_last: bool = True,
 ) -> RunLoader:
-    """A loader over ``data_source``.
+    """Build a loader over ``data_source``.
 
-    A training loader's augmentations depend on seed, epoch and position alone, and of a job of several processes it
-    gives each its part of every batch (see sharding.py); all other loaders give everything to each.
+    A training loader's augmentations depend on seed, epoch and position alone. In a job of several processes, a
+    training loader gives each process its part of every batch (see sharding.py); all other loaders give each process
+    everything.
 
     Args:
         cfg: the run's config.
-        sampler_type, data_source, batch_size, n_domain, n_ins: as ``build_sampler``'s; the batch of the whole job.
+        sampler_type, data_source, batch_size, n_domain, n_ins: as for ``build_sampler``; the whole job's batches.
         tfm: transform, or a list of them (then items hold img, img2, ...).
-        is_train: whether it is for training, see also ``drop_last``.
+        is_train: whether the loader is for training, see also ``drop_last``.
         dataset_wrapper: class to use instead of DatasetWrapper.
-        seed: seed of the loader's own generators, one that orders the items and one that seeds the workers; None:
-            drawn from torch's default generator. Other random draws of the program change neither.
+        seed: seed of the loader's own generators, one that orders the items and one that seeds the workers; None: a
+            seed drawn from torch's default generator. Other random draws of the program change neither.
         drop_last: drop the last, smaller batch of a pass in training, provided there is a full one.
     """
     if batch_size < 1:
@@ -110,7 +111,7 @@ def build_data_loader(
     shared = None
     if is_train:
         shared = SharedBatches(sampler, batch_size, drop_last, generator)
-        # Its own for the workers: they are seeded once, whichever epoch a run begins with.
+        # The workers have a generator of their own: they are seeded once, whichever epoch a run begins with.
         generator = torch.Generator().manual_seed(generator.initial_seed())
     workers = usable_workers(cfg.DATALOADER.NUM_WORKERS)
     loader = RunLoader(
@@ -131,12 +132,12 @@ def build_data_loader(
 
 
 def dataset_of(dm: Any) -> DatasetBase | None:
-    """Return a data manager's dataset; None: the manager is none of ours and has none."""
+    """Return a data manager's dataset; None: the manager is not ours and has no dataset."""
     return getattr(dm, "dataset", None)
 
 
 def data_digest(dm: Any) -> str:
-    """Return the digest of a data manager's images and labels, whoever wrote the manager; "": not known."""
+    """Return the digest of the images and labels of a data manager, ours or another's; "": not known."""
     dataset = dataset_of(dm)
     return "" if dataset is None else dataset.data_digest
 
@@ -161,14 +162,14 @@ class DataManager:
         drop_last: bool = True,
     ) -> None:
         dataset = build_dataset(cfg)
-        # path -> reason, of the images that were skipped
+        # the skipped images: path -> reason
         self.bad_images = skip_bad_images(dataset) if cfg.DATALOADER.SKIP_BAD_IMAGES else {}
         tfm_train = build_transform(cfg, is_train=True) if custom_tfm_train is None else custom_tfm_train
         tfm_test = build_transform(cfg, is_train=False) if custom_tfm_test is None else custom_tfm_test
         requested, workers = cfg.DATALOADER.NUM_WORKERS, usable_workers(cfg.DATALOADER.NUM_WORKERS)
         if workers < requested:
             logger.info("DATALOADER.NUM_WORKERS: %d asked for, %d used (the number of CPUs)", requested, workers)
-        # One seed per loader, or labelled and unlabelled batches would come in the same order.
+        # One seed per loader, or labeled and unlabeled batches would come in the same order.
         self._seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
 
         def loader(items: list[Datum], node: CfgNode, is_train: bool, which: int) -> RunLoader:
@@ -239,11 +240,11 @@ class DataManager:
                 sampler.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an unseeded run has drawn, and which images it goes by, for a run that goes on with it."""
+        """Return the seed (drawn, in an unseeded run) and the digest of the data, for a run that resumes this one."""
         return {"seed": self._seed, "digest": data_digest(self)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put ``state_dict`` back; its digest is compared before (``check_data``)."""
+        """Restore the seed in ``state``; the digest in it has been compared before (``check_data``)."""
         self._seed = state["seed"]
 
     def show_dataset_summary(self, cfg: CfgNode) -> None:

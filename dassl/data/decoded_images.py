@@ -1,4 +1,4 @@
-"""Decoded images in memory, for training sets that are small and gone through often."""
+"""Keep decoded images in memory, for training sets that are small and gone through often."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["DecodedImages"]
 
 
 class DecodedImages:
-    """Reads images and keeps their pixels, 3 bytes each, while there is room; what found no room is decoded each time.
+    """A reader that keeps images' pixels, 3 bytes each, while there is room; other images are decoded each time.
 
     Which images are kept does not matter, as every epoch goes through all of them; so none is thrown out for another.
 
@@ -24,7 +24,7 @@ class DecodedImages:
         self._pixels: dict[str, np.ndarray] = {}
 
     def read(self, path: str) -> Image.Image:
-        """The image as ``read_image`` gives it; the caller may change it."""
+        """Return the image as ``read_image`` gives it; the caller may change it."""
         known = self._pixels.get(path)
         if known is not None:
             return Image.fromarray(known)  # a copy

@@ -1,9 +1,9 @@
-"""Loaders that read as upstream's do, whatever is behind them.
+"""Loaders with the attributes of upstream's loaders, whatever makes their batches.
 
 Trainers written for upstream ask a loader for its ``batch_size``, ``drop_last``, ``sampler`` and ``dataset``, copy it,
-make another one of its parts, and exchange the transform of its dataset. All of that must act here as it does there,
-though the batches of training are shared out among processes and seeded item by item (sharding.py), and though the
-processes that load images are kept from epoch to epoch.
+make another one of its parts, and exchange the transform of its dataset. All of that must work here as in upstream,
+though training batches are shared out among processes and seeded item by item (sharding.py), and though the processes
+that load images are kept from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class RunLoader(DataLoader[Any]):
 
     Args:
         dataset: the items.
-        batch_size, sampler, drop_last: as a DataLoader's, and as they read.
-        shared_batches: what batches are really made of: this process's part of each, of items whose random draws are
-            seeded; None: of batch_size, sampler and drop_last alone.
+        batch_size, sampler, drop_last: as a DataLoader's, and as the loader's attributes show them.
+        shared_batches: the sampler that really makes the batches: this process's part of each, with items whose random
+            draws are seeded; None: batches come from batch_size, sampler and drop_last alone.
         options: the other arguments of a DataLoader.
     """
 
@@ -58,14 +58,14 @@ class RunLoader(DataLoader[Any]):
         return super().__len__() if self._source is None else len(self._source)
 
     def _notice_changes(self) -> None:
-        # Processes that load have a copy of the dataset, which does not know of a transform that was exchanged since.
+        # Worker processes have a copy of the dataset, which does not know of a transform that was exchanged since.
         now = dict(getattr(self.dataset, "__dict__", {}))
         before, self._seen = self._seen, now
         if before is not None and (before.keys() != now.keys() or any(before[key] is not now[key] for key in now)):
             (self._source or self)._iterator = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunLoader:
-        # Upstream's loaders can be copied at any time; running processes cannot.
+        # Upstream's loaders can be copied at any time; running worker processes cannot, so they are left out.
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         running = [loader for loader in (self, self._source) if loader is not None and loader._iterator is not None]
@@ -81,7 +81,7 @@ class RunLoader(DataLoader[Any]):
 
 
 def share_of(loader: Any, batch: int) -> Share | None:
-    """Return the shares of a loader's batch of that number; None where each process has the whole batch."""
+    """Return the shares of a loader's batch number ``batch``; None where each process has the whole batch."""
     batches = getattr(loader, "shared_batches", None) or getattr(loader, "batch_sampler", None)
     return batches.share(batch) if isinstance(batches, SharedBatches) else None
 
@@ -89,8 +89,8 @@ def share_of(loader: Any, batch: int) -> Share | None:
 def part_of(loader: Any) -> Any:
     """Return a loader over this rank's parts of the batches of a loader that goes through its items in order.
 
-    Every item is in one part once. What is not such a loader (one that remembers features, say) is returned as it is:
-    each process then goes through all of it.
+    Every item is in exactly one part. Any other loader (one that remembers features, say) is returned as it is: each
+    process then goes through all of it.
     """
     known = type(loader) in (DataLoader, RunLoader)
     if distributed.world_size() == 1 or not known or loader.batch_size is None:

@@ -1,4 +1,4 @@
-"""Which items make a batch."""
+"""Samplers, which choose the items of each batch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ AVAI_SAMPLERS = [
 class PlannedSampler(Sampler[int]):
     """A sampler whose number of indices depends on the draw: an epoch is planned once, so that ``len`` is exact.
 
-    Draws come from ``generator``; without one, from torch's default generator. Python's and NumPy's are left alone.
+    Draws come from ``generator``, or without one from torch's default generator. The generators of Python and NumPy are
+    left alone.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
@@ -45,11 +46,11 @@ class PlannedSampler(Sampler[int]):
         self._next: list[int] | None = None
 
     def plan(self, rng: random.Random) -> list[int]:
-        """The indices of one epoch."""
+        """Return the indices of one epoch."""
         raise NotImplementedError
 
     def forget(self) -> None:
-        """Drop an epoch that was planned and not yet used, after the generator was seeded anew."""
+        """Drop an epoch that was planned but not yet used; call this after seeding the generator anew."""
         self._next = None
 
     def _peek(self) -> list[int]:
@@ -68,7 +69,7 @@ class PlannedSampler(Sampler[int]):
 
 
 class _DomainSampler(PlannedSampler):
-    """What the two domain samplers share: items by domain, and how many of each go into a batch."""
+    """Base of the two domain samplers: items by domain, and how many of each domain go into a batch."""
 
     def __init__(
         self, data_source: Sequence[Datum], batch_size: int, n_domain: int = 0, generator: torch.Generator | None = None
@@ -93,7 +94,7 @@ class _DomainSampler(PlannedSampler):
             )
 
     def choose(self, rng: random.Random) -> list[int]:
-        """The domains of one batch."""
+        """Choose the domains of one batch."""
         raise NotImplementedError
 
     def plan(self, rng: random.Random) -> list[int]:
@@ -108,14 +109,14 @@ class _DomainSampler(PlannedSampler):
 
 
 class RandomDomainSampler(_DomainSampler):
-    """Each batch: ``n_domain`` random domains, the same number of items from each; ends when a domain runs short."""
+    """Fill each batch from ``n_domain`` random domains, with equally many items; end when a domain runs short."""
 
     def choose(self, rng: random.Random) -> list[int]:
         return rng.sample(self.domains, self.n_domain)
 
 
 class SeqDomainSampler(_DomainSampler):
-    """Each batch: the same number of items from every domain, domains in the order of first appearance."""
+    """Fill each batch with equally many items from every domain; domains come in the order of first appearance."""
 
     def __init__(self, data_source: Sequence[Datum], batch_size: int, generator: torch.Generator | None = None) -> None:
         super().__init__(data_source, batch_size, 0, generator)
@@ -125,7 +126,7 @@ class SeqDomainSampler(_DomainSampler):
 
 
 class RandomClassSampler(PlannedSampler):
-    """Each batch: ``batch_size // n_ins`` random classes with ``n_ins`` items each.
+    """Fill each batch with ``batch_size // n_ins`` random classes of ``n_ins`` items each.
 
     A class with fewer items is filled up by drawing with replacement. An epoch ends when too few classes have a group
     of ``n_ins`` items left.
@@ -175,7 +176,7 @@ def build_sampler(
     n_ins: int = 16,
     generator: torch.Generator | None = None,
 ) -> Sampler[int]:
-    """The sampler called ``sampler_type`` over ``data_source``; an unknown name is an InputError (a ValueError).
+    """Build the sampler ``sampler_type`` over ``data_source``; an unknown name is an InputError (a ValueError).
 
     Args:
         sampler_type: one of AVAI_SAMPLERS.

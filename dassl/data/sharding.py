@@ -1,12 +1,12 @@
-"""Batches shared out among the processes of a job: each takes its part of the very batch that one process would take.
+"""Share batches out among the processes of a job: each takes its part of the batch that a single process would take.
 
 A batch size in the config is that of the whole job. Sampler and order are the same in all processes; of each batch,
-rank r takes a contiguous part, the first ranks one image more where the number of ranks does not divide it. Where a
-batch has fewer images than there are ranks, those that would get none take its first image, which then counts nothing:
-every rank goes through the same number of batches, so that none waits for another in vain.
+rank r takes a contiguous part; where the number of ranks does not divide the batch, the first ranks take one image
+more. Where a batch has fewer images than there are ranks, the ranks that would get none take its first image, which
+then has weight 0: every rank goes through the same number of batches, so that none waits for another in vain.
 
-Random draws of an item (augmentation) depend on the seed, the epoch and the item's position in it alone, so that an
-image looks the same whichever process loads it.
+Random draws of an item (augmentation) depend on the seed, the epoch and the item's position in the epoch alone, so that
+an image looks the same whichever process loads it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ Key = tuple[int, int, int]  # an item's index, the seed of this pass, its positi
 
 @dataclass(frozen=True)
 class Share:
-    """How many images of a batch each rank has, and which of them this one."""
+    """The numbers of a batch's images that the ranks have, and which rank this one is."""
 
     counts: tuple[int, ...]
     rank: int
 
     @property
     def size(self) -> int:
-        """Number of images of this rank; 0 where it has a stand-in that does not count."""
+        """Number of this rank's images; 0 where the rank only has a stand-in that does not count."""
         return self.counts[self.rank]
 
     @property
     def start(self) -> int:
-        """Position of its first image in the batch."""
+        """Position of this rank's first image in the batch."""
         return sum(self.counts[: self.rank])
 
     @property
@@ -52,24 +52,24 @@ class Share:
 
     @property
     def weight(self) -> float:
-        """What a mean over this rank's images counts: the mean over ranks of weight * mean is the batch's mean."""
+        """Weight of a mean over this rank's images: the mean over ranks of weight * mean is the batch's mean."""
         return self.size * len(self.counts) / self.total
 
 
 def split(total: int, ranks: int) -> tuple[int, ...]:
-    """Numbers of images for each of ``ranks``, of ``total``."""
+    """Divide ``total`` images among ``ranks``: the number for each rank, the first ranks with one more."""
     each, more = divmod(total, ranks)
     return tuple(each + (number < more) for number in range(ranks))
 
 
 class SharedBatches(Sampler[list[Any]]):
-    """Batch sampler: this rank's part of each batch.
+    """A batch sampler that yields this rank's part of each batch.
 
     Args:
         sampler: the order of the items, the same on all ranks.
-        batch_size: of the whole job.
+        batch_size: images in a batch of the whole job.
         drop_last: leave a smaller last batch out.
-        generator: yield keys for SeededItems, their seed drawn from here after the order; None: plain indices.
+        generator: yield keys for SeededItems, whose seed is drawn from it after the order; None: plain indices.
     """
 
     def __init__(
@@ -94,19 +94,19 @@ class SharedBatches(Sampler[list[Any]]):
         return total // self.batch_size if self.drop_last else -(-total // self.batch_size)
 
     def skip(self, count: int) -> None:
-        """Leave the next ``count`` batches out, of as many passes as they take: a resumed run has seen them."""
+        """Skip the next ``count`` batches, over as many passes as they take: a resumed run has seen them."""
         self._skipped = count
 
     def share(self, batch: int) -> Share:
-        """Who has how much of the batch of that number (from 0) in the pass that was begun last."""
+        """Return the ranks' shares of batch number ``batch`` (from 0) in the pass that was begun last."""
         total = len(self.sampler) if self._total is None else self._total  # type: ignore[arg-type]
         left = total - batch * self.batch_size
         return Share(split(min(left, self.batch_size), distributed.world_size()), distributed.rank())
 
     def __iter__(self) -> Iterator[list[Any]]:
         if self.generator is not None and self.of_loader:
-            # A loader that is given this generator too draws the seed of its workers here, in some passes and not in
-            # others. It has another one now; the draw stays, in all passes, so that a seed's orders stay.
+            # A loader that shared this generator would draw its workers' seed from it, in some passes only. Loaders
+            # have another generator now. The draw stays, in every pass, so that a seed keeps giving the same orders.
             torch.empty((), dtype=torch.int64).random_(generator=self.generator)
         order = list(self.sampler)
         self._total = len(order)
@@ -126,8 +126,8 @@ class SharedBatches(Sampler[list[Any]]):
 class SeededItems(Dataset[Any]):
     """A dataset whose items' random draws depend on their key alone; other attributes are those of the dataset.
 
-    Draws from the generators of Python, NumPy and torch (on the CPU) count; outside, these go on as if nothing had been
-    drawn.
+    This holds for draws from the generators of Python, NumPy and torch (on the CPU). Outside of an item these
+    generators go on as if nothing had been drawn.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:

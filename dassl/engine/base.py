@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 class TrainerBase(Checkpoints, Steps):
     """Run the training loop, and tell hooks of its events.
 
-    What a trainer says of itself stands in declared.py, registered models in models.py, the optimisation step in
+    What a trainer says of itself stands in declared.py, registered models in models.py, the optimization step in
     step.py, and checkpoints in checkpointing/keeper.py.
 
     The methods ``before_train``, ``before_epoch``, ``run_epoch``, ``after_epoch``, ``after_train`` are there to be
@@ -40,20 +40,20 @@ class TrainerBase(Checkpoints, Steps):
         self._hooks: list[HookBase] = []
         self.stats = EpochStats()
         self.selected = {}
-        self.evaluation: Evaluation | None = None  # the latest
-        self.own_loop = False  # whether a ``train`` of the method's own runs, without ours
+        self.evaluation: Evaluation | None = None  # of the latest test
+        self.own_loop = False  # whether a method's own ``train`` runs in place of the one below
         self.phase = "idle"  # "train" while epochs run, "final" from their end to the end of train()
         self.start_epoch = self.epoch = self.max_epoch = 0
         self.batch_idx = self.num_batches = 0
         self.output_dir = ""
         self.time_start: float | None = None
-        self.steps_done = 0  # of the running epoch; 0 between two epochs
-        self.epoch_generators: dict[str, Any] = {}  # as they were when the epoch began
+        self.steps_done = 0  # steps done in the running epoch; 0 between two epochs
+        self.epoch_generators: dict[str, Any] = {}  # states of the random generators when the epoch began
 
     # ---- the loop
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Have the records of a run written also by a class that brings a ``train`` or a ``test`` of its own."""
+        """Wrap a ``train`` and a ``test`` that a class brings itself, so that its runs have their records, too."""
         super().__init_subclass__(**options)
         if cls.__module__.partition(".")[0] == "dassl":
             return
@@ -81,7 +81,7 @@ class TrainerBase(Checkpoints, Steps):
                     self.steps_done = 0
                     self.progress = Progress({})
                     self.after_epoch()
-                self.epoch = max(self.max_epoch - 1, 0)  # where a run without any epoch left stands, too
+                self.epoch = max(self.max_epoch - 1, 0)  # a run without any epoch left stands there, too
             self.phase = "final"
             self.after_train()
             self.call_hooks("finish")
@@ -92,29 +92,29 @@ class TrainerBase(Checkpoints, Steps):
             self.close_writer()
 
     def begin_records(self) -> None:
-        """Tell the hooks that training begins, unless they know."""
+        """Tell the hooks that training begins, unless they have been told."""
         if self.phase == "idle":
             self.phase = "train"
             self.call_hooks("start")
 
     def has_training_step(self) -> bool:
-        """Return whether there is anything to train; where not, the loop runs no epoch."""
+        """Return whether there is anything to train; if not, the loop runs no epoch."""
         return type(self).trains(self.cfg)
 
     def before_train(self) -> None:
-        """Called once before the first epoch."""
+        """Prepare for training; called once before the first epoch."""
 
     def after_train(self) -> None:
-        """Called once after the last epoch."""
+        """Finish training; called once after the last epoch."""
 
     def before_epoch(self) -> None:
-        """Called before each epoch."""
+        """Prepare for an epoch; called before each epoch."""
 
     def after_epoch(self) -> None:
-        """Called after each epoch."""
+        """Finish an epoch; called after each epoch."""
 
     def run_epoch(self) -> None:
-        """One pass over the training data."""
+        """Make one pass over the training data."""
         raise NotImplementedError
 
     def test(self, split: str | None = None) -> float:
@@ -130,7 +130,7 @@ class TrainerBase(Checkpoints, Steps):
         raise NotImplementedError
 
     def forward_backward(self, batch: Any) -> dict[str, Any] | None:
-        """One training step; returns named numbers to show (``{"loss": ..., "acc": ...}``)."""
+        """Make one training step and return named numbers to show (``{"loss": ..., "acc": ...}``)."""
         raise NotImplementedError
 
     # ---- hooks
@@ -145,7 +145,7 @@ class TrainerBase(Checkpoints, Steps):
             getattr(hook, event)(self, *args)
 
     def where(self) -> str:
-        """The place in the run, for messages; counted from 1."""
+        """Return the place in the run, counted from 1, for messages."""
         return f"epoch [{self.epoch + 1}/{self.max_epoch}] batch [{self.batch_idx + 1}/{self.num_batches}]"
 
     @property
@@ -161,7 +161,7 @@ class TrainerBase(Checkpoints, Steps):
         return self.__dict__.get("_writer")
 
     def init_writer(self, log_dir: str | os.PathLike[str], purge_step: int | None = None) -> None:
-        """Open TensorBoard's event file unless one is open; earlier values from ``purge_step`` on are hidden."""
+        """Open TensorBoard's event file unless one is open; older values from ``purge_step`` on are hidden."""
         if self.writer is None and self.writes_files:
             from .board import Board  # slow to import, and needed only when training
 

@@ -1,4 +1,4 @@
-"""TensorBoard's writer, made fit for long runs: a disk that takes no more curves does not end a run."""
+"""TensorBoard's writer for long runs: a run goes on when the file of its curves cannot be written any more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
-FLUSH_SECONDS = 30  # what is seen in a browser, and kept when a run is killed, is at most so old
+FLUSH_SECONDS = 30  # at most the values of this time are missing in a browser, or from the file of a killed run
 
 
 class Board:
@@ -22,7 +22,7 @@ class Board:
 
     Args:
         log_dir: folder of the event file, made when missing.
-        purge_step: earlier values from this step on are hidden; None: none are.
+        purge_step: older values from this step on are hidden; None: none are.
     """
 
     def __init__(self, log_dir: str | os.PathLike[str], purge_step: int | None = None) -> None:
@@ -39,7 +39,7 @@ class Board:
                 return None
             try:
                 return method(*args, **kwargs)
-            except OSError as error:  # of this call, or of the thread that writes what earlier ones queued
+            except OSError as error:  # of this call, or of the thread that writes what earlier calls queued
                 self._broken = True
                 logger.warning("TensorBoard's file cannot be written, its curves end here: %s", error.strerror or error)
                 return None
@@ -57,7 +57,10 @@ class Board:
 
 
 def _silence_event_thread() -> None:
-    """The thread that writes event files hands its error to the writer, and need not print a traceback beside."""
+    """Silence the traceback of an OSError in the thread that writes event files.
+
+    That thread also hands the error to the writer, where ``Board`` meets it.
+    """
     before = threading.excepthook
 
     def hook(arguments: Any) -> None:

@@ -17,7 +17,7 @@ def build_trainer(cfg: Any, data: Any = None) -> Any:
 
     Args:
         cfg: the frozen configuration.
-        data: the trainer's data manager, or a stand-in for it; None: the trainer makes one of the configuration.
+        data: the trainer's data manager, or a stand-in for it; None: the trainer makes one from the configuration.
 
     Raises:
         InputError: no trainer of that name; the message has the nearest one.

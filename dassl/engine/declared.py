@@ -19,19 +19,19 @@ class Declared:
     What can be known without data is asked of the class:
 
     Attributes:
-        recipe: number of the method's recipe, raised when the same settings give other numbers than before. Runs of
-            another recipe are neither gone on with nor taken for this one's.
+        recipe: number of the method's recipe, raised when the same settings give other numbers than before. A run
+            of another recipe is neither resumed nor counted as a run of this one.
         paper: who has published the method, and when; for tables.
         learns: what is trained or fitted; for tables.
         node_name: the key below TRAINER that holds the method's settings; "": the class's name in upper case.
         main_head: the head that counts as the method's accuracy; "": the first.
         reference_head: the head that pictures show as "before"; "": none.
         of_each_class: what each class trained on has of its own ("weights", say), so that no other class can be
-            classified; "": nothing. Where it depends on settings, ``each_class_has`` says so.
+            classified; "": nothing. Where the answer depends on settings, ``each_class_has`` gives it.
         needs_training_images: whether the trainer cannot be built, to predict, without its training images.
-        loss_terms: names of losses in what forward_backward returns, beside those with "loss" in them.
-        fitted_parameters: how many numbers are fitted without gradients; they count as trained ones.
-        selected: what was chosen, on what: ``{"beta": {"value": 0.4, "on": "val", "n": 40}}``.
+        loss_terms: names in what forward_backward returns that are losses although they do not contain "loss".
+        fitted_parameters: how many numbers are fitted without gradients; they count as trained parameters.
+        selected: what was chosen, and on which data: ``{"beta": {"value": 0.4, "on": "val", "n": 40}}``.
         cfg, dm, device: configuration, data manager and device, once the trainer is built.
     """
 
@@ -115,11 +115,11 @@ class Declared:
 
         Args:
             classnames: the classes.
-            class_indices: which of the classes trained on they are; None: take them as new ones.
+            class_indices: which of the classes trained on these are; None: take them as new classes.
 
         Returns:
-            Whether they are a part of the classes trained on, so that logits are computed over all of those and cut
-            to these columns.
+            Whether the classes are a part of those trained on, so that logits are computed over all classes trained on
+            and cut to these columns.
         """
         return False
 
@@ -131,8 +131,8 @@ class Declared:
         """Put ``run_state`` back, in a resumed run."""
 
     def after_update(self) -> None:
-        """Move what follows the model from step to step: a running mean, a centre, a teacher.
+        """Move what follows the model from step to step: a running mean, a center, a teacher.
 
-        Called by ``model_update`` when the optimisers have stepped, and never for a step that is left out, so that
-        numbers that were lost cannot get into what is moved here.
+        ``model_update`` calls it after the optimizers have stepped. It is never called for a step that is left out, so
+        that numbers that are NaN or infinite cannot get into what is moved here.
         """

@@ -1,4 +1,4 @@
-"""What a run ran on."""
+"""The environment of a run: versions, commit, device and command."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Versions, commit, device, command and time, as plain values for environment.json."""
+    """Return versions, commit, device, command and time, as plain values for environment.json."""
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -46,7 +46,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def why_no_gpu() -> str:
-    """Why torch has no GPU to compute on, where it has none."""
+    """Return why torch has no GPU to compute on, where it has none."""
     if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
         return "this PyTorch is built without CUDA"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -65,8 +65,8 @@ def _version(name: str) -> str | None:
 def _commit(folder: Path) -> dict[str, Any]:
     """Return the commit of the checkout, and whether tracked files differ from it.
 
-    Both are None where git or a checkout is missing: a repository that merely holds the environment in which this
-    package is installed does not track it.
+    Both are None where git or a checkout is missing. A repository that does not track this package is no checkout: it
+    may merely hold the environment in which the package is installed.
     """
     tracked = _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None
     head = _git(folder, "rev-parse", "HEAD") if tracked else None

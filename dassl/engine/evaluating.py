@@ -35,15 +35,15 @@ class EvaluatingTrainer(TrainerBase):
 
     @torch.no_grad()
     def test(self, split: str | None = None) -> float:
-        """Evaluate all heads in one pass; returns the main head's accuracy (percent, unrounded).
+        """Evaluate all heads in one pass and return the main head's accuracy (percent, unrounded).
 
-        Called outside of ``train`` (evaluation only) it also writes the run's result files.
+        If called outside of ``train`` (evaluation only), it also writes the run's result files.
 
         Args:
             split: "test" or "val"; None: TEST.SPLIT.
 
         Raises:
-            InputError: there is no validation set; test images never stand in for it.
+            InputError: the dataset has no such split; test images never stand in for a missing validation set.
         """
         split = self.cfg.TEST.SPLIT if split is None else split
         check_availability(split, ("test", "val"))
@@ -81,11 +81,12 @@ class EvaluatingTrainer(TrainerBase):
         return next(iter(results.values()))
 
     def _heads_kway(self, loader: Any, evaluation: Evaluation) -> dict[str, dict[str, float]]:
-        """Metrics by head with the dataset's k classes taken as new ones, where they are part of those trained on.
+        """Return metrics by head with the dataset's k classes taken as new ones.
 
-        Shifted test sets often hold some of the classes only (ImageNet-A and -R 200 of 1000). Published numbers for
-        them rebuild the classifier for those k names; beside them stands, in ``evaluation.heads``, what the classifier
-        that was trained says when its columns are cut to these classes. Empty for all other datasets.
+        This is for datasets whose classes are a part of those trained on; for all others the result is empty. Shifted
+        test sets often hold only some of the classes (ImageNet-A and -R 200 of 1000). Published numbers for them
+        rebuild the classifier for those k names, as is done here. ``evaluation.heads`` has the numbers of the trained
+        classifier with its columns cut to these classes.
         """
         dataset: Any = dataset_of(self.dm)
         indices = None if dataset is None else dataset.class_indices
@@ -98,7 +99,10 @@ class EvaluatingTrainer(TrainerBase):
         return kway.heads
 
     def _part_of(self, loader: Any) -> Any:
-        """This process's part of an evaluation loader, made once: its worker processes are kept."""
+        """Return this process's part of an evaluation loader.
+
+        Each part is made only once, so that its worker processes are kept.
+        """
         for whole, part in self._parts:
             if whole is loader:
                 return part
@@ -112,7 +116,10 @@ class EvaluatingTrainer(TrainerBase):
         return loader
 
     def _infer(self, batch: Any, recorder: Recorder | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Logits [B, C] by head, and labels [B], of a test batch; what else there is goes to the recorder."""
+        """Return logits [B, C] by head, and labels [B], of a test batch.
+
+        Paths, values and features of the batch go to the recorder, if one is given.
+        """
         input, label = self.parse_batch_test(batch)
         with self.precision.autocast():
             report = {"heads": self.model_heads(input)} if recorder is None else self.model_report(input)

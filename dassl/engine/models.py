@@ -1,4 +1,4 @@
-"""The models that a trainer registers by name, with their optimisers and schedules."""
+"""The models that a trainer registers by name, with their optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Names = str | Sequence[str] | None
 
 
 class RegisteredModels(Declared):
-    """Keep models by name: they are saved, switched between modes, stepped and scheduled together."""
+    """Keep models by name, to save, switch between modes, step and schedule them together."""
 
     def __init__(self) -> None:
         self._models: OrderedDict[str, nn.Module] = OrderedDict()
@@ -24,7 +24,7 @@ class RegisteredModels(Declared):
         self._scheds: OrderedDict[str, Any] = OrderedDict()
 
     def register_model(self, name: str = "model", model: Any = None, optim: Any = None, sched: Any = None) -> None:
-        """Have a model saved, switched between modes, stepped and scheduled under ``name``.
+        """Register a model under ``name``, to be saved, switched between modes, stepped and scheduled.
 
         Raises:
             AttributeError: called before ``super().__init__()``.
@@ -38,12 +38,12 @@ class RegisteredModels(Declared):
         self._optims[name] = optim
         self._scheds[name] = sched
         if distributed.world_size() > 1 and hasattr(optim, "register_step_pre_hook"):
-            # For trainers that step the optimiser themselves. Where they scale gradients, too, one rank may leave out a
-            # step for an overflow that the others do not have; model_update, which averages first, has no such gap.
+            # For trainers that step the optimizer themselves. If they also scale gradients, one rank may leave out a
+            # step because of an overflow that the others do not have; model_update averages first, and has no such gap.
             optim.register_step_pre_hook(lambda optimizer, *arguments: self._average(optimizer))
 
     def get_model_names(self, names: Names = None) -> list[str]:
-        """All registered names, or ``names`` as a list after a check that they are registered."""
+        """Return all registered names, or ``names`` as a list after a check that they are registered."""
         known = list(self._models)
         if names is None:
             return known
@@ -68,7 +68,10 @@ class RegisteredModels(Declared):
                 self._scheds[name].step()
 
     def get_current_lr(self, names: Names = None) -> float:
-        """Learning rate of the first parameter group of the first model that has an optimiser; 0 without any."""
+        """Return the learning rate of the first model that has an optimizer; 0 if none has.
+
+        Of several parameter groups, the first counts.
+        """
         for name in self.get_model_names(names):
             if self._optims[name] is not None:
                 return self._optims[name].param_groups[0]["lr"]
@@ -78,5 +81,5 @@ class RegisteredModels(Declared):
         return [self._optims[name] for name in self.get_model_names(names) if self._optims[name] is not None]
 
     def _average(self, optimizer: Any) -> None:
-        """Average the gradients of an optimiser over the processes (see Steps)."""
+        """Average the gradients of an optimizer over the processes (see Steps)."""
         raise NotImplementedError

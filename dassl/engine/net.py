@@ -46,7 +46,11 @@ class SimpleNet(nn.Module):
         return self._fdim
 
     def forward(self, x: Tensor, return_feature: bool = False) -> Any:
-        """Images [B, 3, H, W] -> logits [B, C] (features [B, fdim] without classifier), with the features if asked."""
+        """Return logits [B, C] for images [B, 3, H, W].
+
+        Without a classifier the result is the features [B, fdim]. With one, ``return_feature`` asks for the pair
+        (logits, features).
+        """
         features = self.backbone(x)
         if self.head is not None:
             features = self.head(features)

@@ -1,9 +1,9 @@
-"""One model in several processes: gradients are averaged, and what rank 0 has counts.
+"""One model in several processes: gradients are averaged, and rank 0's values count.
 
 Why not DistributedDataParallel: it averages what a module's own ``forward`` has computed, and the models that trainers
 register are often not called: a learner holds the parameters, and the network around it, which is not registered,
-computes. So the gradients are averaged by hand, between backward and the optimiser's step, for the parameters that the
-optimiser has. The result is the same; only the overlap with backward is lost, which is little where few parameters are
+computes. So the gradients are averaged by hand, between backward and the optimizer's step, for the parameters that the
+optimizer has. The result is the same; only the overlap with backward is lost, which is little where few parameters are
 trained.
 """
 
@@ -22,13 +22,13 @@ from dassl.utils import distributed
 
 __all__ = ["average_gradients", "copy_from_main", "own_draws"]
 
-CHUNK = 2**23  # values that travel at once, at least
+CHUNK = 2**23  # the least number of values that are sent at once, if there are so many
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its mean over the ranks, in place.
 
-    A parameter without a gradient counts as zero; without one on any rank it is left without, as its optimiser expects.
+    A missing gradient counts as zero. If no rank has a parameter's gradient, it stays missing, as optimizers expect.
 
     Args:
         parameters: in the same order on all ranks.
@@ -79,10 +79,11 @@ def copy_from_main(models: Iterable[nn.Module | None], frozen: bool = False) -> 
 
 @contextlib.contextmanager
 def own_draws() -> Iterator[None]:
-    """While it lasts, each rank above 0 draws random numbers of its own (what dropout drops of its images, say).
+    """Let each rank above 0 draw random numbers of its own (for the dropout of its images, say).
 
-    For steps on parts of a batch: on a whole one, all must draw alike. Rank 0 draws what a single process would; after
-    it, all ranks have rank 0's generators again, so that what is drawn outside of steps is the same on all.
+    Use this context for steps on parts of a batch; on a whole batch, all ranks must draw alike. Rank 0 draws what a
+    single process would. When the context ends, all ranks take over the states of rank 0's generators, so that draws
+    outside of steps are the same on all.
     """
     if distributed.world_size() == 1:
         yield

@@ -18,7 +18,7 @@ PRECISIONS = ("fp32", "fp16", "amp", "bf16")
 
 
 class Precision:
-    """How a step computes, for one of four names.
+    """The number formats of a step, chosen by one of four names.
 
     ====  ======================================  ==================
     name  autocast                                gradients scaled
@@ -30,8 +30,8 @@ class Precision:
     bf16  bfloat16                                no
     ====  ======================================  ==================
 
-    The CPU takes bfloat16 for float16 because many of its kernels have no float16 form. bfloat16 has float32's range,
-    so its gradients need no scaling.
+    The CPU uses bfloat16 instead of float16 because many of its kernels have no float16 form. bfloat16 has float32's
+    range, so its gradients need no scaling.
 
     Args:
         prec: one of the names.
@@ -51,7 +51,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device_type) if self.dtype is torch.float16 else None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Context for the forward pass and the losses."""
+        """Return a context for the forward pass and the losses."""
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
@@ -63,15 +63,16 @@ class Precision:
     def update(
         self, optimizers: Iterable[Optimizer], look: Callable[[Tensor | None], tuple[bool, bool]] | None = None
     ) -> bool:
-        """Step optimisers on the gradients there are; with scaling, a step with overflowed gradients is left out.
+        """Step optimizers on the present gradients; with scaling, leave out a step with overflowed gradients.
 
         With scaling, the program waits for the device once, to read whether the gradients are finite. The scaler's own
-        ``step`` would wait once for each optimiser, and its ``get_scale`` again.
+        ``step`` would wait once for each optimizer, and its ``get_scale`` again.
 
         Args:
             optimizers: all of them step, or none.
-            look: with scaling, what reads whether the gradients are finite: given that as a tensor, it says whether the
-                loss is finite (if not, the loss scale stays, too) and whether they are. None: they are looked at alone.
+            look: used with scaling only; None: only the gradients are checked. It is given a bool tensor that says
+                whether the gradients are finite (None: there are no gradients). It returns whether the loss is finite
+                (if not, the loss scale stays, too) and whether the gradients are.
 
         Returns:
             Whether the step was made.
@@ -80,7 +81,7 @@ class Precision:
             for optimizer in optimizers:
                 optimizer.step()
             return True
-        # The scaler refuses an optimiser without a single gradient (a model that this loss does not involve).
+        # The scaler refuses an optimizer without a single gradient (a model that this loss does not involve).
         involved = [
             o for o in optimizers if any(p.grad is not None for group in o.param_groups for p in group["params"])
         ]
@@ -100,7 +101,7 @@ class Precision:
         return made
 
     def _unscale(self, optimizer: Optimizer) -> None:
-        """Divide an optimiser's gradients by the loss scale, unless a method has done so, to clip them."""
+        """Divide an optimizer's gradients by the loss scale, unless a method has already done so, to clip them."""
         assert self.scaler is not None
         try:
             self.scaler.unscale_(optimizer)
@@ -109,15 +110,18 @@ class Precision:
                 raise
 
     def step(self, loss: Tensor, optimizers: Iterable[Optimizer]) -> bool:
-        """``backward`` and ``update``; the gradients must have been zeroed. Returns whether the step was made."""
+        """Back-propagate a loss and step the optimizers; return whether the step was made.
+
+        This is ``backward`` and ``update``. The gradients must have been zeroed before.
+        """
         self.backward(loss)
         return self.update(optimizers)
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss scale and its counters (plain values); empty without a scaler."""
+        """Return the loss scale and its counters (plain values); empty without a scaler."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put ``state_dict`` back; ignored where either run has no scaler."""
+        """Put ``state_dict`` back; do nothing where either run has no scaler."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)

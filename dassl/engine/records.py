@@ -11,10 +11,10 @@ __all__ = ["recorded_test", "recorded_train"]
 
 
 def recorded_train(train: Any) -> Any:
-    """Return a ``train`` method after which the run has its records, though the loop of TrainerBase may not have run.
+    """Wrap a ``train`` method so that the run has its records even if the loop of TrainerBase has not run.
 
-    Where it has not, hooks hear of the beginning (from ``before_train``, if the method calls ours, else at the end) and
-    of the end: config.yaml, metrics.json with what can be known, and DONE are written.
+    If that loop has not run, hooks are still told of the beginning (by ``before_train``, if the method calls ours, else
+    at the end) and of the end. So config.yaml, metrics.json with what can be known, and DONE are written.
     """
 
     @functools.wraps(train)
@@ -23,7 +23,7 @@ def recorded_train(train: Any) -> Any:
         self.own_loop = outermost
         try:
             result = train(self, *args, **kwargs)
-            if outermost and self.own_loop:  # our loop, had it run, would have said that it did
+            if outermost and self.own_loop:  # our loop, had it run, would have set it to False
                 self.begin_records()
                 self.phase = "final"
                 self.call_hooks("finish")
@@ -38,9 +38,9 @@ def recorded_train(train: Any) -> Any:
 
 
 def recorded_test(test: Any) -> Any:
-    """Return a ``test`` method after which ``evaluation`` tells what can be known, though ours may not have run.
+    """Wrap a ``test`` method so that ``evaluation`` tells what can be known even if our ``test`` has not run.
 
-    Called outside of ``train``, it writes the run's result files, as ours does.
+    If called outside of ``train``, the wrapped method writes the run's result files, as ours does.
     """
 
     @functools.wraps(test)

@@ -11,18 +11,21 @@ from dassl.utils import AverageMeter, MetricMeter
 
 @dataclass
 class EpochStats:
-    """Filled in by the hooks step by step; a new one for each epoch. Times in seconds."""
+    """Figures of one epoch, which the hooks fill in step by step; each epoch has a new object. Times in seconds."""
 
     losses: MetricMeter = field(default_factory=MetricMeter)
     batch_time: AverageMeter = field(default_factory=AverageMeter)
     data_time: AverageMeter = field(default_factory=AverageMeter)
     batches: tuple[Any, ...] = ()  # what the loaders gave for this step
-    images: int = 0  # in them, those of all processes
+    images: int = 0  # number of images in these batches, of all processes
     summary: dict[str, float] = field(default_factory=dict)  # what forward_backward returned
     lr: float = 0.0  # the learning rate this step used
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """The losses' running means, for a run that goes on within the epoch; times begin anew there."""
+        """Return the losses' running means, for a run that is resumed within the epoch.
+
+        Times are not among them: they begin anew in the resumed run.
+        """
         return {name: {"sum": m.sum, "count": m.count, "val": m.val} for name, m in self.losses.meters.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
@@ -34,7 +37,7 @@ class EpochStats:
 
 
 def count_images(batches: Iterable[Any]) -> int:
-    """Number of images in the batches of one step (several views of an image count once)."""
+    """Count the images in the batches of one step (several views of an image count once)."""
     total = 0
     for batch in batches:
         if not isinstance(batch, Mapping):

@@ -1,4 +1,4 @@
-"""One optimisation step: precision, finiteness, the mean over processes, and whether the step was made."""
+"""One optimization step: precision, finiteness, the mean over processes, and whether the step was made."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .precision import Precision
 
 
 class Steps(RegisteredModels):
-    """Back-propagate a loss and step the registered optimisers, unless numbers were lost."""
+    """Back-propagate a loss and step the registered optimizers, unless numbers were lost."""
 
     def __init__(self) -> None:
         super().__init__()
         self.precision = Precision()
         self.guard = StepGuard()
         self.stepped = False  # whether the latest ``model_update`` changed the model
-        self.share: Share | None = None  # of several processes: who has how much of this step's batch; None: all of it
-        self._weighted = False  # whether the gradients there are come from a loss that was weighted
-        self._averaged: set[int] = set()  # optimisers whose gradients are averaged already, by id
+        self.share: Share | None = None  # how processes share this step's batch; None: each has all of it
+        self._weighted = False  # whether the present gradients come from a weighted loss
+        self._averaged: set[int] = set()  # optimizers whose gradients are averaged already, by id
 
     def where(self) -> str:
         """Return the place in the run, for messages."""
         raise NotImplementedError
 
     def set_precision(self, prec: str) -> None:
-        """Compute in fp32, fp16, amp or bf16 from now on; see Precision."""
+        """Set the precision of all later steps to fp32, fp16, amp or bf16; see Precision."""
         self.precision = Precision(prec, torch.device(self.device).type)
 
     def detect_anomaly(self, loss: Tensor) -> None:
@@ -51,15 +51,19 @@ class Steps(RegisteredModels):
             optimizer.zero_grad()
 
     def model_backward(self, loss: Tensor) -> bool:
-        """Check the loss and back-propagate it; while a run's step runs, one that is not finite is left alone.
+        """Check the loss and back-propagate it.
 
-        ``model_update`` then changes nothing, and the step's end deals with it (TRAIN.ON_NAN).
+        Within a step of the engine's loop, a loss that is not finite raises no error: ``model_update`` then changes
+        nothing, and the end of the step deals with the fault (TRAIN.ON_NAN).
+
+        Each of several processes gives the mean over its part of the batch. That loss is weighted by the size of the
+        part, so that the mean of the gradients is exactly that of the loss over the whole batch.
 
         Returns:
             Whether the loss was back-propagated.
 
-        Of several processes, each gives the mean over its part of the batch; it is weighted by the size of that part,
-        so that the mean of the gradients is exactly that of the loss over the whole batch.
+        Raises:
+            FloatingPointError: the loss is not finite, and no step of the engine's loop runs.
         """
         if not self.guard.active:
             self.detect_anomaly(loss)
@@ -75,7 +79,7 @@ class Steps(RegisteredModels):
     def average_gradients(self, names: Names = None) -> None:
         """Average the gradients of the named models (all by default) over the processes.
 
-        ``model_update`` does it. To be called before it only by what looks at gradients in between, such as clipping.
+        ``model_update`` does so itself. Call this earlier only to look at the gradients in between, to clip them, say.
         """
         for optimizer in self._optimizers(names):
             self._average(optimizer)
@@ -86,19 +90,19 @@ class Steps(RegisteredModels):
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.share is not None and self.share.weight != 1 and not self._weighted:
-            for parameter in parameters:  # a trainer with a backward of its own
+            for parameter in parameters:  # the trainer has a backward of its own
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.share.weight)
         average_gradients(parameters)
 
     def model_update(self, names: Names = None) -> bool:
-        """Step the optimisers of the named models (all by default) on the mean of the processes' gradients.
+        """Step the optimizers of the named models (all by default) on the mean of the processes' gradients.
 
-        The step is left out where its loss or a gradient is not finite (with a loss scale, which may overflow, the
-        scale sees to that). Where it is made, ``after_update`` is called.
+        The step is left out where its loss or a gradient is not finite. With a loss scale, gradients may overflow; this
+        is no fault, and the scaler adapts the scale. If the step is made, ``after_update`` is called.
 
         Returns:
-            Whether the step was made; ``stepped`` keeps it.
+            Whether the step was made; ``stepped`` keeps the answer.
         """
         optimizers = self._optimizers(names)
         self.stepped = False
@@ -116,12 +120,12 @@ class Steps(RegisteredModels):
         return self.stepped
 
     def _look(self, gradients: Tensor | None) -> tuple[bool, bool]:
-        """Return whether the loss, and whether the gradients are finite; an overflow is no fault of the step's."""
+        """Return whether the loss is finite, and whether the gradients are; an overflow is no fault of the step."""
         finite = self.guard.look(gradients)
         return not self.guard.fault, finite
 
     def model_backward_and_update(self, loss: Tensor, names: Names = None) -> bool:
-        """Zero the gradients, back-propagate the loss, check both, step; return whether the step was made.
+        """Clear the gradients, back-propagate the loss, check both, and step; return whether the step was made.
 
         On a GPU the program waits once, before the step, to read whether loss and gradients are finite.
         """
@@ -131,9 +135,9 @@ class Steps(RegisteredModels):
             return self.model_update(names)
 
     def all_reduce_mean(self, tensor: Tensor) -> Tensor:
-        """The mean over the whole batch of a step, where ``tensor`` is the mean over this process's part of it.
+        """Return the mean over the whole batch of a step, given the mean over this process's part of the batch.
 
-        For what is not a sum over images, such as a running centre; a new tensor, without gradient. To be called by all
-        processes alike, as everything that talks to the others.
+        Use it for what is not a sum over images, such as a running center. The result is a new tensor without gradient.
+        All processes must call it alike, as everything that talks to the others.
         """
         return distributed.all_reduce_mean(tensor, 1.0 if self.share is None else self.share.size)

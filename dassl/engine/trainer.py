@@ -47,11 +47,11 @@ NUM_EXAMPLES = 8  # test images shown in TensorBoard
 
 
 class SimpleTrainer(EvaluatingTrainer):
-    """Data, model, evaluator and hooks from a config; how batches are drawn is left to TrainerX and TrainerXU.
+    """Build data, model, evaluator and hooks from a config; TrainerX and TrainerXU say how batches are drawn.
 
     Args:
         cfg: the frozen configuration.
-        data: the data manager, or a stand-in with the same attributes; None: one is made of the configuration.
+        data: the data manager, or a stand-in with the same attributes; None: one is made from the configuration.
 
     Attributes:
         drop_last: whether a training epoch leaves out its last, smaller batch; a method may say otherwise.
@@ -115,12 +115,15 @@ class SimpleTrainer(EvaluatingTrainer):
             raise InputError("Expected OUTPUT_DIR to be a folder but got an empty string")
 
     def _check_data(self) -> None:
-        """The splits every use of this config needs are there; called before the model is built."""
+        """Check that the splits that every use of this config needs are there, before the model is built."""
         if not self.cfg.TEST.NO_TEST:
             self._loader_of(self.cfg.TEST.SPLIT, f"TEST.SPLIT {self.cfg.TEST.SPLIT}")
 
     def _check_training_data(self) -> None:
-        """The splits that training needs beyond that (evaluating a best_val run elsewhere needs no val there)."""
+        """Check that the splits that only training needs are there.
+
+        So a best_val run can be evaluated elsewhere without a validation set there.
+        """
         if self.cfg.TEST.FINAL_MODEL == "best_val" and not self.cfg.TEST.NO_TEST:
             self._loader_of("val", "TEST.FINAL_MODEL best_val")
 
@@ -137,10 +140,10 @@ class SimpleTrainer(EvaluatingTrainer):
         distributed.check_same("images and labels", sums)
 
     def build_data_loader(self) -> None:
-        """Take over what the data manager offers; make one where the trainer was given none."""
+        """Take over what the data manager offers; make a data manager if the trainer was given none."""
         dm = DataManager(self.cfg, drop_last=self.drop_last) if self._data is None else self._data
         self.train_loader_x = dm.train_loader_x
-        self.train_loader_u = dm.train_loader_u  # None when there is no such data, as the next
+        self.train_loader_u = dm.train_loader_u  # None when there is no such data; so is val_loader
         self.val_loader = dm.val_loader
         self.test_loader = dm.test_loader
         self.num_classes = dm.num_classes
@@ -149,7 +152,7 @@ class SimpleTrainer(EvaluatingTrainer):
         self.dm = dm
 
     def build_model(self) -> None:
-        """Build and register the model with its optimiser and scheduler; the default is a SimpleNet."""
+        """Build and register the model with its optimizer and scheduler; the default is a SimpleNet."""
         cfg = self.cfg
         logger.info("Building model")
         self.model = SimpleNet(cfg, cfg.MODEL, self.num_classes)
@@ -162,13 +165,13 @@ class SimpleTrainer(EvaluatingTrainer):
         self.register_model("model", self.model, self.optim, self.sched)
 
     def build_hooks(self) -> list[HookBase]:
-        """The hooks of a run, in order; a subclass may add its own."""
+        """Build the hooks of a run, in order; a subclass may add its own."""
         return build_hooks(self.cfg)
 
     # ---- training
 
     def train(self) -> None:  # type: ignore[override]  # upstream's signature
-        """Train from start_epoch to OPTIM.MAX_EPOCH, resuming when OUTPUT_DIR (or RESUME) holds checkpoints; test."""
+        """Train from start_epoch to OPTIM.MAX_EPOCH, resuming if OUTPUT_DIR (or RESUME) holds checkpoints; test."""
         self._check_training_data()
         found = self._find_checkpoint(Path(self.cfg.RESUME or self.cfg.OUTPUT_DIR))
         if found is not None:
@@ -179,11 +182,11 @@ class SimpleTrainer(EvaluatingTrainer):
 
     @classmethod
     def trains(cls, cfg: Any) -> bool:
-        """Return whether the class says how to train: forward_backward, or the whole of run_epoch."""
+        """Return whether the class says how to train, by forward_backward or by the whole of run_epoch."""
         return cls.forward_backward is not TrainerBase.forward_backward or cls.run_epoch is not SimpleTrainer.run_epoch
 
     def before_train(self) -> None:
-        """Resume if possible; open TensorBoard."""
+        """Resume if possible, and open TensorBoard's event file."""
         self.begin_records()
         self.time_start = time.time()
         self.call_hooks("before_train")
@@ -192,8 +195,8 @@ class SimpleTrainer(EvaluatingTrainer):
     def after_epoch(self) -> None:
         """Evaluate on val and keep the best model if configured; save a checkpoint when one is due.
 
-        Before, all processes take over what rank 0 has: what a method has chosen on validation images is then one
-        choice, however their GPUs round.
+        Before that, all processes take over rank 0's models and choices. What a method has chosen on validation images
+        is then the same for all, however their GPUs round.
         """
         copy_from_main(self._models.values())
         self.selected = distributed.broadcast_object(self.selected)
@@ -209,7 +212,7 @@ class SimpleTrainer(EvaluatingTrainer):
         self.close_writer()
 
     def run_epoch(self) -> None:
-        """One pass over the training batches, a step each."""
+        """Make one pass over the training batches, with one step for each."""
         self.set_model_mode("train")
         self.stats = EpochStats()
         self.num_batches = self.count_batches()
@@ -239,7 +242,7 @@ class SimpleTrainer(EvaluatingTrainer):
         self.guard.end()
 
     def _of_all(self, summary: dict[str, float], images: int) -> tuple[dict[str, float], int]:
-        """The means over the whole batch of what this process has of its part, and the batch's number of images."""
+        """Return the whole batch's means and number of images, given those of this process's part."""
         if self.share is None or distributed.world_size() == 1:
             return summary, images
         size = self.share.size
@@ -249,19 +252,19 @@ class SimpleTrainer(EvaluatingTrainer):
         return dict(zip(summary, means, strict=True)), round(total[1])
 
     def _skipped(self) -> None:
-        """The batches that a resumed run has seen are skipped: it goes on."""
+        """Go on with a resumed run, now that the batches that it has seen are skipped."""
         self.progress.go_on(self.stats)
 
     def count_batches(self) -> int:
-        """Steps in an epoch: batches of train_loader_x."""
+        """Return the number of steps in an epoch: the batches of train_loader_x."""
         return len(self.train_loader_x)
 
     def train_batches(self) -> Iterator[tuple[Any, ...]]:
-        """The arguments of forward_backward, step by step, for the rest of one epoch (see ``batches_from``)."""
+        """Yield the arguments of forward_backward, step by step, for the rest of one epoch (see ``batches_from``)."""
         raise NotImplementedError
 
     def dry_run(self) -> None:
-        """One training step and one test batch, to see that everything fits. Nothing is saved."""
+        """Run one training step and one test batch, to see that everything fits; save nothing."""
         self._check_training_data()
         if self.has_training_step():
             self.set_model_mode("train")
@@ -285,30 +288,33 @@ class SimpleTrainer(EvaluatingTrainer):
     # ---- evaluation
 
     def model_inference(self, input: Any) -> Any:
-        """Logits [B, C]."""
+        """Return logits [B, C] for a test input."""
         return self.model(input)
 
     def parse_batch_test(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Images and labels on the device; from pinned memory the copy goes on while the program does."""
+        """Return images and labels on the device.
+
+        From pinned memory, the program does not wait for the copy.
+        """
         return batch["img"].to(self.device, non_blocking=True), batch["label"].to(self.device, non_blocking=True)
 
 
 class TrainerX(SimpleTrainer):
-    """Trains on labelled batches: ``forward_backward(batch)``."""
+    """Train on labelled batches: ``forward_backward(batch)``."""
 
     def train_batches(self) -> Iterator[tuple[Any, ...]]:
-        """Each labelled batch."""
+        """Yield each labelled batch."""
         for batch in batches_from(self.train_loader_x, self.progress.step, self._skipped):
             yield (batch,)
 
     def parse_batch_train(self, batch: Any) -> Any:
-        """Images, labels and domains on the device."""
+        """Return images, labels and domains on the device."""
         images, labels, domains = (batch[key].to(self.device, non_blocking=True) for key in ("img", "label", "domain"))
         return images, labels, domains
 
 
 class TrainerXU(SimpleTrainer):
-    """Trains on pairs of a labelled and an unlabelled batch: ``forward_backward(batch_x, batch_u)``."""
+    """Train on pairs of a labelled and an unlabelled batch: ``forward_backward(batch_x, batch_u)``."""
 
     def _check_training_data(self) -> None:
         super()._check_training_data()
@@ -324,12 +330,12 @@ class TrainerXU(SimpleTrainer):
                 )
 
     def count_batches(self) -> int:
-        """Steps in an epoch: those of the loader TRAIN.COUNT_ITER names, or the fewer of the two."""
+        """Return the number of steps in an epoch: that of the loader TRAIN.COUNT_ITER names, or the smaller one."""
         steps_x, steps_u = len(self.train_loader_x), len(self.train_loader_u or ())
         return {"train_x": steps_x, "train_u": steps_u, "smaller_one": min(steps_x, steps_u)}[self.cfg.TRAIN.COUNT_ITER]
 
     def train_batches(self) -> Iterator[tuple[Any, ...]]:
-        """Pairs of batches; the loader that runs out first starts again."""
+        """Yield pairs of batches; the loader that runs out first starts again."""
         count, first = self.count_batches(), self.progress.step
         stream_u = batches_from(self.train_loader_u, first, lambda: None, endless=True)
         stream_x = batches_from(self.train_loader_x, first, self._skipped, endless=True)
@@ -337,7 +343,7 @@ class TrainerXU(SimpleTrainer):
             yield next(stream_x), next(stream_u)
 
     def parse_batch_train(self, batch_x: Any, batch_u: Any) -> Any:  # type: ignore[override]  # upstream's signature
-        """Labelled images, their labels, unlabelled images, on the device."""
+        """Return labelled images, their labels and unlabelled images, on the device."""
         both = ((batch_x, "img"), (batch_x, "label"), (batch_u, "img"))
         images, labels, unlabelled = (batch[key].to(self.device, non_blocking=True) for batch, key in both)
         return images, labels, unlabelled

@@ -13,7 +13,7 @@ EVALUATOR_REGISTRY = Registry("EVALUATOR")
 
 
 def build_evaluator(cfg: Any, **kwargs: Any) -> Any:
-    """The evaluator that ``cfg.TEST.EVALUATOR`` names, given cfg and the keyword arguments (``lab2cname``)."""
+    """Build the evaluator that ``cfg.TEST.EVALUATOR`` names, from cfg and the keyword arguments (``lab2cname``)."""
     name = cfg.TEST.EVALUATOR
     check_availability(name, EVALUATOR_REGISTRY.registered_names())
     if cfg.VERBOSE:

@@ -1,4 +1,4 @@
-"""The evaluator a trainer feeds batch by batch, with upstream's console block that result parsers read."""
+"""The evaluator that a trainer feeds batch by batch; it logs upstream's result block, which result parsers read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class EvaluatorBase:
-    """What a trainer asks of an evaluator: ``reset``, ``process`` per batch, ``evaluate`` at the end."""
+    """The interface of an evaluator: ``reset``, ``process`` per batch, ``evaluate`` at the end."""
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
@@ -35,7 +35,7 @@ class EvaluatorBase:
         raise NotImplementedError
 
     def evaluate(self) -> OrderedDict[str, float]:
-        """Results by name; the first is the one that ``Trainer.test`` returns."""
+        """Return results by name; the first is the one that ``Trainer.test`` returns."""
         raise NotImplementedError
 
 
@@ -57,7 +57,7 @@ class Classification(EvaluatorBase):
 
     def reset(self) -> None:
         """Forget what was processed."""
-        self._confusion: Any = None  # made at the first batch, which knows the number of classes and the device
+        self._confusion: Any = None  # made at the first batch, which tells the number of classes and the device
 
     def process(self, mo: Tensor, gt: Tensor) -> None:
         """Add a batch: logits ``mo`` [B, C], labels ``gt`` [B]."""
@@ -93,7 +93,7 @@ class Classification(EvaluatorBase):
         return results
 
     def _per_class(self, counts: Tensor) -> float:
-        """Log a line per class that occurs; returns their unweighted mean accuracy."""
+        """Log a line per class that occurs, and return their unweighted mean accuracy."""
         logger.info("=> per-class result")
         accuracies = []
         for label in counts.sum(1).nonzero().flatten().tolist():

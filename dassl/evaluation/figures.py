@@ -35,7 +35,7 @@ def _render(figure: Figure) -> np.ndarray:
 
 @_plain_text
 def confusion_image(counts: Tensor, names: Mapping[int, str], title: str = "") -> np.ndarray:
-    """The confusion matrix, each row as shares of its true class.
+    """Draw the confusion matrix, each row as shares of its true class.
 
     Args:
         counts: [C, C], rows true, columns predicted.
@@ -67,14 +67,14 @@ def confusion_image(counts: Tensor, names: Mapping[int, str], title: str = "") -
 def examples_image(
     examples: Sequence[Example], names: Mapping[int, str], after: str, before: str = "", top: int = 5
 ) -> np.ndarray:
-    """Test images with the classes a head finds likeliest, and the same for the head it is compared with.
+    """Draw test images with the likeliest classes of a head, and those of the head it is compared with.
 
     Args:
         examples: at most a dozen.
         names: label -> class name.
         after: the head that counts.
-        before: the head to compare with; empty, or one the examples lack: left out.
-        top: how many classes.
+        before: the head to compare with; it is left out if it is "" or the examples lack it.
+        top: how many classes to show.
     """
     shown = [head for head in (before, after) if head and all(head in e.logits for e in examples)]
     figure = Figure(figsize=(2.2 + 2.8 * len(shown), 1.5 * len(examples)), dpi=100, layout="constrained")
@@ -99,7 +99,7 @@ def _draw_picture(axes: Any, example: Example) -> None:
     except InputError:
         pass  # a picture of the model's input does as well
     if example.image is not None and example.image.ndim == 3 and example.image.shape[0] == 3:
-        low, high = example.image.min(), example.image.max()  # the input is normalised: stretch it back to 0..1
+        low, high = example.image.min(), example.image.max()  # the input is normalized: stretch it back to 0..1
         axes.imshow(((example.image - low) / (high - low).clamp(min=1e-8)).permute(1, 2, 0).numpy())
 
 

@@ -1,7 +1,7 @@
 """Metrics of one classification head, by torchmetrics.
 
-torchmetrics would add up what several processes have counted. Here each process counts all images (the logits are
-gathered batch by batch, see engine/evaluate.py), so that is switched off.
+torchmetrics would add up what several processes have counted. This is switched off, because here each process counts
+all images: the logits are gathered batch by batch (see run_pass in dassl/evaluation/passes.py).
 
 Shapes: B images in a batch, C classes.
 """
@@ -40,13 +40,16 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
 
 
 def new_confusion(num_classes: int, device: torch.device) -> MulticlassConfusionMatrix:
-    """Counts [C, C], rows true, columns predicted (a one-class problem gets an empty second class)."""
+    """Create a metric of counts [C, C], rows true, columns predicted.
+
+    A one-class problem gets an empty second class.
+    """
     classes = max(num_classes, 2)
     return MulticlassConfusionMatrix(num_classes=classes, validate_args=False, sync_on_compute=False).to(device)
 
 
 def macro_f1(confusion: Tensor) -> float:
-    """Mean F1 (in percent) over the classes that occur as labels.
+    """Return the mean F1 (in percent) over the classes that occur as labels.
 
     Args:
         confusion: counts [C, C], rows true, columns predicted.
@@ -61,7 +64,7 @@ class HeadMetrics:
     """Accuracy, top-5 accuracy, macro-F1 and expected calibration error of one head over a split.
 
     The counts are whole numbers and the percentages are taken from them in double precision, so nothing is rounded.
-    With fewer than five classes top5 counts the best C, which is always right.
+    With fewer than five classes, top5 counts the best C, which is always right.
 
     Args:
         num_classes: C.
@@ -94,16 +97,16 @@ class HeadMetrics:
         probabilities = logits.detach().float().softmax(1)  # [B, C]
         if self.num_classes == 1:
             probabilities = torch.nn.functional.pad(probabilities, (0, 1))
-        # arg-max of the logits, not of the probabilities, where near ties round to ties
+        # The arg-max is that of the logits: in the probabilities, near ties round to ties.
         self._confusion.update(logits.detach().argmax(1), labels)
         self._others.update(probabilities, labels)
 
     def confusion(self) -> Tensor:
-        """Counts [C, C] on the CPU, rows true, columns predicted."""
+        """Return counts [C, C] on the CPU, rows true, columns predicted."""
         return self._confusion.compute().cpu()[: self.num_classes, : self.num_classes]
 
     def compute(self) -> dict[str, float]:
-        """Percentages by name, in the order of HEAD_COLUMNS."""
+        """Return percentages by name, in the order of HEAD_COLUMNS."""
         confusion = self.confusion()
         total = int(confusion.sum())
         others = self._others.compute()
@@ -117,7 +120,7 @@ class HeadMetrics:
 
 
 def heads_table(heads: Mapping[str, Mapping[str, float]], main: str) -> str:
-    """A console table of all heads, percent; the head that counts as the method's accuracy is marked."""
+    """Return a console table of all heads, in percent; the head that counts as the method's accuracy is marked."""
     rows = [
         [f"{name} (main)" if name == main else name, *(f"{values[column]:.2f}" for column in HEAD_COLUMNS)]
         for name, values in heads.items()

@@ -29,7 +29,7 @@ HeadsFn = Callable[[Any], "tuple[dict[str, Tensor], Tensor]"]
 
 @dataclass
 class Example:
-    """A test image with what the heads made of it."""
+    """A test image with the logits that the heads gave it."""
 
     impath: str  # "" when the batch does not say
     image: Tensor | None  # the model's input, on the CPU
@@ -40,12 +40,12 @@ class Example:
 
 @dataclass
 class Evaluation:
-    """What one pass over a split found; percentages."""
+    """The results of one pass over a split, in percent."""
 
     split: str
     main: str = ""  # the head that counts as the method's accuracy; "": the first
     heads: dict[str, dict[str, float]] = field(default_factory=dict)
-    heads_kway: dict[str, dict[str, float]] = field(default_factory=dict)  # see SimpleTrainer._heads_kway
+    heads_kway: dict[str, dict[str, float]] = field(default_factory=dict)  # see EvaluatingTrainer._heads_kway
     n: int | None = 0  # images; None: not known, of a test that the method brings itself
     seconds: float = 0.0
     confusion: Tensor | None = None  # [C, C] counts of the main head, rows true
@@ -54,18 +54,18 @@ class Evaluation:
 
 
 def spread(total: int, count: int) -> set[int]:
-    """Up to ``count`` positions spread evenly over 0..total-1 (test sets are ordered by class)."""
+    """Return up to ``count`` positions spread evenly over 0..total-1 (test sets are ordered by class)."""
     count = min(total, count)
     return {round(i * (total - 1) / max(count - 1, 1)) for i in range(count)}
 
 
 def of_own_test(split: str, result: Any, evaluator: Any) -> Evaluation | None:
-    """Tell what is known of a test that a method brings itself: what it returns, and what its evaluator counted.
+    """Return what is known of a test that a method brings itself: its result, and what its evaluator counted.
 
     Args:
         split: "test" or "val".
         result: accuracy in percent; None: nothing is known.
-        evaluator: the trainer's; another than ours may keep no counts.
+        evaluator: the trainer's evaluator; one that is not ours may keep no counts.
     """
     if not isinstance(result, int | float):
         return None
@@ -78,14 +78,20 @@ def of_own_test(split: str, result: Any, evaluator: Any) -> Evaluation | None:
 
 
 def progress_bar(iterable: Any = None, **kwargs: Any) -> tqdm:
-    """A tqdm bar on rank 0's stderr; it redraws rarely when that is a file, so that a job's log stays short."""
+    """Return a tqdm bar on rank 0's stderr.
+
+    If stderr is a file, the bar redraws rarely, so that a job's log stays short.
+    """
     kwargs["disable"] = kwargs.get("disable", False) or not distributed.is_main()
     pause = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(iterable, file=Unbroken(sys.stderr), mininterval=pause, dynamic_ncols=True, **kwargs)
 
 
 def lines_above_bars() -> contextlib.AbstractContextManager[Any]:
-    """Context for writing a line to stdout: takes bars off the screen meanwhile, where both share one."""
+    """Return a context for writing a line to stdout.
+
+    If bars share the screen with the line, they are taken off meanwhile.
+    """
     return tqdm.external_write_mode(file=sys.stdout) if sys.stderr.isatty() else contextlib.nullcontext()
 
 
@@ -100,8 +106,8 @@ def run_pass(
 ) -> None:
     """Fill ``evaluation`` from one pass.
 
-    Where the loader gives each process a part of every batch, the logits are gathered, so that each process sees all of
-    them in the order of the split: every count and every choice is then that of one process, on all ranks.
+    If the loader gives each process a part of every batch, the logits are gathered, so that each process sees all of
+    them in the order of the split. Every count and every choice is then, on all ranks, what one process alone has.
 
     Args:
         loader: batches; a dict may say ``impath``.
@@ -145,7 +151,7 @@ def run_pass(
 
 
 def _length(loader: Any) -> int:
-    """N where the loader knows it, else 0 (no examples are kept then)."""
+    """Return N if the loader knows it, else 0 (then no examples are kept)."""
     try:
         return len(loader.dataset)
     except (AttributeError, TypeError):
@@ -169,7 +175,7 @@ def _examples(
 
 
 def as_heads(output: Any) -> dict[str, Tensor]:
-    """The heads of a trainer's output: a dict as it is, one tensor of logits as the head "main"."""
+    """Return the heads of a trainer's output: a dict as it is, one tensor of logits as the head "main"."""
     if isinstance(output, Mapping):
         return dict(output)
     if not isinstance(output, torch.Tensor):

@@ -66,24 +66,24 @@ class Predictions:
     paths: list[str] | None = None
 
     def head(self, name: str) -> int:
-        """The position of a head along the first axis."""
+        """Return the position of a head along the first axis."""
         if name not in self.heads:
             raise InputError(f'Expected a head out of {", ".join(self.heads)} but got "{name}"')
         return self.heads.index(name)
 
     def correct(self, name: str) -> np.ndarray:
-        """Which images a head classifies correctly, bool [N]."""
+        """Return which images a head classifies correctly, as bool [N]."""
         return self.top[self.head(name), :, 0] == self.labels
 
     def confusion(self, name: str) -> np.ndarray:
-        """Counts [C, C] of a head, rows true, columns predicted."""
+        """Return counts [C, C] of a head, rows true, columns predicted."""
         classes = len(self.classnames)
         cells = self.labels.astype(np.int64) * classes + self.top[self.head(name), :, 0]
         return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
 
 
 class Recorder:
-    """Collects predictions batch by batch.
+    """Collect predictions batch by batch.
 
     Args:
         total: N, to know beforehand what fits.
@@ -108,7 +108,7 @@ class Recorder:
         values: Mapping[str, Tensor] | None = None,
         features: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """What is known, beside logits, of the batch that is added next.
+        """Note what is known, beside logits, of the batch that is added next.
 
         Args:
             paths: of the B images.
@@ -118,11 +118,11 @@ class Recorder:
         self._told = list(paths or ()), dict(values or {}), dict(features or {})
 
     def add(self, heads: Mapping[str, Tensor], labels: Tensor, share: Share | None = None) -> None:
-        """The logits [B, C] of each head and the labels [B] of a batch.
+        """Add a batch: the logits [B, C] of each head and the labels [B].
 
         Args:
             heads, labels: of the whole batch.
-            share: where several processes share it, what this one was told is of its part only.
+            share: how processes share the batch; ``tell`` is then given this one's part only. None: it is not shared.
         """
         if not self._heads:
             self._start(heads)
@@ -136,7 +136,7 @@ class Recorder:
         index = labels.to(logits.device).long().expand(len(logits), -1)[..., None]  # [H, B, 1]
         known = labels.cpu().numpy()
         self._put("labels", known.astype(np.int32))
-        # Not topk: of equal logits the first class comes first, as it does for argmax.
+        # Not topk: here the first of classes with equal logits comes first, as it does for argmax.
         order = logits.sort(dim=2, descending=True, stable=True).indices[..., :TOP]
         small = logits.shape[2] <= np.iinfo(np.int16).max
         self._put("top", order.cpu().numpy().astype(np.int16 if small else np.int32))
@@ -168,7 +168,10 @@ class Recorder:
         self._parts.setdefault(name, []).append(array if isinstance(array, np.ndarray) else array.cpu().numpy())
 
     def finish(self, split: str, main: str, reference: str, names: Mapping[int, str]) -> Predictions | None:
-        """Everything, or what fits: without the logits, then the paths, then the features; None: no image was seen."""
+        """Return the predictions, or what fits of them; None: no image was seen, or nothing fits.
+
+        If not all fits, the logits are left out, then the paths, then the features.
+        """
         if not self._seen:
             return None
         per_head = ("top", "true", "rival", "logsumexp", "logits")
@@ -199,7 +202,7 @@ def _below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
 
 
 def _cut(predictions: Predictions, limit: int) -> Predictions | None:
-    """Leaves out what is least needed until the rest fits."""
+    """Leave out what is least needed until the rest fits; None: it never fits."""
     smaller: list[dict[str, Any]] = [
         {},
         {"logits": None},
@@ -216,7 +219,7 @@ def _cut(predictions: Predictions, limit: int) -> Predictions | None:
 
 
 def _arrays(predictions: Predictions) -> tuple[dict[str, np.ndarray], str]:
-    """(arrays of the file, the folder that its paths are below)."""
+    """Return the arrays of the file, and the folder that its paths are below."""
     arrays = {name: getattr(predictions, name) for name in ("labels", "top", "true", "rival", "logsumexp", "rows")}
     arrays |= {f"value/{name}": array for name, array in predictions.values.items()}
     arrays |= {f"feature/{name}": array for name, array in predictions.features.items()}
@@ -231,13 +234,13 @@ def _arrays(predictions: Predictions) -> tuple[dict[str, np.ndarray], str]:
 
 
 def _common_folder(paths: Sequence[str]) -> str:
-    """The folder that all paths start with, with its last slash; "" where there is none."""
+    """Return the folder that all paths start with, with its last slash; "" where there is none."""
     prefix = os.path.commonprefix(list(paths))
     return prefix[: prefix.rfind("/") + 1]
 
 
 def save_predictions(path: Path, predictions: Predictions) -> None:
-    """Writes the file; it appears whole or not at all, and the same predictions give the same bytes."""
+    """Write the file at once or not at all; the same predictions give the same bytes."""
     arrays, root = _arrays(predictions)
     names = {name: getattr(predictions, name) for name in ("split", "main", "reference", "heads", "classnames")}
     # One entry: the order of several would change from run to run.
@@ -247,13 +250,13 @@ def save_predictions(path: Path, predictions: Predictions) -> None:
 
 
 def load_predictions(path: str | os.PathLike[str]) -> Predictions:
-    """The predictions of a run.
+    """Load the predictions of a run.
 
     Args:
         path: a run's folder, or the file.
 
     Raises:
-        InputError: there is no such file, or it is something else.
+        InputError: there is no such file, or the file is something else.
     """
     file = Path(path)
     if file.is_dir():

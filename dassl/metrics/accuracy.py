@@ -1,4 +1,4 @@
-"""Top-k accuracy of a batch."""
+"""Compute the top-k accuracy of a batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def compute_accuracy(output: Tensor | Sequence[Tensor], target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:
-    """Share of rows, in percent, whose label is among the k highest scores, for each k.
+    """Return the percentage of rows whose label is among the k highest scores, for each k.
 
     Args:
         output: scores [B, C]; of a tuple or list, the first element.

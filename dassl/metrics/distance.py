@@ -1,4 +1,4 @@
-"""Distances between the rows of two matrices [M, D] and [N, D]."""
+"""Compute distances between the rows of two matrices [M, D] and [N, D]."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dassl.utils import check_availability
 
 
 def compute_distance_matrix(input1: Tensor, input2: Tensor, metric: str = "euclidean") -> Tensor:
-    """Distances [M, N].
+    """Return the distances [M, N] between the rows of two matrices.
 
     Args:
         input1: rows [M, D].
@@ -24,11 +24,11 @@ def compute_distance_matrix(input1: Tensor, input2: Tensor, metric: str = "eucli
 
 
 def euclidean_squared_distance(input1: Tensor, input2: Tensor) -> Tensor:
-    """Squared Euclidean distances [M, N]: |a|^2 + |b|^2 - 2 a.b, not below 0."""
+    """Return the squared Euclidean distances [M, N]: |a|^2 + |b|^2 - 2 a.b, never below 0."""
     norms = input1.pow(2).sum(dim=1, keepdim=True) + input2.pow(2).sum(dim=1)  # [M, 1] + [N]
     return torch.addmm(norms, input1, input2.t(), beta=1.0, alpha=-2.0).clamp_min(0.0)  # rounding can fall below 0
 
 
 def cosine_distance(input1: Tensor, input2: Tensor) -> Tensor:
-    """1 - cosine similarity [M, N]."""
+    """Return 1 - cosine similarity [M, N]."""
     return 1.0 - F.normalize(input1, dim=1) @ F.normalize(input2, dim=1).t()

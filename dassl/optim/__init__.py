@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by name."""
+"""Optimizers and learning-rate schedules by name."""
 
 from .lr_scheduler import ClosedFormLR, StepwiseLR, build_lr_scheduler
 from .optimizer import build_optimizer

@@ -29,10 +29,10 @@ Rate = Callable[[int, float], float]  # position, base rate -> rate
 
 
 class ClosedFormLR(LRScheduler):
-    """Sets each parameter group's rate to ``rate(t, base rate)``, t = the number of positions advanced so far.
+    """A schedule that sets each parameter group's rate to ``rate(t, base rate)``; t = positions advanced so far.
 
     Args:
-        optimizer: the optimiser; its present rates are the base rates.
+        optimizer: the optimizer; its present rates are the base rates.
         rate: position and base rate -> rate.
     """
 
@@ -41,15 +41,15 @@ class ClosedFormLR(LRScheduler):
         super().__init__(optimizer)
 
     def get_lr(self) -> list[Any]:
-        """The rates at the present position, one for each parameter group."""
+        """Return the rates at the present position, one for each parameter group."""
         return [self._rate(self.last_epoch, float(base)) for base in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the rates there for the reader's sake; plain numbers only."""
+        """Return the position, and the rates there for human readers; plain numbers only."""
         return {"last_epoch": self.last_epoch, "_last_lr": [float(lr) for lr in self.get_last_lr()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the position of ``state_dict`` and set the optimiser's rates to those of this schedule there.
+        """Take up the position of ``state_dict`` and set the optimizer's rates to those of this schedule there.
 
         The curve itself (length, milestones, base rates) stays that of the present config: a run that is resumed with
         more epochs follows the longer curve.
@@ -58,38 +58,38 @@ class ClosedFormLR(LRScheduler):
         self._apply()
 
     def go_to_epoch(self, epoch: int) -> None:
-        """Take up the position after so many epochs, of a schedule that counts epochs."""
+        """Take up the position after ``epoch`` epochs; this schedule counts epochs."""
         self.load_state_dict({"last_epoch": epoch})
 
     def _apply(self) -> None:
         rates = self.get_lr()
         for group, base, rate in zip(self.optimizer.param_groups, self.base_lrs, rates, strict=True):
-            group["initial_lr"] = base  # an optimiser's state loaded before has overwritten these two
+            group["initial_lr"] = base  # these two entries may come from an optimizer state loaded before
             group["lr"] = rate
         self._last_lr = rates
 
 
 class StepwiseLR(ClosedFormLR):
-    """A ClosedFormLR that advances by itself with every step of the optimiser; calls of ``step`` change nothing.
+    """A ClosedFormLR that advances by itself with every step of the optimizer; calls of ``step`` change nothing.
 
     So a trainer that updates the rate once per epoch, as upstream's do, gets a schedule per step unchanged.
 
     Args:
-        optimizer: the optimiser; its present rates are the base rates.
+        optimizer: the optimizer; its present rates are the base rates.
         make_rate: steps per epoch -> the rate function.
     """
 
     def __init__(self, optimizer: Optimizer, make_rate: Callable[[int], Rate]) -> None:
         self._make_rate = make_rate
         self._steps_per_epoch: int | None = None
-        self._epochs_before = 0  # of a checkpoint that told no position
+        self._epochs_before = 0  # epochs done before a checkpoint that told no position
         self._started = False
         super().__init__(optimizer, make_rate(1))  # position 0 is the same for every length
         self._started = True
         optimizer.register_step_post_hook(self._advance)
 
     def set_steps_per_epoch(self, count: int) -> None:
-        """Tell how many optimiser steps an epoch has. Whoever runs the loop does, before the first step."""
+        """Tell how many optimizer steps an epoch has; whoever runs the loop calls this before the first step."""
         if count < 1:
             raise ValueError(f"Expected at least one step per epoch but got {count}")
         self._steps_per_epoch = count
@@ -99,14 +99,14 @@ class StepwiseLR(ClosedFormLR):
         self._apply()
 
     def go_to_epoch(self, epoch: int) -> None:
-        """Take up the position after so many epochs, once it is known how many steps one has."""
+        """Take up the position after ``epoch`` epochs, once the number of steps in an epoch is known."""
         self._epochs_before = epoch
         if self._steps_per_epoch is not None:
             self.load_state_dict({"last_epoch": epoch * self._steps_per_epoch})
 
     def step(self, epoch: int | None = None) -> None:
-        """Nothing: the optimiser's steps count."""
-        if not self._started:  # the base class sets the first rate through this
+        """Do nothing: the optimizer's steps advance this schedule."""
+        if not self._started:  # the base class sets the first rate by calling this method
             super().step()
 
     def _advance(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -117,20 +117,20 @@ class StepwiseLR(ClosedFormLR):
 
 
 def build_lr_scheduler(optimizer: Optimizer, optim_cfg: CfgNode, steps_per_epoch: int | None = None) -> ClosedFormLR:
-    """The schedule that ``optim_cfg`` (``cfg.OPTIM``) describes: a main curve, after a warm-up if WARMUP_EPOCH > 0.
+    """Build the schedule that ``optim_cfg`` describes: a main curve, after a warm-up if WARMUP_EPOCH > 0.
 
     LR_UNIT "epoch": one ``step`` call is one unit, in which MAX_EPOCH, STEPSIZE and WARMUP_EPOCH count. LR_UNIT "step":
-    the unit is a step of the optimiser, with which the schedule advances by itself; STEPSIZE and WARMUP_EPOCH count
+    the unit is a step of the optimizer, with which the schedule advances by itself; STEPSIZE and WARMUP_EPOCH count
     steps, and MAX_EPOCH is converted to them.
 
-    The main curve starts at the full rate right after the warm-up. With WARMUP_RECOUNT it counts from 0 there and keeps
-    its length, so a cosine does not reach zero within MAX_EPOCH; without it, it goes on from where it would have been,
-    scaled such that it begins at the full rate, and a cosine does reach zero.
+    The main curve starts at the full rate right after the warm-up. With WARMUP_RECOUNT the curve counts from 0 there
+    and keeps its length, so a cosine does not reach zero within MAX_EPOCH. Without WARMUP_RECOUNT the curve goes on
+    from where it would have been, scaled such that it begins at the full rate, and a cosine does reach zero.
 
     Args:
-        optimizer: the optimiser to steer.
-        optim_cfg: the OPTIM node.
-        steps_per_epoch: optimiser steps in an epoch, for LR_UNIT "step"; None: the loop tells the schedule later, by
+        optimizer: the optimizer to steer.
+        optim_cfg: the OPTIM node (``cfg.OPTIM``).
+        steps_per_epoch: optimizer steps in an epoch, for LR_UNIT "step"; None: the loop tells the schedule later, by
             ``set_steps_per_epoch``.
 
     Raises:
@@ -152,7 +152,7 @@ def build_lr_scheduler(optimizer: Optimizer, optim_cfg: CfgNode, steps_per_epoch
 
 
 def _make_rate(optim_cfg: CfgNode, units_per_epoch: int) -> Rate:
-    """Warm-up and main curve in one function."""
+    """Combine warm-up and main curve in one rate function."""
     curve = _main_curve(optim_cfg, optim_cfg.MAX_EPOCH * units_per_epoch)
     warmup = optim_cfg.WARMUP_EPOCH
     if warmup <= 0:
@@ -181,7 +181,7 @@ def _main_curve(optim_cfg: CfgNode, length: int) -> Curve:
 
 
 def _cosine(length: int, t: int) -> float:
-    """From 1 at t = 0 to 0 at t = length, and 0 beyond."""
+    """Return the half cosine that falls from 1 at t = 0 to 0 at t = length; 0 beyond."""
     return 0.5 * (1.0 + math.cos(math.pi * min(t, length) / length))
 
 

@@ -1,4 +1,4 @@
-"""Optimisers by name."""
+"""Build optimizers by name."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def build_optimizer(
     optim_cfg: CfgNode,
     param_groups: Iterable[Any] | None = None,
 ) -> Optimizer:
-    """The optimiser that ``optim_cfg`` (``cfg.OPTIM``) describes.
+    """Build the optimizer that ``optim_cfg`` (``cfg.OPTIM``) describes.
 
     Args:
-        model: a module, all of whose parameters are given to the optimiser, or parameters or parameter groups.
+        model: a module, all of whose parameters are given to the optimizer, or parameters or parameter groups.
         optim_cfg: the OPTIM node.
         param_groups: use these groups instead of the model's parameters; STAGED_LR is then ignored.
 
@@ -75,7 +75,10 @@ def build_optimizer(
 
 
 def _staged_groups(model: nn.Module | Iterable[Any], optim_cfg: CfgNode) -> list[dict[str, Any]]:
-    """Two groups: the direct children named in NEW_LAYERS (at LR), and all else (at LR * BASE_LR_MULT)."""
+    """Return two groups: the children named in NEW_LAYERS (rate LR), and all other parameters (LR * BASE_LR_MULT).
+
+    Only direct children of the module count.
+    """
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected a module with OPTIM.STAGED_LR but got {type(model).__name__}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

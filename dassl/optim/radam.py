@@ -15,9 +15,12 @@ class RAdam(_RAdam):
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0, degenerated_to_sgd: bool = True) -> None:  # fmt: skip
-        """Args: as torch's; ``degenerated_to_sgd`` changes nothing, torch's takes plain steps where upstream's does."""
+        """Take torch's arguments.
+
+        ``degenerated_to_sgd`` changes nothing: torch's RAdam takes plain steps where upstream's does.
+        """
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=True)
 
 
 class PlainRAdam(RAdam):
-    """The same under upstream's second name."""
+    """RAdam under upstream's second name for it."""

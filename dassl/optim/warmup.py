@@ -14,7 +14,7 @@ __all__ = ["ConstantWarmupScheduler", "LinearWarmupScheduler"]
 
 
 class _Warmup(LRScheduler):
-    """Rates of its own for ``warmup_epoch`` epochs; then those of ``successor``, which counts from there."""
+    """A schedule with rates of its own for ``warmup_epoch`` epochs, then those of ``successor``, counted from there."""
 
     def __init__(self, optimizer: Optimizer, successor: LRScheduler, warmup_epoch: int, last_epoch: int = -1) -> None:
         self.successor, self.warmup_epoch = successor, warmup_epoch
@@ -31,7 +31,7 @@ class _Warmup(LRScheduler):
         return [self.rate(float(base)) for base in self.base_lrs]
 
     def step(self, epoch: int | None = None) -> None:
-        """Advance by one epoch: the warm-up, or what follows it."""
+        """Advance by one epoch: the warm-up's, or the successor's once the warm-up is over."""
         if self.last_epoch < self.warmup_epoch:
             super().step(epoch)
         else:

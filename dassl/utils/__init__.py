@@ -70,7 +70,7 @@ __all__ = [
     "write_json",
 ]
 
-# Name -> the module that has it, as imported above for whoever checks types.
+# Name -> the module that has it; the same as the imports above, which only type checkers read.
 _HOME = {
     "InputError": "errors",
     "UnknownNameError": "errors",

@@ -30,14 +30,14 @@ _PathLike = str | os.PathLike[str]
 
 
 def plain(value: Any, where: str = "state") -> Any:
-    """A copy of ``value`` made of tensors, dicts, lists, tuples, numbers, strings, bytes, bools and None only.
+    """Copy ``value`` into tensors, dicts, lists, tuples, numbers, strings, bytes, bools and None only.
 
     Args:
         value: nested containers of such values; NumPy scalars and subclasses of dict or Tensor are turned plain.
-        where: how to call ``value`` in an error.
+        where: the name of ``value`` in an error.
 
     Raises:
-        TypeError: something else is in it, e.g. a live scheduler object.
+        TypeError: ``value`` holds something else, e.g. a live scheduler object.
     """
     if isinstance(value, torch.Tensor):
         return value.detach().as_subclass(torch.Tensor)
@@ -72,7 +72,7 @@ def save_checkpoint(
 
     Args:
         state: at least ``state_dict`` and ``epoch`` (number of finished epochs); tensors and plain values only.
-        save_dir: folder, made when missing.
+        save_dir: folder, created if missing.
         is_best: copy the file to ``model-best.pth.tar`` too.
         remove_module_from_keys: drop a leading ``module.`` from the names in ``state_dict``.
         model_name: file name; empty: ``model.pth.tar-<epoch>``.
@@ -87,7 +87,7 @@ def save_checkpoint(
     path = folder / (model_name or f"model.pth.tar-{content['epoch']}")
     with checked_write(path) as stream:
         torch.save(content, stream)
-    # Written after the file it names, so that it never names one that is not there.
+    # The pointer is written after the file that it names, so that it never names a missing one.
     with atomic_write(folder / POINTER_NAME, lasting=False) as stream:
         stream.write(f"{path.name}\n")
     logger.info("Checkpoint saved to %s", path)
@@ -98,13 +98,13 @@ def save_checkpoint(
 
 
 class _Inert:
-    """Takes the place of a live object in a checkpoint: nothing of it is kept and none of its code runs."""
+    """A stand-in for a live object in a checkpoint: nothing of the object is kept and none of its code runs."""
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-# With warm-up, upstream's checkpoints hold the wrapped scheduler as a live object, and that its optimiser.
+# With warm-up, upstream's checkpoints hold the wrapped scheduler as a live object, which in turn holds its optimizer.
 _LIVE = (
     *(("torch.optim.lr_scheduler", name) for name in ("CosineAnnealingLR", "StepLR", "MultiStepLR")),
     *(("torch.optim." + name.lower(), name) for name in ("SGD", "Adam", "AdamW", "RMSprop")),
@@ -112,7 +112,7 @@ _LIVE = (
 )
 
 
-# The weights-only loader fills plain dicts only, so the optimiser's defaultdict is made one.
+# The weights-only loader fills plain dicts only, so the optimizer's defaultdict is replaced by one.
 _STAND_INS = [
     *(type(name, (_Inert,), {"__module__": module}) for module, name in _LIVE),
     type("defaultdict", (), {"__module__": "collections", "__new__": lambda cls, *args: {}}),
@@ -121,7 +121,7 @@ _STAND_INS = [
 
 def _load_plain(fpath: _PathLike) -> Any:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # of a file that is about to be refused
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the file is about to be refused
         return torch.load(fpath, map_location="cpu", weights_only=True)
 
 
@@ -129,10 +129,10 @@ def _load_without_scheduler(fpath: _PathLike) -> Any:
     """Read a checkpoint of upstream whose scheduler is a live object; its entry becomes None.
 
     Raises:
-        pickle.UnpicklingError: there are other objects in it.
+        pickle.UnpicklingError: the checkpoint holds other objects.
     """
     before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals([*_STAND_INS, dict])  # torch knows them by name
+    torch.serialization.add_safe_globals([*_STAND_INS, dict])  # torch finds them by name
     try:
         content = _load_plain(fpath)
     finally:
@@ -147,9 +147,10 @@ def _load_without_scheduler(fpath: _PathLike) -> Any:
 
 
 def load_checkpoint(fpath: _PathLike | None) -> Any:
-    """Read a checkpoint to the CPU, admitting tensors and plain values only; its checksum is looked at, if it has one.
+    """Read a checkpoint to the CPU, admitting tensors and plain values only; its checksum, if any, is checked.
 
-    Of upstream's checkpoints of runs with warm-up, which hold a live scheduler, the rest is read: "scheduler" is None.
+    Upstream's checkpoints of runs with warm-up hold a live scheduler. Of these, all the rest is read and the entry
+    "scheduler" is None.
 
     Raises:
         InputError: no path given, or the file is damaged or holds Python objects.
@@ -166,7 +167,7 @@ def load_checkpoint(fpath: _PathLike | None) -> Any:
         except pickle.UnpicklingError:
             return _load_without_scheduler(fpath)
     except pickle.UnpicklingError as error:
-        # torch's own message advises to switch the check off; ours must not.
+        # torch's own message advises switching the check off; ours must not.
         raise InputError(
             f'Expected "{fpath}" to hold tensors and plain values only but it holds other Python objects '
             "or is damaged; loading those could run code, so the file is refused"
@@ -179,7 +180,7 @@ def load_checkpoint(fpath: _PathLike | None) -> Any:
 
 
 def checkpoint_entry(checkpoint: Any, key: str, fpath: _PathLike) -> Any:
-    """``checkpoint[key]``; an InputError naming the file when it is not there."""
+    """Return ``checkpoint[key]``; a missing key is an InputError that names the file."""
     if not isinstance(checkpoint, Mapping) or key not in checkpoint:
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
         raise InputError(f'Expected the checkpoint "{fpath}" to have an entry "{key}" but got {found}')
@@ -187,7 +188,7 @@ def checkpoint_entry(checkpoint: Any, key: str, fpath: _PathLike) -> Any:
 
 
 def load_into(target: Any, state: Any, fpath: _PathLike, what: str) -> None:
-    """``target.load_state_dict(state)``, with whatever does not fit told as an InputError that names the file."""
+    """Call ``target.load_state_dict(state)``; a state that does not fit is an InputError that names the file."""
     try:
         target.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -196,12 +197,12 @@ def load_into(target: Any, state: Any, fpath: _PathLike, what: str) -> None:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a pointer's text can be the name of a file of its folder: a name, not a way elsewhere."""
+    """Return whether a pointer's text can be the name of a file in its folder, not a path to elsewhere."""
     return len(name) <= 200 and "\0" not in name and Path(name).name == name
 
 
 def pointed_file(fdir: _PathLike) -> Path:
-    """The checkpoint that ``<fdir>/checkpoint`` names.
+    """Return the checkpoint that ``<fdir>/checkpoint`` names.
 
     Raises:
         InputError: there is no such text file, or it names a file that is not there.
@@ -226,7 +227,7 @@ def restore(
     optimizer: Optimizer | None = None,
     scheduler: Any = None,
 ) -> int:
-    """Put the parts of a checkpoint (as read by load_checkpoint from ``fpath``) back; returns its epoch."""
+    """Load the parts of a checkpoint (read by load_checkpoint from ``fpath``) into their targets; return its epoch."""
     load_into(model, checkpoint_entry(checkpoint, "state_dict", fpath), fpath, "model")
     logger.info("Loaded model weights")
     epoch = int(checkpoint_entry(checkpoint, "epoch", fpath))
@@ -236,7 +237,7 @@ def restore(
             load_into(target, state, fpath, name)
             logger.info("Loaded %s", name)
         elif name == "scheduler" and epoch and hasattr(scheduler, "go_to_epoch"):
-            # Upstream's warm-up saves itself as an object, whose position stands still once the warm-up is over.
+            # Upstream's warm-up saves itself as an object whose position stands still once the warm-up is over.
             scheduler.go_to_epoch(epoch)
             logger.warning('No scheduler state in "%s": the schedule goes on after %d epochs', fpath, epoch)
         elif target is not None:
@@ -248,7 +249,7 @@ def restore(
 def resume_from_checkpoint(
     fdir: _PathLike, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None
 ) -> int:
-    """Load the checkpoint that ``<fdir>/checkpoint`` names into model, optimiser and scheduler.
+    """Load the checkpoint that ``<fdir>/checkpoint`` names into model, optimizer and scheduler.
 
     Returns:
         Number of finished epochs, which is the 0-based epoch to start with.

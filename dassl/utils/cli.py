@@ -1,6 +1,6 @@
-"""What command lines share: one line on stderr and exit code 2 for whatever was given wrong.
+"""Helpers of all command lines: one line on stderr and exit code 2 for whatever was given wrong.
 
-Nothing here needs torch: help, and what is wrong with the arguments alone, come at once.
+Nothing here needs torch, so help and errors in the arguments alone come at once.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .text import one_line
 
 __all__ = ["SETUP_ERRORS", "Parser", "fail", "given_wrongly", "parse_first", "registered_names", "run_main"]
 
-# While things are set up, these may mean that something given was wrong: `given_wrongly` says whether one does. Once a
-# run is going, only InputError does.
+# While a run is being set up, these errors may mean that something given was wrong: `given_wrongly` says whether one
+# does. Once the run is going, only an InputError means that.
 SETUP_ERRORS = (InputError, ValueError, KeyError, OSError, yaml.YAMLError)
 
-MESSAGE_LENGTH = 1500  # characters: what came may be a whole file in one line
+MESSAGE_LENGTH = 1500  # characters: a message may quote a whole file in one line
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, too, and whose flags are written out.
+    """An argument parser whose errors are one line and whose flags must be written out in full.
 
     Args:
-        closing: gives the text below the help, when it is asked for.
+        closing: called for the text below the help when help is asked for.
     """
 
     def __init__(self, *arguments: Any, closing: Callable[[], str] | None = None, **options: Any) -> None:
@@ -52,8 +52,8 @@ class Parser(argparse.ArgumentParser):
 def parse_first(parse: Callable[[], Any]) -> None:
     """Parse this program's arguments before the imports that take seconds, so that help and errors come at once.
 
-    To be called where the program starts. Several processes of one run leave it to the program, which parses when they
-    know each other: one that ended alone would be waited for.
+    Call it where the program starts. In a run of several processes it does nothing: the program parses once the
+    processes know each other, because the others would wait for a process that ended alone.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         run_main(lambda: int(parse() is None))
@@ -64,7 +64,7 @@ def registered_names(folder: Path, registry: str) -> list[str]:
 
     Args:
         folder: a package.
-        registry: what the registry is called there: classes under the decorator ``@<registry>.register()`` count.
+        registry: the registry's name in the sources: classes with the decorator ``@<registry>.register()`` count.
     """
     names = []
     for path in folder.rglob("*.py"):
@@ -80,7 +80,7 @@ def registered_names(folder: Path, registry: str) -> list[str]:
 
 
 def fail(error: BaseException, debug: bool = False) -> int:
-    """Say an error in one line on stderr, after its traceback if ``debug``; returns the exit code, 2."""
+    """Print an error as one line on stderr, after its traceback if ``debug``, and return the exit code, 2."""
     if debug:
         traceback.print_exception(error)
     if isinstance(error, OSError) and error.strerror and error.filename:

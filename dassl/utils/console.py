@@ -1,4 +1,4 @@
-"""stdout and stderr as they are met: not UTF-8, or closed by whoever was reading them."""
+"""Cope with a stdout or stderr that is not UTF-8, or whose reader has closed it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ __all__ = ["Unbroken", "run_main", "silence", "write_any_name"]
 
 
 def write_any_name(*streams: Any) -> None:
-    r"""Have text streams write what their encoding cannot as "\xe9" or "\u0101", instead of raising an error.
+    r"""Let text streams write characters that their encoding lacks as "\xe9" or "\u0101", instead of raising an error.
 
     Args:
-        streams: none: stdout and stderr. Those that cannot be changed (a test's, a notebook's) are left alone.
+        streams: the streams; none given: stdout and stderr. A stream that cannot be changed (a test's, a notebook's) is
+            left alone.
     """
     for stream in streams or (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
@@ -23,7 +24,7 @@ def write_any_name(*streams: Any) -> None:
 
 
 def silence(stream: Any) -> None:
-    """Send what a stream still gets to nowhere: whoever read it is gone, and Python would complain at each line."""
+    """Drop what is written to a stream from now on: its reader is gone, and Python would complain at each line."""
     with contextlib.suppress(AttributeError, ValueError, OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -60,9 +61,9 @@ class Unbroken:
 
 
 def run_main(main: Callable[[], int]) -> int:
-    """Run a command line on this process's streams; returns its exit code.
+    """Run a command line on this process's streams and return its exit code.
 
-    Names that the console cannot show are escaped. Where stdout's reader has seen enough (``| head``), the command ends
+    Characters that the console cannot show are escaped. If stdout's reader has gone (``| head``), the command ends
     quietly with the code 0.
     """
     write_any_name()

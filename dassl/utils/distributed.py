@@ -1,11 +1,11 @@
-"""Several processes that run one job: which of them this is, and what they tell each other.
+"""Let several processes run one job: tell which of them this is, and exchange values between them.
 
 torchrun starts the processes and says in environment variables who is who. ``connect`` joins them, ``start`` opens the
 process group (nccl with GPUs, gloo on CPUs), ``stop`` closes it. In a process that torchrun has not started, all
 functions answer for a job of one and do nothing else, so that callers need not ask.
 
-Whatever waits for other processes ends in a PeerLostError when one of them has ended, or has not come within the
-group's timeout: never in a hang.
+A function that waits for other processes never hangs: it raises a PeerLostError when one of them has ended, or has not
+come within the group's timeout.
 """
 
 from __future__ import annotations
@@ -54,42 +54,42 @@ class _Job:
 
 
 _job: _Job | None = None
-_store: Any = None  # of the process: a second run in it uses the same connection
+_store: Any = None  # one per process: a second run in the process uses the same connection
 _runs = 0
 
 
 def launched() -> bool:
-    """Whether torchrun (or what speaks like it) has started this process."""
+    """Return whether torchrun (or a launcher that sets the same variables) has started this process."""
     return all(name in os.environ for name in VARIABLES)
 
 
 def active() -> bool:
-    """Whether this process belongs to a job whose process group is open; such a job may have one process."""
+    """Return whether this process belongs to a job whose process group is open; such a job may have one process."""
     return _job is not None and _job.started
 
 
 def rank() -> int:
-    """Number of this process in the job; 0 is the one that writes."""
+    """Return the number of this process in the job; 0 is the process that writes."""
     return int(os.environ["RANK"]) if _job is not None else 0
 
 
 def world_size() -> int:
-    """Number of processes of the job."""
+    """Return the number of processes of the job."""
     return int(os.environ["WORLD_SIZE"]) if _job is not None else 1
 
 
 def local_rank() -> int:
-    """Number of this process on its machine."""
+    """Return the number of this process on its machine."""
     return int(os.environ["LOCAL_RANK"]) if _job is not None else 0
 
 
 def local_world_size() -> int:
-    """Number of processes of the job on this machine."""
+    """Return the number of processes of the job on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _job is not None else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and speaks."""
+    """Return whether this is the process that writes files and prints (rank 0)."""
     return rank() == 0
 
 
@@ -161,18 +161,21 @@ def stop() -> None:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
-    """What fails in here failed because of another process."""
+    """Turn a RuntimeError in the block into a PeerLostError: what fails there failed because of another process."""
     try:
         yield
     except RuntimeError as error:  # gloo has no type of its own, nccl's and the store's are subclasses
-        stopping.ignore_further()  # torchrun ends all when one has ended; this one is to say why first
+        stopping.ignore_further()  # torchrun ends all when one has ended; this process must first say why
         reason = (str(error).splitlines() or [""])[0]
         reason = re.sub(r"^\[\S+\] ", "", reason)  # the place in the source file
         raise PeerLostError(reason) from error
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Whether an error comes from another process; torch's own count where a trainer talks to the others itself."""
+    """Return whether an error comes from another process, torch's own errors of communication included.
+
+    A trainer that talks to other processes itself gets those.
+    """
     if isinstance(error, PeerLostError):
         return True
     told = re.search(r"gloo|nccl|connection (closed|reset)|timed out", str(error), re.IGNORECASE)
@@ -180,10 +183,10 @@ def is_peer_lost(error: BaseException) -> bool:
 
 
 def first_to_fail() -> bool:
-    """Whether no other process of the job has said before that it fails; only the first one gives its reason.
+    """Return whether this is the first process of the job to say that it fails; only the first gives its reason.
 
-    An error that all processes meet (a wrong setting, say) is then told once, and those that only lost a process which
-    has told its reason are silent.
+    An error that all processes meet (a wrong setting, say) is then told once. A process that only lost another one,
+    which has told its reason, is silent.
     """
     if _job is None:
         return True
@@ -194,9 +197,9 @@ def first_to_fail() -> bool:
 
 
 def why_it_ends(error: BaseException) -> str:
-    """One line for a PeerLostError or StoppedError: which processes are gone, and how to go on.
+    """Explain a PeerLostError or StoppedError in one line: which processes are gone, and how to go on.
 
-    Takes up to CHECK_IN seconds, in which the processes that still run are heard of; all of them must call it.
+    This takes up to CHECK_IN seconds, in which the processes that still run say so; all of them must call it.
     """
     stopping.ignore_further()
     stopped = isinstance(error, stopping.StoppedError)
@@ -217,7 +220,7 @@ def why_it_ends(error: BaseException) -> str:
 
 
 def _missing() -> list[int]:
-    """The ranks that do not say within CHECK_IN seconds that they still run; none where one has told its failure."""
+    """Return the ranks that do not say within CHECK_IN seconds that they run; none if one has told its failure."""
     if _job is None:
         return []
     try:
@@ -241,7 +244,7 @@ def barrier() -> None:
     """Wait until all processes are here.
 
     Raises:
-        PeerLostError: one did not come in time.
+        PeerLostError: a process did not come in time.
     """
     if _job is not None and _job.started and world_size() > 1:
         with _watched():
@@ -249,7 +252,7 @@ def barrier() -> None:
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's ``value``, on all ranks. It is pickled: for small things."""
+    """Return rank 0's ``value`` on all ranks; it is pickled, so it should be small."""
     if _job is None or not _job.started or world_size() == 1:
         return value
     box = [value if is_main() else None]
@@ -259,7 +262,7 @@ def broadcast_object(value: T) -> T:
 
 
 def broadcast_tensor(tensor: Tensor) -> Tensor:
-    """Rank 0's ``tensor``, bit by bit, on all ranks, which give one of the same shape and type."""
+    """Return rank 0's ``tensor``, bit by bit, on all ranks; each rank gives one of the same shape and type."""
     if _job is None or not _job.started or world_size() == 1 or tensor.numel() == 0:
         return tensor.detach()
     box = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
@@ -269,7 +272,7 @@ def broadcast_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_objects(value: T) -> list[T]:
-    """The values of all ranks, in their order, on all ranks. They are pickled: for small things."""
+    """Return the values of all ranks, in their order, on all ranks; they are pickled, so they should be small."""
     if _job is None or not _job.started or world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
@@ -279,7 +282,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of the ranks' tensors, which have one shape: a new tensor, without gradient, on the same device."""
+    """Return the sum of the ranks' tensors (of one shape): a new tensor, without gradient, on the same device."""
     total = tensor.detach().clone()
     if _job is not None and _job.started and world_size() > 1:
         with _watched():
@@ -288,14 +291,14 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def any_rank(here: bool) -> bool:
-    """Whether it is so on any rank; all ranks get the same answer."""
+    """Return whether ``here`` is true on any rank; all ranks get the same answer."""
     if not active() or world_size() == 1:
         return here
     return bool(all_reduce_sum(torch.tensor(float(here))) > 0)  # on the CPU: no GPU waits for it
 
 
 def all_reduce_mean(tensor: Tensor, weight: float = 1.0) -> Tensor:
-    """The mean of the ranks' tensors, each counting ``weight`` times (its number of samples, say).
+    """Return the mean of the ranks' tensors, each weighted by its rank's ``weight`` (its number of samples, say).
 
     Args:
         tensor: floating point, of one shape on all ranks; the result is a new one, without gradient, of its type.
@@ -309,7 +312,7 @@ def all_reduce_mean(tensor: Tensor, weight: float = 1.0) -> Tensor:
 
 
 def largest(*values: int) -> list[int]:
-    """Of each value the largest that a rank has, on all ranks."""
+    """Return, for each value, the largest that any rank has; all ranks get the same list."""
     if _job is None or not _job.started or world_size() == 1:
         return list(values)
     box = torch.tensor(values)
@@ -319,10 +322,10 @@ def largest(*values: int) -> list[int]:
 
 
 def gather_rows(tensor: Tensor, counts: Sequence[int]) -> Tensor:
-    """The ranks' rows, one rank's after the other's, on all ranks; bits are kept and gradients are not.
+    """Return all ranks' rows, in the order of the ranks, on all ranks; bits are kept and gradients are not.
 
     Args:
-        tensor: [n, ...] with n at least ``counts[rank()]``: rows beyond that stay behind.
+        tensor: [n, ...] with n at least ``counts[rank()]``; further rows are left out.
         counts: number of rows of each rank.
     """
     mine = tensor.detach()[: counts[rank()]]
@@ -349,7 +352,7 @@ def check_same(what: str, value: Any) -> None:
     """Raise on all ranks unless all have the same ``value``.
 
     Raises:
-        InputError: they differ; the message says for which ranks.
+        InputError: the values differ; the message says on which ranks.
     """
     values = gather_objects(value)
     others = [str(number) for number, theirs in enumerate(values) if theirs != values[0]]
@@ -362,12 +365,12 @@ def check_same(what: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Rank 0 goes through the block first, the others after it: for what makes files that all then read.
+    """Let rank 0 go through the block first and the others after it: for code that makes files which all then read.
 
-    Where rank 0 fails, the others do not begin.
+    If rank 0 fails, the others do not begin.
 
     Raises:
-        PeerLostError: on the others, where rank 0 failed.
+        PeerLostError: on the other ranks, if rank 0 failed.
     """
     if not active() or world_size() == 1:
         yield

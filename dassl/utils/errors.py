@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-# How torch's DataLoader re-raises an exception of a worker process: same type, one string with the whole traceback.
+# torch's DataLoader re-raises an exception of a worker process with the same type and the whole traceback as message.
 _WORKER_PREFIX = re.compile(r"\ACaught \w+ in DataLoader worker process \d+\.\n")
 _LAST_EXCEPTION = re.compile(r"^(?:\w+\.)*InputError: (.*)\Z", re.DOTALL | re.MULTILINE)
 
@@ -16,8 +16,8 @@ _LAST_EXCEPTION = re.compile(r"^(?:\w+\.)*InputError: (.*)\Z", re.DOTALL | re.MU
 class InputError(ValueError):
     """Something the user gave (a file, a config value, a name) is wrong; ``str`` of it is fit for one printed line.
 
-    An InputError raised in a DataLoader worker arrives in the main process with the worker's traceback as its message:
-    it is cut back to the original message here, and the traceback is kept in ``worker_traceback``.
+    An InputError raised in a DataLoader worker arrives in the main process with the worker's traceback as its message.
+    The message is cut back to the original one here, and the traceback is kept in ``worker_traceback``.
     """
 
     worker_traceback: str = ""
@@ -38,21 +38,21 @@ class UnknownNameError(InputError, KeyError):
     """A name that no registry entry or config key has. Also a KeyError, as callers of upstream's registry expect."""
 
 
-# Top-level packages in which a `raise` of a ValueError or an OSError speaks of what was given: the toolbox, and those
-# that have registered something (a trainer, a dataset).
+# Top-level packages in which a `raise` of a ValueError or an OSError is about what the user gave: the toolbox, and
+# packages that have registered something (a trainer, a dataset).
 _CHECKING_PACKAGES = {__name__.partition(".")[0]}
 
 
 def note_package(registered: Any) -> None:
-    """Note that the package of a registered class or function checks what it is given, as `given_wrongly` asks."""
+    """Note that the package of a registered class or function checks what it is given; `given_wrongly` uses this."""
     _CHECKING_PACKAGES.add(str(getattr(registered, "__module__", "")).partition(".")[0])
 
 
 def given_wrongly(error: BaseException) -> bool:
-    """Return whether an error, while things are set up, means that something given was wrong; else it is a bug.
+    """Return whether an error during set-up means that something given was wrong; else the error is a bug.
 
-    It does if it is an InputError or a YAML error; an OSError that names a file; or a ValueError or OSError that was
-    raised on purpose: by a ``raise`` statement in this toolbox, or in a package that has registered something.
+    These errors do: an InputError or a YAML error; an OSError that names a file; and a ValueError or OSError that was
+    raised on purpose, by a ``raise`` statement in this toolbox or in a package that has registered something.
     """
     if isinstance(error, (InputError, yaml.YAMLError)):
         return True

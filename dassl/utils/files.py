@@ -1,4 +1,4 @@
-"""Files written so that a reader never sees half of one, and checksums that tell when one has changed since."""
+"""Write files so that a reader never sees half of one, with checksums that tell whether a file has changed since."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def atomic_write(
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have a rename outlast a power cut; where a folder cannot be synced (some network disks), it is done without."""
+    """Make a rename outlast a power cut; do nothing where a folder cannot be synced (some network disks)."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -77,7 +77,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: _PathLike) -> None:
-    """Remove what ``atomic_write`` left below ``folder`` when its process was killed. For a folder of one's own."""
+    """Remove what ``atomic_write`` left below ``folder`` when its process was killed.
+
+    Call it only for a folder that no other process writes to.
+    """
     for path in Path(folder).rglob(".*.tmp"):
         if re.search(r"\.[0-9a-f]{32}\.tmp$", path.name):
             with contextlib.suppress(OSError):
@@ -106,17 +109,18 @@ class _Summing:
 
 
 def sum_file(path: _PathLike) -> Path:
-    """Where the checksum of a file lies: beside it, in the form of the program sha256sum."""
+    """Return the path of a file's checksum, which lies beside it in the form of the program sha256sum."""
     path = Path(path)
     return path.with_name(f"{path.name}.sha256")
 
 
 @contextlib.contextmanager
 def checked_write(path: _PathLike) -> Iterator[Any]:
-    """As ``atomic_write`` in bytes, with a checksum beside the file; the stream has ``write`` and ``flush`` only.
+    """Open a file as ``atomic_write`` does in mode "wb", and write its checksum beside it.
 
-    The sum is that of what was written, not of what can be read back. While a file takes the place of an older one, the
-    checksum's file has both sums: whichever of the two a crash leaves is known.
+    The stream has ``write`` and ``flush`` only. The checksum is that of the bytes written, not of the bytes that can be
+    read back. While a file replaces an older one, the checksum's file holds both sums, so that it fits whichever of the
+    two files a crash leaves.
     """
     path, sums = Path(path), sum_file(path)
     replaces = path.exists()
@@ -145,7 +149,7 @@ def remove_checked(path: Path) -> None:
 
 
 def _read_sums(path: Path) -> list[str]:
-    """The checksums that a file may have, more than one after a crash; none where nothing is said."""
+    """Return the checksums noted for a file: more than one after a crash, none where none is noted."""
     try:
         text = sum_file(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -159,7 +163,7 @@ def _read_sums(path: Path) -> list[str]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
+    """Compute the SHA-256 (hex) of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         for chunk in iter(lambda: stream.read(1 << 20), b""):
@@ -168,10 +172,10 @@ def file_digest(path: Path) -> str:
 
 
 def check_sum(path: _PathLike) -> None:
-    """Check a file against the checksum beside it; one without (made by something else) passes.
+    """Check a file against the checksum beside it; a file without one (made by another program) passes.
 
     Raises:
-        InputError: it is not the file that was written.
+        InputError: the file is not the one that was written.
     """
     path = Path(path)
     known = _read_sums(path)

@@ -1,4 +1,4 @@
-"""Image files of every kind that people have, as RGB; and files that are none, named with the reason."""
+"""Read image files of every kind that people have as RGB, and name those that cannot be read with the reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["MAX_ASPECT", "read_image"]
 # Longer : shorter side. Models see the middle of an image after its short side has been resized to theirs; beyond this
 # ratio that middle shows next to nothing, and the resized strip can take gigabytes.
 MAX_ASPECT = 100
-# Pillow opens 16-bit files of these formats as 32-bit integers (PNG: its older versions).
+# Pillow opens 16-bit files of these formats as 32-bit integers (PNG: in older versions of Pillow).
 SIXTEEN_BIT_AS_INTEGERS = ("PNG", "PPM")
 FLOAT_LIMIT = (
     1.5  # resampling and sharpening carry floats a little beyond white, which is cut off; more is no overshoot
@@ -23,7 +23,7 @@ FLOAT_LIMIT = (
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The image at ``path`` as 8-bit RGB, turned the way its EXIF orientation says.
+    """Read the image at ``path`` as 8-bit RGB, turned the way its EXIF orientation says.
 
     Transparent pixels become white (what lies under them is arbitrary, black in most files), and of an animation the
     first picture is taken. White is 65535 in 16-bit files and 1 in files of floats, whatever the image's own maximum
@@ -31,8 +31,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
     Raises:
         InputError: the file is missing, is not a readable image, is too large to be opened safely, is more than
-            MAX_ASPECT times as long as wide, or has numbers that tell no white (32-bit integers, floats beyond 1); the
-            message names it and the reason.
+            MAX_ASPECT times as long as wide, or has a number format in which white is unknown (32-bit integers, floats
+            beyond 1). The message names the file and the reason.
     """
     try:
         with Image.open(path) as image:
@@ -59,8 +59,8 @@ def _check_shape(image: Image.Image) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # The orientation is a fact about the picture (phones store it sideways), so models should see it upright. EXIF data
-    # too damaged to say which way up it is are no reason to refuse a picture that is itself whole.
+    # Phones store pictures sideways and note the orientation; models should see them upright. EXIF data too damaged to
+    # tell the orientation are no reason to refuse a picture that is itself whole.
     with contextlib.suppress(Exception):
         return ImageOps.exif_transpose(image)
     return image
@@ -77,7 +77,7 @@ def _opaque_rgb(image: Image.Image, form: str) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image, form: str) -> Image.Image:
-    """Grey levels of 16 bits (0..65535) or of floats (0..1) as 0..255; Pillow itself would clip them."""
+    """Convert gray levels of 16 bits (0..65535) or of floats (0..1) to 0..255; Pillow itself would clip them."""
     values = np.nan_to_num(np.asarray(image).astype(np.float64))
     if image.mode == "F":
         full = 1.0

@@ -1,8 +1,8 @@
-"""Console and log.txt: where the lines of a run go.
+"""Send the lines of a run to the console and to log.txt.
 
 Code of this project writes with ``logging``. Trainers written for upstream use ``print``, and their lines belong in
-log.txt too, so stdout is tee'd into the same file. Lines logged go to the console and to the file directly, not through
-the tee: a later replacement of ``sys.stdout`` cannot lose or double them.
+log.txt too, so stdout is copied into the same file by a tee. Logged lines go to the console and to the file directly,
+not through the tee: a later replacement of ``sys.stdout`` cannot lose or double them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Logger:
             self.file.flush()
 
     def give_up(self, error: OSError) -> None:
-        """Stop writing the file, with one warning: a run is worth more than its log."""
+        """Stop writing the file, with one warning: the run goes on without its log."""
         if self.file is not None:
             name = self.file.name
             self.close()
@@ -81,21 +81,21 @@ class Logger:
     ) -> None:
         self.close()
 
-    def __getattr__(self, name: str) -> Any:  # isatty, encoding, fileno, ...: as the console has them
+    def __getattr__(self, name: str) -> Any:  # isatty, encoding, fileno, ...: those of the console
         if name == "console":  # not there yet: __init__ failed, or a copy is being unpickled
             raise AttributeError(name)
         return getattr(self.console, name)
 
 
 def _lose(console: Any, error: OSError, log: str | None) -> None:
-    """Go on without a console, with one warning: its reader is gone (``| head``, a terminal that was closed)."""
+    """Go on without a console, with one warning, after its reader has gone (``| head``, a closed terminal)."""
     silence(console)
     where = "its lines are lost" if log is None else f"its lines are in {log}"
     message = f"warning: stdout cannot be written any more ({error.strerror or error}): the run goes on, {where}"
     note_in_log(message)
     try:
         print(message, file=sys.stderr, flush=True)
-    except OSError:  # gone, too
+    except OSError:  # stderr's reader is gone, too
         silence(sys.stderr)
 
 
@@ -122,13 +122,13 @@ class _Handler(logging.StreamHandler):
 
 
 class _Fallback(logging.Handler):
-    """Shows this project's lines where nobody has set logging up, as upstream's prints are.
+    """A handler that shows this project's lines on stdout where nobody has set logging up, as upstream's prints do.
 
-    They go to ``sys.stdout`` as it is at that moment: others replace it to keep a log of their own.
+    Lines go to ``sys.stdout`` as it is at that moment: other programs replace it to keep a log of their own.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        if logging.getLogger().handlers:  # somebody has, meanwhile
+        if logging.getLogger().handlers:  # somebody has set logging up meanwhile
             drop_fallback()
             return
         try:
@@ -142,7 +142,7 @@ _fallback: _Fallback | None = None
 
 
 def ensure_heard() -> None:
-    """Have the lines of this project reach stdout unless logging is set up. Whoever builds a run calls it."""
+    """Let the lines of this project reach stdout unless logging is set up; whoever builds a run calls this."""
     global _fallback
     if _fallback is None and not logging.getLogger().handlers:
         _fallback = _Fallback()
@@ -162,7 +162,7 @@ def drop_fallback() -> None:
 
 
 class _Active:
-    """What setup_logger changed, so that it can be put back."""
+    """The state before ``setup_logger``, and what it added, so that ``close_logger`` can undo it."""
 
     def __init__(self) -> None:
         self.tee: Logger | None = None
@@ -181,7 +181,10 @@ def _is_wanted(record: logging.LogRecord) -> bool:
 
 
 def _free_name(path: Path, when: float | None = None) -> Path:
-    """``path`` if nothing is there, else with a time (now, if not given) and, within one second, a number appended."""
+    """Return ``path`` if nothing is there, else that path with a time appended.
+
+    The time is ``when``, or now if it is None; a number follows where a name with the same second is taken.
+    """
     if not path.exists():
         return path
     stamped = path.with_name(path.name + time.strftime("-%Y-%m-%d-%H-%M-%S", time.localtime(when)))
@@ -193,10 +196,11 @@ def _free_name(path: Path, when: float | None = None) -> Path:
 
 
 def take_log_name(folder: str | os.PathLike[str]) -> None:
-    """Have this run's log in a folder be called ``log.txt``; one that an earlier run has left there makes room.
+    """Rename this run's log in ``folder`` to ``log.txt``; a log.txt of an earlier run is renamed first.
 
-    Called when ``metrics.json`` is written, so that both are of one run. The earlier log's new name ends in the time at
-    which it was last written. Nothing happens where this run logs elsewhere, or its log has the name already.
+    This is called when ``metrics.json`` is written, so that both files are of one run. The earlier log's new name ends
+    in the time at which that log was last written. Nothing happens if this run logs elsewhere, or if its log has the
+    name already.
     """
     file = None if _active is None or _active.tee is None else _active.tee.file
     wanted = Path(folder) / LOG_NAME
@@ -209,13 +213,13 @@ def take_log_name(folder: str | os.PathLike[str]) -> None:
 
 
 def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0) -> Path | None:
-    """Send log records and stdout to the console and to a file. Calling it again replaces the earlier set-up.
+    """Send log records and stdout to the console and to a file; calling this again replaces the earlier set-up.
 
     Args:
         output: folder for ``log.txt``, or a file name ending in .txt or .log. If the file exists, the time is appended
             to the name, so that an older log stays. None: console only.
-        rank: of this process among several; those above 0 write warnings only, to stderr and with their number, and
-            what they print is dropped.
+        rank: number of this process among several. Processes above 0 write warnings only, to stderr and with their
+            number, and what they print is dropped.
 
     Returns:
         The log file's path, or None.
@@ -255,15 +259,15 @@ def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0) ->
 
 
 def note_in_log(message: str) -> None:
-    """Write a line to log.txt alone, for what is said on stderr."""
+    """Write a line to log.txt alone; it is for messages that are also printed on stderr."""
     file = None if _active is None or _active.tee is None else _active.tee.file
     if file is not None:
-        with contextlib.suppress(OSError, ValueError):  # a full disk may be what it is about
+        with contextlib.suppress(OSError, ValueError):  # the message may be about a full disk
             file.write(f"{message}\n")
 
 
 def close_logger() -> None:
-    """Undo setup_logger: remove its handlers, give stdout back, close the file. Harmless when nothing is set up."""
+    """Undo setup_logger, if it is in force: remove its handlers, restore stdout, close the file."""
     global _active
     if _active is None:
         return

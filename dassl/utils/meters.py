@@ -23,7 +23,7 @@ class AverageMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget all values."""
         self.val = 0.0
         self.avg = 0.0
         self.sum = 0.0

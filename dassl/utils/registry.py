@@ -1,4 +1,4 @@
-"""Name -> class or function tables, so that a config can ask for things by name."""
+"""Tables of classes or functions by name, so that a config can ask for them by name."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Registry:
         return decorate
 
     def get(self, name: str) -> Any:
-        """The object called ``name``; an unknown name is a KeyError that lists the names there are."""
+        """Return the object called ``name``; an unknown name is a KeyError that lists the registered names."""
         if name not in self._obj_map:
             known = self.registered_names()
             raise UnknownNameError(
@@ -65,7 +65,7 @@ class Registry:
         return self._obj_map[name]
 
     def registered_names(self) -> list[str]:
-        """All names, in the order of registration."""
+        """List all names, in the order of registration."""
         return list(self._obj_map)
 
     def items(self) -> list[tuple[str, Any]]:

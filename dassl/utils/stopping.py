@@ -1,9 +1,9 @@
-"""SIGTERM and SIGINT (Ctrl-C): a run ends where it can be gone on with.
+"""End a run at SIGTERM or SIGINT (Ctrl-C) at a point from which it can be resumed.
 
-While a program is ``watching``, a signal raises a StoppedError; inside of ``postponed`` the first one is only noted,
-and whoever runs there asks ``noted()`` when it has come to a good place. A second one raises at once in any case, and
-a third one ends the process as if nobody had been watching. One that comes twice at once counts once: what tells all
-processes of a job to end also tells torchrun, which passes it on.
+While a program is ``watching``, a signal raises a StoppedError. Inside of ``postponed`` the first signal is only noted,
+and the code that runs there asks ``noted()`` when it has come to a good place. A second signal raises at once in any
+case, and a third one ends the process as if nobody had been watching. The same signal twice within AT_ONCE seconds
+counts once: whoever tells all processes of a job to end also tells torchrun, which passes the signal on.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class StoppedError(BaseException):
     """The run was told to end.
 
     Attributes:
-        number: of the signal.
-        kept: whether what was done until then is in a checkpoint.
+        number: number of the signal.
+        kept: whether all work until then is in a checkpoint.
     """
 
     def __init__(self, number: int, kept: bool = False) -> None:
@@ -37,25 +37,26 @@ class StoppedError(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """What shells give for it: 143 for SIGTERM, 130 for SIGINT."""
+        """The exit code that shells report for the signal: 143 for SIGTERM, 130 for SIGINT."""
         return 128 + self.number
 
 
 class _State:
-    """Of the process: signals are."""
+    """The state of this process; one for all callers, as signals are."""
 
-    pid = 0  # of the process that is watching; 0: none
+    pid = 0  # id of the process that is watching; 0: none
     count = 0  # signals that have come
-    last = (0, 0.0)  # number and time of the newest of them
-    number = 0  # of the one that was noted
+    last = (0, 0.0)  # number and time of the newest signal
+    number = 0  # number of the signal that was noted; 0: none
     postponing = False
 
 
 @contextlib.contextmanager
 def watching() -> Iterator[None]:
-    """While it lasts, SIGTERM and SIGINT raise StoppedError; those that the process was started to ignore stay ignored.
+    """Let SIGTERM and SIGINT raise StoppedError while the block runs.
 
-    Outside of the main thread, and inside of another ``watching``, it does nothing.
+    A signal that the process was started to ignore stays ignored. Outside of the main thread, and inside of another
+    ``watching``, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread() or _State.pid == os.getpid():
         yield
@@ -98,7 +99,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def postponed() -> Iterator[None]:
-    """While it lasts, the first signal is only noted. One that nobody has asked for raises at the end."""
+    """Note the first signal while the block runs, instead of raising; unless forgotten, it raises at the end."""
     _State.postponing = True
     try:
         yield
@@ -109,18 +110,18 @@ def postponed() -> Iterator[None]:
 
 
 def noted() -> int:
-    """The number of the signal that came inside of ``postponed``; 0: none."""
+    """Return the number of the signal that came inside of ``postponed``; 0: none."""
     return _State.number
 
 
 def forget() -> None:
-    """The signal that was noted has been acted on."""
+    """Forget the signal that was noted, after it has been acted on."""
     _State.number = 0
 
 
 def ignore_further() -> None:
-    """This process is ending and is to say why: a signal, which ends others too, may not cut it short."""
-    main = threading.current_thread() is threading.main_thread()  # no other one may change what a signal does
+    """Ignore all further signals, so that this process, which is ending, can still say why."""
+    main = threading.current_thread() is threading.main_thread()  # no other thread may change what a signal does
     if main and _State.pid == os.getpid():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Names from outside, as text that breaks nothing it is put into."""
+"""Turn names from outside into text that breaks nothing it is put into."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ __all__ = ["one_line"]
 
 
 def one_line(text: str, width: int = 0) -> str:
-    """Any text as one printable line; longer than ``width`` characters (0: any length) it is cut in the middle.
+    """Return any text as one printable line, cut in the middle if longer than ``width`` characters (0: any length).
 
-    White space becomes single spaces, and what cannot be printed (control characters, half of a surrogate pair, marks
-    that turn the direction of writing) "?".
+    White space becomes single spaces. Characters that cannot be printed (control characters, half of a surrogate pair,
+    marks that turn the direction of writing) become "?".
     """
     line = " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in text).split())
     if width and len(line) > width:

@@ -50,7 +50,7 @@ def mkdir_if_missing(dirname: str | os.PathLike[str]) -> None:
 
 
 def check_isfile(fpath: str | os.PathLike[str]) -> bool:
-    """Whether ``fpath`` is a file; a missing one is also warned about."""
+    """Return whether ``fpath`` is a file; warn if it is missing."""
     found = os.path.isfile(fpath)
     if not found:
         warnings.warn(f'No file found at "{fpath}"', stacklevel=2)
@@ -58,13 +58,13 @@ def check_isfile(fpath: str | os.PathLike[str]) -> bool:
 
 
 def listdir_nohidden(path: str | os.PathLike[str], sort: bool = False) -> list[str]:
-    """Names of the files and folders in ``path`` that do not start with a dot."""
+    """List the names of the files and folders in ``path`` that do not start with a dot."""
     names = [name for name in os.listdir(path) if not name.startswith(".")]
     return sorted(names) if sort else names
 
 
 def read_json(fpath: str | os.PathLike[str]) -> Any:
-    """The content of a JSON file; one that is missing or not JSON is an InputError."""
+    """Read the content of a JSON file; a file that is missing or not JSON is an InputError."""
     try:
         with open(fpath, encoding="utf-8") as stream:
             return json.load(stream)
@@ -81,7 +81,7 @@ def write_json(obj: Any, fpath: str | os.PathLike[str]) -> None:
 
 
 def set_random_seed(seed: int) -> None:
-    """Seed Python's ``random``, NumPy and torch (CPU and all CUDA devices). 0 is a seed like any other."""
+    """Seed Python's ``random``, NumPy and torch (CPU and all CUDA devices); 0 is a seed like any other."""
     if not 0 <= seed < 2**32:
         raise InputError(f"Expected the seed to be in [0, 2**32) but got {seed}")
     random.seed(seed)
@@ -91,14 +91,14 @@ def set_random_seed(seed: int) -> None:
 
 
 def collect_env_info() -> str:
-    """Versions of PyTorch, CUDA, the system and Pillow as text, for the head of a log."""
-    from torch.utils.collect_env import get_pretty_env_info  # imports much, and is wanted once per run
+    """Return the versions of PyTorch, CUDA, the system and Pillow as text, for the head of a log."""
+    from torch.utils.collect_env import get_pretty_env_info  # imports much, and is needed once per run
 
     return f"{get_pretty_env_info()}\n        Pillow ({PIL.__version__})"
 
 
 def get_most_similar_str_to_a_from_b(a: str, b: Iterable[str]) -> str | None:
-    """The string in ``b`` most similar to ``a`` (ratio of matching characters); None when ``b`` is empty."""
+    """Return the string in ``b`` most similar to ``a`` (ratio of matching characters); None when ``b`` is empty."""
     return max(b, key=lambda name: difflib.SequenceMatcher(None, a.lower(), name.lower()).ratio(), default=None)
 
 
@@ -106,9 +106,9 @@ def did_you_mean(name: str, known: Iterable[str], aliases: Mapping[str, str] | N
     """Return ``' (did you mean "..."?)'`` when some known name is similar enough to be meant, else an empty string.
 
     Args:
-        name: what was given.
-        known: the names there are.
-        aliases: other names of some of them -> the name; they are compared, and their names suggested.
+        name: the name that was given.
+        known: the names that exist.
+        aliases: other name -> known name; other names are compared too, and the known name is suggested.
     """
     meant = {_letters(alias): target for alias, target in (aliases or {}).items()}
     meant |= {_letters(target): target for target in known}
@@ -132,7 +132,7 @@ def check_availability(requested: str, available: Sequence[str]) -> None:
 
 
 def tolist_if_not(x: Any) -> list[Any]:
-    """``x`` if it is a list, a list of its items if a tuple, else a list holding ``x``."""
+    """Return ``x`` if it is a list, a list of its items if it is a tuple, else a list holding ``x``."""
     if isinstance(x, tuple):
         return list(x)
     return x if isinstance(x, list) else [x]
@@ -141,7 +141,7 @@ def tolist_if_not(x: Any) -> list[Any]:
 def download_url(
     url: str, dst: str | os.PathLike[str], from_gdrive: bool = False, sha256: str | None = None, timeout: float = 60.0
 ) -> None:
-    """Download a file to ``dst``; a part of a file never stays under that name.
+    """Download a file to ``dst``; an incomplete file never has that name.
 
     Args:
         url: http(s) address, or a Google Drive link with ``from_gdrive``.

@@ -13,7 +13,7 @@ from dassl.upstream_names import upstream_name
 from .checkpoints import load_checkpoint, load_pretrained_weights, resume_from_checkpoint, save_checkpoint
 from .errors import InputError
 
-# Upstream has checkpoints in this module, too.
+# Upstream has the functions for checkpoints in this module, too.
 __all__ = [
     "count_num_param",
     "init_network_weights",
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def count_num_param(model: nn.Module | None = None, params: Any = None) -> int:
-    """Number of values in all parameters of ``model``, or in ``params`` (parameters, or optimiser groups of them)."""
+    """Count the values in all parameters of ``model``, or in ``params`` (parameters, or optimizer groups of them)."""
     if model is not None:
         return sum(parameter.numel() for parameter in model.parameters())
     if params is not None:
@@ -44,7 +44,7 @@ def open_all_layers(model: nn.Module) -> None:
 
 
 def open_specified_layers(model: nn.Module, open_layers: str | Sequence[str]) -> None:
-    """Train the named direct children only: the others are frozen and put into evaluation mode.
+    """Train the named direct children only; freeze the others and put them into evaluation mode.
 
     Raises:
         InputError: the model has no child of such a name.
@@ -80,7 +80,7 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.
 
 
 def init_network_weights(model: nn.Module, init_type: str = "normal", gain: float = 0.02) -> None:
-    """Initialise linear and convolution weights; norms get weight 1; all biases 0.
+    """Initialize linear and convolution weights; set the weights of norms to 1 and all biases to 0.
 
     Args:
         model: changed in place.
@@ -116,7 +116,10 @@ def adjust_learning_rate(
     final_lr: float = 0,
     max_epoch: int = 100,
 ) -> None:
-    """Set all rates for an epoch: base_lr * gamma^(epoch // stepsize), or on the line from base_lr to final_lr."""
+    """Set all rates for an epoch: base_lr * gamma^(epoch // stepsize), or on the line from base_lr to final_lr.
+
+    With ``linear_decay`` the line counts; it reaches ``final_lr`` at ``max_epoch``.
+    """
     if linear_decay:
         rate = base_lr + (final_lr - base_lr) * epoch / max_epoch
     else:

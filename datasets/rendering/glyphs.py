@@ -66,12 +66,12 @@ def glyph_mask(character: str, rng: np.random.Generator, size: int = 64, coarse:
 
 
 def coarsen(mask: np.ndarray, cells: int, rng: np.random.Generator) -> np.ndarray:
-    """A mask as a scan with few pixels gives it.
+    """Return a mask as a scan with few pixels would show it.
 
     Args:
         mask: uint8 [size, size].
         cells: side of the raster in pixels.
-        rng: source of its strength.
+        rng: source of the strokes' strength.
 
     Returns:
         float32 [size, size] in [0, 1].

@@ -1,8 +1,8 @@
-"""Outlines of named shapes as polygons in the square [-1, 1]^2, and their rasterisation.
+"""Outlines of named shapes as polygons in the square [-1, 1]^2, and their rasterization.
 
 An outline is a list of parts; a part is `(kind, points)` with kind "add" (a filled polygon), "cut" (a hole) or "line"
-(an open stroke). Every function takes a NumPy generator and varies what varies within the class, so that two members
-of a class differ in proportion and not only in pose.
+(an open stroke). The function of a class takes a NumPy generator and varies the proportions that vary within the
+class, so that two members of a class differ in more than their pose.
 """
 
 from __future__ import annotations
@@ -290,14 +290,14 @@ def draw_outline(
     stretch: float,
     stroke: float = STROKE,
 ) -> np.ndarray:
-    """Rasterise an outline.
+    """Draw an outline as a mask.
 
     Args:
         parts: the outline, in [-1, 1]^2.
         size: side of the mask in pixels.
         scale: half side of the outline's square as a share of the picture's half side.
         angle: rotation in degrees.
-        shift: displacement of the centre, in shares of the half side.
+        shift: displacement of the center, in shares of the half side.
         stretch: factor on the x axis before rotation (1 = none).
         stroke: width of lines, in shares of the outline's side.
 

@@ -1,4 +1,4 @@
-"""From a mask to a picture: colours, textures, backgrounds, clutter and occlusion."""
+"""Paint pictures from masks: colors, textures, backgrounds, clutter and occlusion."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def random_style(
     clutter: int = 0,
     occlusion: float = 0.0,
 ) -> Style:
-    """Draw a style whose colour and background differ; noise, clutter and occlusion are the largest values drawn."""
+    """Draw a style whose color and background differ; noise, clutter and occlusion are upper limits of the draws."""
     colour, background = (int(i) for i in rng.choice(len(colours), 2, replace=False))
     return Style(
         colour=colours[colour],
@@ -66,7 +66,7 @@ def _jittered(colour: str, rng: Rng) -> np.ndarray:
 
 
 def _pattern(texture: str, size: int, rng: Rng) -> np.ndarray:
-    """Weight [size, size] of the second colour inside the shape."""
+    """Draw the weight [size, size] of the second color inside the shape."""
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
     a, period, phase = rng.uniform(0, np.pi), rng.uniform(5.5, 9.0) * size / 64, rng.uniform(0, 6.3)
     u, v = x * np.cos(a) + y * np.sin(a), -x * np.sin(a) + y * np.cos(a)
@@ -83,17 +83,17 @@ def _pattern(texture: str, size: int, rng: Rng) -> np.ndarray:
 
 
 def _rim(mask: np.ndarray, width: int) -> np.ndarray:
-    """The mask less its interior: what a pen of `width` pixels would draw."""
+    """Return the mask without its interior: what a pen of `width` pixels would draw."""
     inner = Image.fromarray((mask * 255).astype(np.uint8)).filter(ImageFilter.MinFilter(2 * width + 1))
     return np.clip(mask - np.asarray(inner, dtype=np.float32) / 255, 0, 1)
 
 
 def compose(mask: np.ndarray, style: Style, rng: Rng) -> np.ndarray:
-    """Paint a mask.
+    """Paint a picture of the object that a mask shows.
 
     Args:
         mask: [S, S] in [0, 1], 1 = object.
-        style: what to paint it with.
+        style: how to paint the object and its background.
         rng: source of the remaining variation (phases, jitter, noise).
 
     Returns:

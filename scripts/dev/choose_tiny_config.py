@@ -39,9 +39,10 @@ GRID = {"OPTIM.LR": [0.001, 0.002, 0.004], "TRAINER.DLRCLIP.SCALE": [0.3, 1.0], 
 
 
 def validation_accuracy(settings: dict[str, Any], shots: int, seed: int, config: str) -> dict[str, float]:
-    """Accuracy (percent) of each head on the whole validation part after training with `settings`, main head first.
+    """Train with `settings`; return the accuracy (percent) of each head, the main head first.
 
-    The whole part is handed to `model_heads` at once, for the transductive methods.
+    The accuracy is that on the whole validation part, which is handed to `model_heads` at once, for the transductive
+    methods.
     """
     cfg = default_cfg()
     cfg.merge_from_file(config)
@@ -66,7 +67,7 @@ def validation_accuracy(settings: dict[str, Any], shots: int, seed: int, config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

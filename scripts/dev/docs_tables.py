@@ -56,7 +56,7 @@ def methods_table() -> str:
         folders = sorted({file.parent.name for file in configs_of(name).values()})
         new = "no" if method.each_class_has(cfg) else "yes"
         rows.append([f"`{name}`", method.paper, method.learns, new, f"`{', '.join(folders)}`"])
-    rows.sort(key=lambda row: (row[0] != "`DLRCLIP`", row[0].lower()))
+    rows.sort(key=lambda row: (row[0] != "`DLRCLIP`", row[0].strip("`").lower()))
     return markdown(["method", "paper", "what it learns", "new classes", "configs/trainers/"], rows)
 
 

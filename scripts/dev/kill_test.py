@@ -63,7 +63,7 @@ class Outcome:
     checkpoints: dict[str, Any]
 
     def differences(self, other: Outcome) -> list[str]:
-        """Names of what differs."""
+        """Return the names of what differs."""
         return [
             *_differences(self.metrics, other.metrics, "metrics.json"),
             *_differences(self.checkpoints, other.checkpoints, "checkpoint"),
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def read_outcome(folder: Path) -> Outcome:
-    """The outcome of a finished run."""
+    """Read the outcome of a finished run."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     del metrics["timing"]
     checkpoints = {}
@@ -112,7 +112,7 @@ def _run(arguments: list[str], folder: str, threads: int) -> None:
 
 
 class Runs:
-    """Starts runs of train.py in processes of their own, which are forked off one that has imported it."""
+    """Runs of train.py in processes of their own, which are forked off one that has imported it."""
 
     def __init__(self, threads: int = 1) -> None:
         self._context = multiprocessing.get_context("forkserver")
@@ -136,10 +136,10 @@ class Runs:
         return process
 
     def finish(self, arguments: Sequence[str], folder: Path) -> None:
-        """Run to the end.
+        """Run `train.py` with these arguments to the end.
 
         Raises:
-            RuntimeError: it failed.
+            RuntimeError: the run failed.
         """
         process = self.start(arguments, folder)
         process.join()
@@ -149,7 +149,7 @@ class Runs:
 
 
 def paint(root: Path) -> None:
-    """A folder of coloured pictures, to train, validate and test on."""
+    """Paint a folder of colored pictures, to train, validate and test on."""
     rng = random.Random(0)
     for part, count in IMAGES.items():
         for name, colour in COLOURS.items():
@@ -162,7 +162,7 @@ def paint(root: Path) -> None:
 
 
 def command(trainer: str, root: Path, *options: str) -> list[str]:
-    """Arguments of a small run on the pictures in `root`: flags, then KEY VALUE pairs."""
+    """Return the arguments of a small run on the pictures in `root`: flags, then KEY VALUE pairs."""
     config = ROOT / "configs" / "trainers" / CONFIGS[trainer] / "tiny.yaml"
     flags = ["--transforms", *TRANSFORMS, "--trainer", trainer, "--config-file", str(config), "--seed", "1"]
     flags += ["--root", str(root)]
@@ -170,7 +170,7 @@ def command(trainer: str, root: Path, *options: str) -> list[str]:
 
 
 def stop_after(runs: Runs, arguments: Sequence[str], folder: Path, seconds: float, number: int) -> int | None:
-    """Start a run and send it a signal after that time -> its exit code."""
+    """Start a run and send it the signal `number` after that time; return its exit code."""
     process = runs.start(arguments, folder)
     time.sleep(seconds)
     with contextlib.suppress(ProcessLookupError):
@@ -183,9 +183,9 @@ def stop_after(runs: Runs, arguments: Sequence[str], folder: Path, seconds: floa
 def check(
     runs: Runs, arguments: Sequence[str], kills: int, rng: random.Random, output: Path, number: int
 ) -> Iterator[tuple[float, str, list[str]]]:
-    """For each kill: its time in seconds, the newest checkpoint then, and what differs after the run was resumed.
+    """Yield for each kill its time in seconds, the newest checkpoint then, and what differs in the resumed run.
 
-    A run that ended before its moment had come is not counted, and made again with an earlier one.
+    A run that ended before its kill is not counted: it is made again, with an earlier kill.
     """
     begin = time.monotonic()
     runs.finish(arguments, output / "whole")
@@ -203,7 +203,7 @@ def check(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

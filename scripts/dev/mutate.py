@@ -113,7 +113,7 @@ MUTATIONS = (
 
 
 def mutated(mutation: Mutation, root: Path) -> str:
-    """The file's text with the change.
+    """Return the file's text with the change.
 
     Raises:
         ValueError: the line is not there, or more than once.
@@ -126,7 +126,7 @@ def mutated(mutation: Mutation, root: Path) -> str:
 
 
 def copy_of(root: Path, target: Path) -> None:
-    """The tracked files of a checkout, and new ones that git does not ignore."""
+    """Copy the tracked files of a checkout, and new ones that git does not ignore."""
     listed = subprocess.run(
         ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True, text=True, check=True,
@@ -138,7 +138,11 @@ def copy_of(root: Path, target: Path) -> None:
 
 
 def run(mutation: Mutation, tree: Path) -> tuple[str, float]:
-    """(the first test that failed, or "" for none; seconds) with the change in a copy of the checkout, then undone."""
+    """Run the tests with the change in a copy of the checkout, then undo the change.
+
+    Returns:
+        the first test that failed, or "" for none; and the seconds that the tests took.
+    """
     path = tree / mutation.file
     before = path.read_text(encoding="utf-8")
     path.write_text(mutated(mutation, tree), encoding="utf-8")
@@ -157,7 +161,7 @@ def run(mutation: Mutation, tree: Path) -> tuple[str, float]:
 
 
 def results(numbers: Sequence[int]) -> Iterator[tuple[int, Mutation, str, float]]:
-    """Number (from 1), change, the test that failed, and seconds, of each."""
+    """Yield of each change its number (from 1), the change, the test that failed, and seconds."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         copy_of(ROOT, tree)

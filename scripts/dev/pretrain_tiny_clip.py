@@ -83,14 +83,14 @@ class Vocabulary:
         self.rows[self.ids] = torch.arange(len(self.ids))
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """Renumbered ids [N, L], cut to the longest text."""
+        """Return renumbered ids [N, L], cut to the longest text."""
         tokens = tokenize(texts)
         tokens = tokens[:, : int((tokens != 0).sum(dim=1).max())]
         return self.rows[tokens]
 
 
 def sincos_position(grid: int, width: int) -> Tensor:
-    """2-D sin-cos embedding [1 + grid^2, width]; the class token's row is zero."""
+    """Return the 2-D sin-cos embedding [1 + grid^2, width]; the class token's row is zero."""
     quarter = width // 4
     omega = 1.0 / 100 ** (torch.arange(quarter) / quarter)
     y, x = torch.meshgrid(torch.arange(grid).float(), torch.arange(grid).float(), indexing="ij")
@@ -99,9 +99,9 @@ def sincos_position(grid: int, width: int) -> Tensor:
 
 
 def run_block(block: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One transformer block of open_clip on [B, L, D].
+    """Run one transformer block of open_clip on [B, L, D].
 
-    Plain attention: for short rows in bfloat16 on a CPU it took a fifth of the fused one's time.
+    Attention is plain: for short rows in bfloat16 on a CPU it took a fifth of the time of fused attention.
     """
     batch, length, width = x.shape
     heads = block.attn.num_heads
@@ -114,7 +114,7 @@ def run_block(block: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor
 
 
 class Pretrainer(nn.Module):
-    """The CLIP and the heads that only pretraining needs; run block by block to read a middle block."""
+    """The CLIP and the heads that only pretraining needs; it runs block by block, to read a middle block."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Pretrainer(nn.Module):
         self.mask = nn.Linear(width, 1)
 
     def image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised embeddings [B, E] and foreground logits [B, patches]."""
+        """Return normalized embeddings [B, E] and foreground logits [B, patches]."""
         v = self.clip.visual
         x = v.conv1(images).flatten(2).transpose(1, 2)
         x = torch.cat([v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + v.positional_embedding.to(
@@ -147,7 +147,7 @@ class Pretrainer(nn.Module):
         return F.normalize((v.ln_post(x[:, 0]) @ v.proj).float(), dim=-1), foreground.float()
 
     def text(self, tokens: Tensor) -> Tensor:
-        """Normalised embeddings [N, E]."""
+        """Return normalized embeddings [N, E]."""
         c, length = self.clip, tokens.shape[1]
         x = c.token_embedding(tokens) + c.positional_embedding[:length]
         for block in c.transformer.resblocks:
@@ -157,7 +157,7 @@ class Pretrainer(nn.Module):
 
 
 def contrastive(f: Tensor, g: Tensor, scale: float, positive: Tensor) -> Tensor:
-    """Symmetric cross-entropy of embeddings [B, E], the target spread evenly over the true pairs [B, B]."""
+    """Return the symmetric cross-entropy of embeddings [B, E], its target spread evenly over the true pairs [B, B]."""
     logits, p = scale * f @ g.T, positive.float()
     rows = -(F.log_softmax(logits, dim=1) * p / p.sum(dim=1, keepdim=True)).sum(dim=1)
     columns = -(F.log_softmax(logits, dim=0) * p / p.sum(dim=0, keepdim=True)).sum(dim=0)
@@ -165,12 +165,12 @@ def contrastive(f: Tensor, g: Tensor, scale: float, positive: Tensor) -> Tensor:
 
 
 def normalised(images: np.ndarray) -> Tensor:
-    """uint8 [B, S, S, 3] -> float [B, 3, S, S] with CLIP's mean and deviation."""
+    """Normalize uint8 [B, S, S, 3] to float [B, 3, S, S] with CLIP's mean and deviation."""
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() - MEAN) / STD
 
 
 def augmented(images: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """Normalised float batch [B, 3, S, S] with a random crop by up to 4 pixels and a channel gain."""
+    """Return a normalized float batch [B, 3, S, S], cropped at random by up to 4 pixels and now and then made gray."""
     x = normalised(images)
     dx, dy = (int(v) for v in rng.integers(0, 9, 2))
     size = x.shape[-1]
@@ -181,7 +181,7 @@ def augmented(images: np.ndarray, rng: np.random.Generator) -> Tensor:
 
 
 class Probe:
-    """What accuracy is watched on: the training images of `Digits` and `Shapes`; never their test images."""
+    """The images that accuracy is watched on: the training images of `Digits` and `Shapes`, never test images."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         cfg = get_cfg_default()
@@ -197,7 +197,7 @@ class Probe:
 
     @torch.no_grad()
     def __call__(self, model: Pretrainer) -> dict[str, float]:
-        """Zero-shot accuracy in percent, and that of a linear probe on 16 shots a class (the rest is its test)."""
+        """Return accuracy (percent) of zero-shot, and of a linear probe on 16 shots a class (the rest is its test)."""
         from sklearn.linear_model import LogisticRegression
 
         result = {}
@@ -214,7 +214,7 @@ class Probe:
 
 
 def optimisers(model: Pretrainer, lr: float, text_only: bool = False) -> list[torch.optim.Optimizer]:
-    """Muon for the block matrices, AdamW for the rest, of the whole model or of the text encoder alone."""
+    """Return Muon for the block matrices and AdamW for the rest, of the whole model or of the text encoder alone."""
     frozen = ("clip.logit_scale", *(("clip.visual.", "heads.", "mask.") if text_only else ()))
     trained = {name: p for name, p in model.named_parameters() if not name.startswith(frozen)}
     matrices = [p for name, p in trained.items() if "resblocks" in name and p.ndim == 2]
@@ -239,7 +239,7 @@ def save(model: Pretrainer, vocabulary: Vocabulary, record: dict, folder: Path) 
 
 
 def restore(model: Pretrainer, vocabulary: Vocabulary, folder: Path) -> dict:
-    """Take the CLIP that `save` wrote into `folder`; returns its record."""
+    """Take the CLIP that `save` wrote into `folder`; return its record."""
     state = load_file(folder / "tiny_clip.safetensors")
     if state.pop("token_embedding.ids").tolist() != vocabulary.ids.tolist():
         raise ValueError(f"Expected {folder} to hold a CLIP with the vocabulary of the captions but it has another one")
@@ -249,7 +249,7 @@ def restore(model: Pretrainer, vocabulary: Vocabulary, folder: Path) -> dict:
 
 
 def all_texts() -> list[str]:
-    """Every word that captions may use, plus the usual prompt words, so that their rows exist."""
+    """Return every word that captions may use, plus the usual prompt words, so that their rows exist."""
     words = [*OBJECTS, *COLOUR_NAMES, *TEXTURES, *"0123456789"]
     return [
         *words,
@@ -269,7 +269,7 @@ class Run:
         self.start = self.shown = time.time()
 
     def steps(self) -> Iterator[tuple[int, float, np.ndarray]]:
-        """(step, share of the schedule that is over, pool indices of the batch), to the end of the schedule."""
+        """Yield (step, share of the schedule that is over, pool indices of the batch), to the end of the schedule."""
         order, position, step, share = self.rng.permutation(len(self.pool)), 0, 0, 0.0
         while share < 1:
             if position + self.args.batch > len(order):
@@ -279,7 +279,7 @@ class Run:
             share = step / self.args.steps if self.args.steps else (time.time() - self.start) / 60 / self.args.minutes
 
     def joint(self) -> None:
-        """Both encoders, with the helping heads; the annotator is careless."""
+        """Train both encoders, with the helping heads; the annotator is careless."""
         opts = optimisers(self.model, self.args.lr)
         for step, share, index in self.steps():
             captions, seen = caption_batch(self.pool, index, self.rng, self.args.mixup, MIXED_UP)
@@ -297,7 +297,7 @@ class Run:
         self.report(step + 1, 1.0, loss, scale, last=True)
 
     def text_only(self) -> None:
-        """The text encoder alone, on captions of an annotator who cannot tell some pairs apart."""
+        """Train the text encoder alone, on captions of an annotator who cannot tell some pairs apart."""
         opts = optimisers(self.model, self.args.lr, text_only=True)
         for step, share, index in self.steps():
             captions, seen = caption_batch(self.pool, index, self.rng, self.args.mixup, SWAPPED)
@@ -311,7 +311,7 @@ class Run:
         self.report(step + 1, 1.0, loss, LAST_SCALE, last=True)
 
     def report(self, steps: int, share: float, loss: Tensor, scale: float, last: bool = False) -> None:
-        """Every few minutes, and at the end: measure, log and save."""
+        """Measure, log and save, every few minutes and at the end."""
         if not last and time.time() - self.shown < 60 * self.args.report:
             return
         with torch.no_grad():
@@ -333,7 +333,7 @@ class Run:
 
 
 def update(opts: list[torch.optim.Optimizer], loss: Tensor, args: argparse.Namespace, step: int, share: float) -> None:
-    """One step; the rate warms up and falls to zero along a cosine. AdamW's is a sixth of Muon's."""
+    """Make one step; the rate warms up and falls to zero along a cosine, and AdamW's is a sixth of Muon's."""
     factor = min(1.0, (step + 1) / args.warmup) * 0.5 * (1 + math.cos(math.pi * share))
     for optimiser, share_of_lr in zip(opts, (1.0, 1 / 6), strict=True):
         optimiser.zero_grad()
@@ -345,7 +345,7 @@ def update(opts: list[torch.optim.Optimizer], loss: Tensor, args: argparse.Names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -46,7 +46,7 @@ EXTRA = {
 }
 OWN = {"CLIPLoRA": ("TRAINER.CLIPLORA.N_ITERS", "8")}
 CORRECTED = ("TipAdapterPP", "TipXPP")
-UNTESTED = ("timing", "version")  # of metrics.json
+UNTESTED = ("timing", "version")  # keys of metrics.json that are not compared
 
 
 def jobs_of(checkout: Path) -> dict[str, tuple[str, str, tuple[str, ...]]]:

@@ -2,8 +2,8 @@
 
 A picture shows one object (a shape, a digit or a letter) in some style; its caption mentions some of what is true.
 Captions come from annotators who call some objects by another one's name with probability `mixup`, as captions from the
-web do. That keeps the tiny CLIP's zero-shot classifier weak where its image features
-are not, which is the situation that few-shot adaptation is for.
+web do. That keeps the tiny CLIP's zero-shot classifier weak where its image features are not, which is the situation
+that few-shot adaptation is for.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OBJECTS = [*SHAPE_CLASSES, *OTHER_OUTLINES, *DIGIT_WORDS, *(f"letter {c.lower()}
 N_SHAPES = len(SHAPE_CLASSES) + len(OTHER_OUTLINES)
 COLOUR_NAMES = list(COLOURS)
 
-# Whose name a careless annotator uses now and then.
+# Object -> the object whose name a careless annotator gives it now and then.
 MIXED_UP = {
     "pentagon": "hexagon",
     "hexagon": "octagon",
@@ -208,6 +208,6 @@ def caption_batch(
 
 
 def true_pairs(mentioned: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """[B, B] bool: caption j says nothing untrue of picture i."""
+    """Return [B, B] bool, true at (i, j) where caption j says nothing untrue of picture i."""
     agree = (mentioned[None] == seen[:, None]) | (mentioned[None] < 0)
     return agree.all(axis=2)

@@ -1,4 +1,4 @@
-"""The command line of what draws one figure from one finished run's folder."""
+"""The command line of scripts that draw one figure from the folder of one finished run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scripts.figures.style import add_output_options, save
 
 
 def open_predictions(run: Path) -> Predictions:
-    """The predictions of a finished run.
+    """Open the predictions of a finished run.
 
     Args:
         run: its folder, or a file of predictions in it (`predictions-eval.safetensors`, say).
@@ -36,12 +36,12 @@ def figure_main(
     argv: Sequence[str] | None,
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> int:
-    """The command line of such a script; returns the exit code.
+    """Run the command line of a script that draws a figure; return the exit code.
 
     Args:
         doc: the help text.
         name: of the figure, which goes to `RUN/figures/<name>` by default.
-        draw: makes it from the arguments, of which `run` is the run's folder.
+        draw: makes the figure from the arguments, of which `run` is the run's folder.
         argv: the command line; None: the process's.
         add_options: adds the script's own options.
     """

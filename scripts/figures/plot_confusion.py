@@ -31,14 +31,14 @@ COUNTED = 14  # more cells in a row than this leave no room for numbers
 
 
 def most_confused(counts: Sequence[np.ndarray], number: int) -> list[int]:
-    """The classes with most errors over all matrices [C, C], in label order; of equal ones those with lower labels."""
+    """Return the classes with most errors over all matrices [C, C], in label order; ties go to the lower labels."""
     total = np.sum(counts, axis=0)
     errors = total.sum(0) + total.sum(1) - 2 * total.diagonal()
     return sorted(np.argsort(-errors, kind="stable")[:number].tolist())
 
 
 def shares_among(counts: np.ndarray, classes: Sequence[int]) -> np.ndarray:
-    """Percent of each row's images, [k, k], or [k + 1, k + 1] with the rest of the classes last.
+    """Return percentages of each row's images, [k, k], or [k + 1, k + 1] with the rest of the classes last.
 
     Args:
         counts: [C, C], rows true, columns predicted.
@@ -53,7 +53,7 @@ def shares_among(counts: np.ndarray, classes: Sequence[int]) -> np.ndarray:
 
 
 def confusion_figure(predictions: Predictions, number: int = 10, before: str = "", after: str = "") -> Figure:
-    """The figure.
+    """Draw the confusion among the most confused classes, a panel per head.
 
     Args:
         predictions: of a run.

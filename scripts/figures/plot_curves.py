@@ -35,17 +35,17 @@ LEFT_OUT = ("images_per_second",)  # tells of the machine, not of the method
 class Line(NamedTuple):
     """A line, with a band where low and high are given; all arrays are of one length."""
 
-    epochs: np.ndarray  # 1.0: the end of the first
+    epochs: np.ndarray  # 1.0: the end of the first epoch
     values: np.ndarray
     low: np.ndarray | None = None
     high: np.ndarray | None = None
 
 
 def read_scalars(run: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Tag -> (steps, values) of a run's event files.
+    """Read tag -> (steps, values) from a run's event files.
 
     Raises:
-        ValueError: there are none, or nothing was logged in training.
+        ValueError: there are none.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
 
@@ -66,12 +66,15 @@ def read_scalars(run: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def curve_panels(
     scalars: Mapping[str, tuple[np.ndarray, np.ndarray]], epochs: int, terms: Sequence[str]
 ) -> dict[str, dict[str, Line]]:
-    """Panel -> name -> line; the losses come first.
+    """Return panel -> name -> line; the losses come first.
 
     Args:
         scalars: tag -> (steps, values); those below `train/` are drawn, and heads' accuracies on `val`.
-        epochs: that the run trained for.
+        epochs: number of epochs that the run trained for.
         terms: names of what is averaged over an epoch; "acc" is a panel of its own, the others are losses.
+
+    Raises:
+        ValueError: nothing was logged in training, or `epochs` is below 1.
     """
     train = {tag.removeprefix("train/"): points for tag, points in scalars.items() if tag.startswith("train/")}
     if not train or epochs < 1:
@@ -83,7 +86,7 @@ def curve_panels(
     for name in sorted(train, key=lambda name: (name != "loss", name)):
         steps, values = train[name]
         if name in terms:
-            last = np.append(np.diff((steps / per_epoch).astype(int)) > 0, True)  # each epoch's: its running mean
+            last = np.append(np.diff((steps / per_epoch).astype(int)) > 0, True)  # an epoch's last: its running mean
             panel = panels["training accuracy (%)"] if name == "acc" else losses
             panel[name] = Line((steps[last] + 1) / per_epoch, values[last])
         elif name not in LEFT_OUT:
@@ -111,7 +114,7 @@ def curve_panels(
 
 
 def curves_figure(panels: Mapping[str, Mapping[str, Line]]) -> Figure:
-    """The figure of curve_panels' panels."""
+    """Draw the figure of the panels that `curve_panels` returns."""
     columns = min(len(panels), 4 if len(panels) in (4, 7, 8) else 3)
     rows = math.ceil(len(panels) / columns)
     with style():
@@ -148,7 +151,7 @@ def _draw(axes: Any, title: str, lines: Mapping[str, Line]) -> None:
 
 
 def run_curves(run: Path) -> Figure:
-    """The curves of a finished run's folder."""
+    """Draw the curves of a finished run, given its folder."""
     if not (run / "DONE").is_file():
         raise ValueError(f"Expected a finished run but {run} has no DONE")
     metrics = read_metrics(run / "metrics.json")

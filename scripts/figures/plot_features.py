@@ -36,13 +36,13 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")  # filled one
 class Branch(NamedTuple):
     """What one panel shows."""
 
-    features: np.ndarray  # [M, E], normalised
+    features: np.ndarray  # [M, E], normalized
     points: np.ndarray  # [M, 2]
     silhouette: float
 
 
 def chosen_images(predictions: Predictions, number: int) -> np.ndarray:
-    """Positions along the kept images: those of the `number` classes that have most of them."""
+    """Return positions along the kept images: those of the `number` classes that have most of them."""
     labels = predictions.labels[predictions.rows]
     classes, counts = np.unique(labels, return_counts=True)
     kept = classes[np.argsort(-counts, kind="stable")[:number]]
@@ -50,10 +50,10 @@ def chosen_images(predictions: Predictions, number: int) -> np.ndarray:
 
 
 def embed(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> Branch:
-    """t-SNE of features [M, E] whose classes are labels [M]."""
+    """Embed features [M, E], whose classes are labels [M], in two dimensions by t-SNE."""
     lengths = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     unit = (features / np.maximum(lengths, 1e-12)).astype(np.float32)
-    # On normalised vectors Euclidean neighbours are cosine neighbours. The start by PCA keeps panels comparable.
+    # On normalized vectors Euclidean neighbours are cosine neighbours. The start by PCA keeps panels comparable.
     tsne = TSNE(init="pca", perplexity=min(30.0, (len(unit) - 1) / 3), random_state=seed, n_jobs=1)
     points = tsne.fit_transform(unit)
     classes = len(np.unique(labels))
@@ -62,7 +62,7 @@ def embed(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> Branch:
 
 
 def features_figure(predictions: Predictions, number: int = 10, seed: int = 0) -> Figure:
-    """The figure.
+    """Draw the t-SNE of the kept features, a panel per branch.
 
     Args:
         predictions: of a run.

@@ -29,17 +29,20 @@ BINS = 30
 
 
 def gate_bins(values: np.ndarray) -> np.ndarray:
-    """Edges [BINS + 1] over the range of the values; at least 0.02 wide, so that a constant is no picture of noise."""
+    """Return edges [BINS + 1] over the range of the values.
+
+    The range is made at least 0.02 wide, so that a constant does not look like noise.
+    """
     low, high = float(values.min()), float(values.max())
     middle, half = (low + high) / 2, max((high - low) / 2, 0.01)
     return np.linspace(middle - half, middle + half, BINS + 1)
 
 
 def gates_figure(predictions: Predictions, head: str = "") -> Figure:
-    """The figure: a panel per value that the method tells.
+    """Draw a panel per value that the method tells of each image.
 
     Raises:
-        ValueError: it tells none.
+        ValueError: the method tells none.
     """
     head = head or predictions.main
     correct = predictions.correct(head)

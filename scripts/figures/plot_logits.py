@@ -40,7 +40,7 @@ class Logits(NamedTuple):
 
 
 def head_logits(predictions: Predictions, head: str) -> Logits:
-    """True and rival logits of a head."""
+    """Return the true and rival logits of a head."""
     row = predictions.head(head)
     true, rival = predictions.true[row], predictions.rival[row]
     accuracy = 100.0 * float(predictions.correct(head).mean())
@@ -48,7 +48,7 @@ def head_logits(predictions: Predictions, head: str) -> Logits:
 
 
 def logits_figure(predictions: Predictions, heads: Sequence[str] = ()) -> Figure:
-    """The figure: a panel per head; without any given, those of HEADS that there are, else the first four."""
+    """Draw a panel per head; without any given, those of HEADS that there are, else the first four."""
     shown = list(heads) or [h for h in HEADS if h in predictions.heads] or predictions.heads[:4]
     found = [head_logits(predictions, head) for head in shown]
     if len(predictions.classnames) < 2:

@@ -36,7 +36,7 @@ from trainers.modules.overlap_adapters import IMOAdapters
 
 
 def loader_of(name: str, root: str, parts: Sequence[str], clip: CLIP) -> Any:
-    """Batches of the images of some parts of a dataset together, as at test time."""
+    """Return a loader of the images of some parts of a dataset together, as at test time."""
     cfg = config(clip, name, root)
     dataset = build_dataset(cfg)
     for part in parts:
@@ -50,7 +50,7 @@ def loader_of(name: str, root: str, parts: Sequence[str], clip: CLIP) -> Any:
 
 @torch.no_grad()
 def measure_all(clip: CLIP, every: Sequence[IMOAdapters], loader: Any) -> list[Measures]:
-    """Measures of CLIP's own features, then of those with each of the adapters."""
+    """Return the measures of CLIP's own features, then of those with each of the adapters."""
     features: list[list[torch.Tensor]] = [[] for _ in range(1 + len(every))]
     labels = []
     for batch in loader:
@@ -82,7 +82,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> str:
-    """The table; figures and overlap.json are written on the way."""
+    """Return the table; write figures and overlap.json to --out."""
     clip = load_clip(read_recipe(args.adapters[0])["backbone"], args.weights or None)
     every = [load_adapters(path, clip) for path in args.adapters]
     rows: list[list[str]] = []

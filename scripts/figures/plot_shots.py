@@ -53,7 +53,7 @@ class Panel(NamedTuple):
 
 
 def shots_panels(records: Iterable[Mapping[str, Any]], band: str = "t95") -> list[Panel]:
-    """The panels of the figure: the average, where there are several datasets, and each dataset in order.
+    """Return the panels of the figure: the average, where there are several datasets, and each dataset in order.
 
     Args:
         records: {dataset, method, shots, seed, accuracy}; `seed` None: a mean that was published as such.
@@ -93,7 +93,7 @@ def _points(by_shots: Mapping[int, Mapping[Any, float]], band: str) -> list[Poin
 
 
 def _average(datasets: Sequence[Mapping[int, Mapping[Any, float]]]) -> dict[int, dict[Any, float]]:
-    """Shots -> seed -> mean over datasets, for shots that all have, over the seeds that all have.
+    """Return shots -> seed -> mean over datasets, for shots that all have, over the seeds that all have.
 
     Where no seed is in all of them (published means) there is one value, the mean of the datasets' means.
     """
@@ -110,7 +110,7 @@ def _average(datasets: Sequence[Mapping[int, Mapping[Any, float]]]) -> dict[int,
 def shots_figure(
     records: Iterable[Mapping[str, Any]], band: str = "t95", *, columns: int | None = None, baseline: str = ""
 ) -> Figure:
-    """The figure; `figure_style.save` writes it.
+    """Draw accuracy by shots, a panel per dataset; `style.save` writes the figure.
 
     Args:
         records: {dataset, method, shots, seed, accuracy (percent)}; see shots_panels. Methods are drawn, and listed in
@@ -153,7 +153,7 @@ def shots_figure(
 
 
 def _columns(panels: int) -> int:
-    """As many as leave the fewest places empty, more before fewer."""
+    """Return how many panels beside each other leave the fewest places empty, more before fewer."""
     if panels <= MAX_COLUMNS:
         return panels
     return min(range(MAX_COLUMNS, MAX_COLUMNS - 2, -1), key=lambda columns: -panels % columns)

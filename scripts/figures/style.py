@@ -59,7 +59,7 @@ _STYLE: Any = {
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Within this context figures get the project's look, whatever the user's own settings are."""
+    """Give figures the project's look within this context, whatever the user's own settings are."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -75,26 +75,26 @@ class Look(NamedTuple):
 
 
 def look(number: int) -> Look:
-    """The look of series 0, 1, 2, ...; different for any 72 in a row."""
+    """Return the look of series 0, 1, 2, ...; it is different for any 72 in a row."""
     return Look(COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)], LINES[number % len(LINES)])
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, inches; made without pyplot: no window system and no global list."""
+    """Create an empty figure, sizes in inches, without pyplot: it needs no window system and no global list."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def write_figure(figure: Figure, target: Any, kind: str) -> None:
-    """Writes a figure as "pdf", "svg" or "png" to a path or a binary stream; the moment of writing is left out."""
+    """Write a figure as "pdf", "svg" or "png" to a path or a binary stream; the moment of writing is left out."""
     metadata: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
     with style():
         figure.savefig(target, format=kind, metadata=metadata[kind])
 
 
 def save(figure: Figure, stem: Path, formats: Sequence[str] = ("pdf", "png")) -> list[Path]:
-    """Writes `<stem>.<format>` for each format and returns the paths; folders are made as needed."""
+    """Write `<stem>.<format>` for each format and return the paths; folders are made as needed."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in formats]
     for path, kind in zip(paths, formats, strict=True):
@@ -103,7 +103,7 @@ def save(figure: Figure, stem: Path, formats: Sequence[str] = ("pdf", "png")) ->
 
 
 def add_output_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """Adds `--output` and `--formats`; `default` says in words where figures go without `--output`."""
+    """Add `--output` and `--formats`; `default` says in words where figures go without `--output`."""
     parser.add_argument(
         "--output", type=Path, metavar="STEM", help=f"files to write, without .pdf (default: {default})"
     )

@@ -25,7 +25,7 @@ class Variant(NamedTuple):
     tiny: bool | None = None
 
     def suits(self, backbone: str) -> bool:
-        """Whether it makes sense for that backbone."""
+        """Return whether the variant makes sense for that backbone."""
         return self.tiny is None or self.tiny == (backbone == "tiny")
 
 

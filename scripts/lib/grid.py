@@ -1,8 +1,9 @@
-"""A grid of runs of train.py: where each lies, whether it is finished, and N of them at a time on this machine.
+"""A grid of runs of train.py: where each lies, whether it is finished, and how N at a time run on this machine.
 
 A run is finished when its folder has the completion marker; one without is started again with the same command, which
 resumes it. A finished run whose settings are not those asked for is an error, never taken for the one that was meant.
-An evaluation waits for the run that it evaluates, is not started where that failed, and is made again after it was.
+An evaluation waits for the run that it evaluates. If that run fails, the evaluation is not started; if that run is
+made again, so is the evaluation.
 """
 
 from __future__ import annotations
@@ -62,16 +63,16 @@ class Run:
     after: Run | None = None
 
     def arguments(self) -> list[str]:
-        """The command line, without "python train.py"."""
+        """Return the command line, without "python train.py"."""
         model = [] if self.after is None else ["--eval-only", "--model-dir", str(self.after.folder)]
         return ["--seed", str(self.seed), "--output-dir", str(self.folder), *model, *self.given]
 
     def step(self) -> Step:
-        """The run as a step of a job."""
+        """Return the run as a step of a job."""
         return Step(str(self.folder), tuple(self.arguments()), None if self.after is None else str(self.after.folder))
 
     def metrics(self) -> dict[str, Any] | None:
-        """metrics.json of the finished run; None: it is not finished.
+        """Return metrics.json of the finished run; None: the run is not finished.
 
         Raises:
             InputError: a finished run with other settings is there.
@@ -86,7 +87,7 @@ class Run:
         return metrics
 
     def cfg(self) -> Any:
-        """Its configuration; raises where that is wrong."""
+        """Return the configuration of the run; raise an error where that is wrong."""
         return setup_cfg(parse_args(self.arguments()))
 
     def _check_settings(self, cfg: Any) -> None:
@@ -109,7 +110,7 @@ class Run:
 
     def _check_data(self, cfg: Any, metrics: dict[str, Any]) -> None:
         there = str(metrics.get("data_digest") or "")
-        # A run of an earlier version does not tell; what this project makes itself is the same everywhere.
+        # A run of an earlier version has no digest; images that this project makes itself are the same everywhere.
         here = digest_of_data(cfg.DATASET.NAME, cfg.DATASET.ROOT) if there or cfg.DATASET.ROOT else ""
         if here and here != there:
             told = f"digest {there[:12]}" if there else "it does not tell of which"
@@ -125,7 +126,8 @@ def digest_of_data(name: str, root: str) -> str:
     """Return the digest of a dataset as it is now (`data_digest`); "": it has none, or is not here.
 
     Raises:
-        InputError: it cannot be read where `root` says; without a root it may be elsewhere, which is only logged.
+        InputError: the dataset cannot be read where `root` says. Without a root it may be elsewhere, which is only
+            logged.
     """
     cfg = default_cfg()
     cfg.DATASET.NAME, cfg.DATASET.ROOT = name, root  # the split is that of all shots and classes
@@ -142,7 +144,7 @@ def digest_of_data(name: str, root: str) -> str:
 def command_line(
     method: Method, dataset: str, shots: int, flags: Sequence[str] = (), options: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """What `Run.given` is for a method on configs/datasets/<dataset>.yaml."""
+    """Return `Run.given` for a method on configs/datasets/<dataset>.yaml."""
     yaml_file = CONFIGS / "datasets" / f"{dataset}.yaml"
     files = ("--trainer", method.trainer, "--config-file", str(method.config), "--dataset-config-file", str(yaml_file))
     return (*files, *flags, "DATASET.NUM_SHOTS", str(shots), *method.options, *options)
@@ -158,13 +160,13 @@ def few_shot_run(
     flags: Sequence[str] = (),
     options: Sequence[str] = (),
 ) -> Run:
-    """Training and test on one dataset, where train.py itself would put it below `output`."""
+    """Return the run that trains and tests on one dataset, in the folder below `output` that train.py would choose."""
     folder = parent_folder(output, dataset, method.trainer, method.stem, shots) / f"seed{seed}"
     return Run(method.name, dataset, shots, seed, folder, command_line(method, dataset, shots, flags, options))
 
 
 def missing_runs(runs: Iterable[Run]) -> list[Run]:
-    """Those that are not finished, each once.
+    """Return the runs that are not finished, each once.
 
     Raises:
         InputError: a finished run with other settings is there.
@@ -190,7 +192,7 @@ class Progress:
         self._bar.close()
 
     def on_end(self, run: Run, code: int | None) -> None:
-        """Counts a run that ended with that exit code, or (None) was not started."""
+        """Count a run that ended with that exit code, or (None) was not started."""
         self._bar.update()
         if code != 0:
             self.failed.append(run)
@@ -200,10 +202,10 @@ class Progress:
 
 
 def run_missing(runs: Sequence[Run], jobs: int, threads: int) -> list[Run]:
-    """Runs those that are not finished, under one progress bar; returns the ones that failed or were not started.
+    """Run what is not finished, under one progress bar; return the runs that failed or were not started.
 
     Raises:
-        InputError: a finished run with other settings is there; said before anything is run.
+        InputError: a finished run with other settings is there; raised before anything is run.
     """
     missing = missing_runs(runs)
     with Progress(len(missing)) as progress:
@@ -212,7 +214,7 @@ def run_missing(runs: Sequence[Run], jobs: int, threads: int) -> list[Run]:
 
 
 def next_ready(waiting: Sequence[Run], going: Iterable[Run]) -> Run | None:
-    """The first of those waiting that evaluates none of the unfinished runs."""
+    """Return the first waiting run that evaluates none of the unfinished runs; None: there is none."""
     unfinished = {*waiting, *going}
     return next((run for run in waiting if run.after not in unfinished), None)
 
@@ -220,15 +222,16 @@ def next_ready(waiting: Sequence[Run], going: Iterable[Run]) -> Run | None:
 def run_all(
     runs: Sequence[Run], jobs: int, threads: int = 0, on_end: Callable[[Run, int | None], None] | None = None
 ) -> None:
-    """Runs them, `jobs` at a time, each in a process of its own; what a run prints goes to a file in its folder.
+    """Run all of `runs`, `jobs` at a time, each in a process of its own.
 
-    A run begins when the one that it evaluates, if that is among them, is finished. The processes are forked off one
-    that has imported everything, which saves each of them some seconds. With several GPUs, slot i sees GPU i modulo
-    their number. Stopping this process stops the runs; the next call resumes them.
+    What a run prints goes to a file in its folder. If the run that an evaluation evaluates is among `runs`, the
+    evaluation begins when that run is finished. The processes are forked off one that has imported everything, which
+    saves each of them some seconds. With several GPUs, slot i sees GPU i modulo their number. Stopping this process
+    stops the runs; the next call resumes them.
 
     Args:
-        threads: CPU threads of each; 0: the cores shared out evenly.
-        on_end: called with each run and its exit code; None: not started, because what it evaluates failed.
+        threads: CPU threads of each run; 0: the cores are shared out evenly.
+        on_end: called with each run and its exit code; None: the run is not started, because what it evaluates failed.
     """
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("forkserver")
@@ -265,7 +268,7 @@ def run_all(
 
 @contextlib.contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Has these environment variables for a while."""
+    """Set these environment variables within this context; the earlier values come back after it."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -295,7 +298,7 @@ def _work(step: Step, threads: int, slot: int) -> None:
 
 
 def last_line(run: Run) -> str:
-    """The last line that a run printed: of one that failed, why."""
+    """Return the last line that a run printed; of a run that failed, it says why."""
     try:
         lines = (run.folder / CONSOLE).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,6 +1,6 @@
 """When a run is finished, who may work in its folder, and runs in sequence as one job of a cluster.
 
-Without torch, so that a job is on its way at once.
+This module does not import torch, so that a job is on its way at once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ NOT_STARTED = None  # in place of an exit code
 
 
 def finished(folder: Path, after: Path | None = None) -> bool:
-    """Whether a run has its completion marker, and (an evaluation) not an older one than the run that it evaluates."""
+    """Return whether a run is finished: it has its completion marker.
+
+    The marker of an evaluation must also not be older than that of the run that it evaluates, whose folder is `after`.
+    """
     if not (folder / DONE).exists():
         return False
     return after is None or ((after / DONE).exists() and _when(after) <= _when(folder))
@@ -46,7 +49,7 @@ def _when(folder: Path) -> str:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[IO[str]]:
-    """Makes the folder, and waits until no other process on it has claimed it; a killed process lets go of it."""
+    """Make the folder, and claim it when no other process claims it any more; a killed process lets go of its claim."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / CLAIM, "w", encoding="utf-8") as stream:
         if fcntl is not None:
@@ -58,7 +61,7 @@ def claimed(folder: Path) -> Iterator[IO[str]]:
 
 
 def open_console(folder: Path, arguments: Sequence[str]) -> IO[str]:
-    """The run's console file, its command line already in it."""
+    """Open the run's console file, and write its command line into it."""
     stream = open(folder / CONSOLE, "a", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
     stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {spoken('train')} {shlex.join(arguments)}\n")
     stream.flush()
@@ -83,8 +86,8 @@ class Chain:
 
     Args:
         steps: each after the one that it evaluates.
-        processes: of each run, on one machine (torchrun); evaluations take one.
-        threads: CPU threads of each process; 0: as it comes.
+        processes: number of processes of each run, on one machine (torchrun); evaluations take one.
+        threads: CPU threads of each process; 0: no number is set.
         program: what the interpreter is given in place of train.py, for tests.
     """
 
@@ -94,7 +97,11 @@ class Chain:
         self.steps, self.processes, self.threads, self.program = list(steps), processes, threads, tuple(program)
 
     def __call__(self) -> list[int | None]:
-        """Exit codes: 0 also for what was finished; None: not started, because what it evaluates has failed."""
+        """Run the steps; return their exit codes.
+
+        A code is 0 also where the step was finished before. None: the step was not started, because what it evaluates
+        has failed.
+        """
         codes: dict[str, int | None] = {}
         for step in self.steps:
             if step.after is not None and codes.get(step.after, 0) != 0:
@@ -126,7 +133,7 @@ class Chain:
                     process.wait()
 
     def checkpoint(self) -> Any:
-        """What submitit is to queue again when the job is preempted or out of time: the same."""
+        """Return what submitit is to queue again when the job is preempted or out of time: the same job."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

@@ -26,7 +26,7 @@ COMMON = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "t
 
 
 def chains(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that belong in one job, in order: one that trains and those that evaluate it."""
+    """Group the runs that belong in one job, in order: one that trains and those that evaluate it."""
     found: dict[Path, list[Run]] = {}
     for run in runs:
         found.setdefault((run.after or run).folder, []).append(run)
@@ -34,10 +34,10 @@ def chains(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def parameters_of(pairs: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE pairs as submitit's parameters; whole numbers as such.
+    """Convert KEY=VALUE pairs to submitit's parameters; whole numbers become int.
 
     Raises:
-        InputError: one is no pair.
+        InputError: one of them is no pair.
     """
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -61,16 +61,16 @@ def launch(
     poll: float = 10.0,
     program: Sequence[str] = TRAIN,
 ) -> list[Run]:
-    """Has them run; returns those that failed or were not started.
+    """Have the missing runs run as jobs; return those that failed or were not started.
 
     Args:
         logs: folder of submitit's files.
         cluster: "slurm", or "local" for processes on this machine.
-        jobs: most jobs at a time; 0: on a cluster no bound, on this machine one.
+        jobs: largest number of jobs at a time; 0: no bound on a cluster, one on this machine.
         threads: CPU threads of each run; 0: the cluster's default.
-        processes: of each run (torchrun).
-        parameters: submitit's.
-        poll: seconds between two looks.
+        processes: number of processes of each run (torchrun).
+        parameters: further parameters of submitit.
+        poll: seconds between two looks at the jobs.
         program: see `Chain`.
 
     Raises:
@@ -130,7 +130,7 @@ def _submit(executor: Any, work: Sequence[Chain], chains: Sequence[Sequence[Run]
 
 
 def _earlier_job(chain: Sequence[Run]) -> Any:
-    """The SLURM job that an earlier call has submitted for these runs, if it is queued or running."""
+    """Return the SLURM job that an earlier call has submitted for these runs, if it is queued or running; else None."""
     import submitit
 
     try:
@@ -142,7 +142,10 @@ def _earlier_job(chain: Sequence[Run]) -> Any:
 
 
 def _codes(job: Any, chain: Sequence[Run]) -> list[int | None]:
-    """Exit codes of the runs of a job that has ended; of one that was lost, 1 for those without the marker."""
+    """Return the exit codes of the runs of a job that has ended.
+
+    Where the job was lost, runs without the completion marker get 1 and the others 0.
+    """
     codes: Sequence[int | None] = ()
     if job.paths.result_pickle.exists():  # else submitit would wait for it
         with contextlib.suppress(Exception):  # whatever the job raised

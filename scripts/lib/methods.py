@@ -42,10 +42,10 @@ class Method(NamedTuple):
 
 
 def find_variant(trainer: str, name: str) -> Variant:
-    """A trainer's variant.
+    """Return the variant of a trainer that has this name.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: the trainer has none of that name.
     """
     known = {variant.name: variant for variant in VARIANTS.get(trainer, ())}
     if name not in known:
@@ -56,10 +56,10 @@ def find_variant(trainer: str, name: str) -> Variant:
 
 @functools.cache  # it reads all configs, and is asked once per method
 def methods_with(config: str) -> dict[str, Path]:
-    """Trainer -> its config of that name, of all trainers that have one which leaves the dataset open.
+    """Return trainer -> its config of that name, of all trainers that have one which leaves the dataset open.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such config.
     """
     found = {}
     for path in sorted((CONFIGS / "trainers").glob(f"*/{config}.yaml")):
@@ -73,10 +73,10 @@ def methods_with(config: str) -> dict[str, Path]:
 
 
 def choose_methods(asked: str, config: str) -> list[Method]:
-    """The methods asked for, "A,B:config,C@variant"; "": all that have such a config.
+    """Return the methods asked for, "A,B:config,C@variant"; "": all that have such a config.
 
     Raises:
-        InputError: a trainer or a variant that does not exist, or has no such config.
+        InputError: a trainer or a variant does not exist, or a trainer has no such config.
     """
     if not asked:
         return [Method(name, name, path) for name, path in methods_with(config).items()]
@@ -97,7 +97,11 @@ def choose_methods(asked: str, config: str) -> list[Method]:
 
 
 def check_datasets(names: Iterable[str]) -> None:
-    """InputError unless each is the name of a file in configs/datasets."""
+    """Check that each name is that of a file in configs/datasets.
+
+    Raises:
+        InputError: one is not.
+    """
     known = sorted(path.stem for path in (CONFIGS / "datasets").glob("*.yaml"))
     for name in names:
         if name not in known:
@@ -105,5 +109,5 @@ def check_datasets(names: Iterable[str]) -> None:
 
 
 def whole_numbers(text: str) -> list[int]:
-    """ "1,2,4" -> [1, 2, 4]."""
+    """Convert "1,2,4" to [1, 2, 4]."""
     return [int(part) for part in text.split(",")]

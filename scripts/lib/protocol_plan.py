@@ -58,7 +58,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line asks for; `shots` has one number but for few-shot."""
+    """What a command line asks for; only few-shot takes several numbers of `shots`."""
 
     methods: Sequence[Method]
     datasets: Sequence[str]
@@ -71,7 +71,7 @@ class Asked:
     groups: Sequence[str] = ()
 
     def given(self, method: Method, dataset: str, shots: int, *options: str) -> tuple[str, ...]:
-        """`Run.given`."""
+        """Return `Run.given` of a method on a dataset."""
         return command_line(method, dataset, shots, self.flags, (*options, *self.options))
 
 
@@ -79,17 +79,20 @@ class Asked:
 
 
 def trains(cfg: Any) -> bool:
-    """Whether there is anything to train; if not, shots and seed do not matter."""
+    """Return whether there is anything to train; if not, shots and seed do not matter."""
     return bool(TRAINER_REGISTRY.get(cfg.TRAINER.NAME).trains(cfg))
 
 
 def refusal(cfg: Any, other_classes: bool) -> str:
-    """Why the configuration cannot be run, or not be evaluated on classes it was not trained on; "": it can."""
+    """Return why the configuration cannot be run; "": it can.
+
+    With `other_classes`, a method that cannot be evaluated on classes that it was not trained on is refused, too.
+    """
     trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
     try:
         trainer.check_settings(cfg)
     except OSError:
-        pass  # files that are not here may be where the runs are; they will say
+        pass  # files that are not here may be where the runs are made; else the runs report them
     except (ValueError, KeyError) as error:
         return str(error)
     own = trainer.each_class_has(cfg)
@@ -99,13 +102,15 @@ def refusal(cfg: Any, other_classes: bool) -> str:
 
 
 def suitable(asked: Asked, other_classes: bool, must: bool) -> tuple[list[Method], list[str]]:
-    """The methods that can, and a sentence on each that cannot.
+    """Return the methods that can be run, and a sentence on each that cannot.
 
     Args:
-        must: all of them have to.
+        asked: what the command line asks for.
+        other_classes: see `refusal`.
+        must: True: a method that cannot be run is an error.
 
     Raises:
-        InputError: one that has to cannot.
+        InputError: a method cannot be run although it must, or none can be run.
     """
     found, left_out = [], []
     for method in asked.methods:
@@ -134,7 +139,7 @@ def _cfg(asked: Asked, method: Method, *options: str) -> Any:
 
 
 def untrained_run(asked: Asked, method: Method, dataset: str, part: str = "all") -> Run | None:
-    """The one run of a method that trains nothing; None: it does."""
+    """Return the one run of a method that trains nothing; None: the method trains."""
     if trains(_cfg(asked, method)):
         return None
     folder = asked.output / method.trainer / method.stem / (dataset if part == "all" else f"{dataset}_{part}")
@@ -150,7 +155,7 @@ def _trained(asked: Asked, method: Method, dataset: str, shots: int, seed: int) 
 
 
 def few_shot(asked: Asked) -> list[Cell]:
-    """Training and test on each dataset with each number of shots."""
+    """Plan training and test on each dataset with each number of shots."""
     return [
         Cell(dataset, method.name, shots, seed, once or _trained(asked, method, dataset, shots, seed))
         for dataset in asked.datasets
@@ -162,7 +167,7 @@ def few_shot(asked: Asked) -> list[Cell]:
 
 
 def base2new(asked: Asked) -> list[Cell]:
-    """Training on the first half of the classes, test on these and on the others (CoCoOp)."""
+    """Plan training on the first half of the classes, and test on these and on the others (CoCoOp)."""
     (shots,) = asked.shots
     cells = []
     for dataset in asked.datasets:
@@ -181,7 +186,7 @@ def base2new(asked: Asked) -> list[Cell]:
 
 
 def transfer(asked: Asked) -> list[Cell]:
-    """Training on the source (`asked.datasets`, one), evaluation on it and on each target."""
+    """Plan training on the source (`asked.datasets`, one), and evaluation on it and on each target."""
     (source,), (shots,) = asked.datasets, asked.shots
     cells = []
     for method in asked.methods:
@@ -198,7 +203,7 @@ def transfer(asked: Asked) -> list[Cell]:
 
 
 def ablation(asked: Asked) -> list[Cell]:
-    """Each variant of the methods on each dataset, as rows, with the heads as columns."""
+    """Plan each variant of the methods on each dataset, as rows, with the heads as columns."""
     (shots,) = asked.shots
     cells = []
     for dataset in asked.datasets:
@@ -217,10 +222,10 @@ def ablation(asked: Asked) -> list[Cell]:
 
 
 def variants_of(asked: Asked, method: Method) -> list[Variant]:
-    """The method as it is configured, then the variants in the groups asked for (all where none is).
+    """Return the method as it is configured, then its variants in the groups asked for (none: in all groups).
 
     Raises:
-        InputError: it has no variants, or no group of that name.
+        InputError: the method has no variants, or no group of that name.
     """
     backbone = _cfg(asked, method).MODEL.BACKBONE.NAME
     known = [variant for variant in VARIANTS.get(method.trainer, ()) if variant.suits(backbone)]
@@ -244,6 +249,6 @@ PLANS: dict[str, Callable[[Asked], list[Cell]]] = {
 
 
 def runs_of(cells: Sequence[Cell]) -> list[Run]:
-    """All runs, each once, and behind the one that it evaluates."""
+    """Return all runs, each once, and evaluations behind the run that they evaluate."""
     runs = [run for cell in cells for run in (cell.run.after, cell.run) if run is not None]
     return list(dict.fromkeys(runs))

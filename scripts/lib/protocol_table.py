@@ -30,7 +30,10 @@ SPREAD = "mean over seeds (standard deviation) ±half of the 95 % interval"
 
 
 def head_values(metrics: dict[str, Any], kway: bool = False) -> dict[str, float]:
-    """Accuracy of each head, the method's own last; with classes taken as new ones if `kway` and they were, too."""
+    """Return the accuracy of each head, the method's own last.
+
+    With `kway` it is the accuracy with the classes taken as new ones, where the run has that, too.
+    """
     results = metrics[metrics["split"]]
     heads = results["heads_kway"] if kway and results.get("heads_kway") else results["heads"]
     values = {head: value["accuracy"] for head, value in heads.items()}
@@ -39,7 +42,10 @@ def head_values(metrics: dict[str, Any], kway: bool = False) -> dict[str, float]
 
 
 def _rows(method: str, values: dict[str, float], all_heads: bool) -> Iterator[tuple[str, float]]:
-    """(row, value): the method's own head; all of them where it has more than that one and zero-shot CLIP."""
+    """Yield (row, value) of the method's own head.
+
+    With `all_heads`, yield every head of a method that has more than its own and zero-shot CLIP.
+    """
     if not all_heads or len(values) <= 2:
         yield method, list(values.values())[-1]
         return
@@ -48,7 +54,7 @@ def _rows(method: str, values: dict[str, float], all_heads: bool) -> Iterator[tu
 
 
 def read(plan: Sequence[Cell]) -> list[tuple[Cell, dict[str, Any]]]:
-    """The cells whose run is finished, with its metrics.json."""
+    """Return the cells whose run is finished, each with the run's metrics.json."""
     metrics = {run: run.metrics() for run in dict.fromkeys(cell.run for cell in plan)}
     return [(cell, found) for cell in plan if (found := metrics[cell.run]) is not None]
 
@@ -56,7 +62,7 @@ def read(plan: Sequence[Cell]) -> list[tuple[Cell, dict[str, Any]]]:
 def records_of(
     done: Sequence[tuple[Cell, dict[str, Any]]], all_heads: bool = False, kway: bool = False
 ) -> list[Record]:
-    """What the cells show."""
+    """Return the records that the cells show."""
     records = []
     for cell, metrics in done:
         values = head_values(metrics, kway)
@@ -69,7 +75,7 @@ def records_of(
 
 
 def with_harmonic(cells: Cells) -> Cells:
-    """The cells and, where both are there, H = 2bn/(b+n) of base and new, seed by seed."""
+    """Return the cells and, where both are there, H = 2bn/(b+n) of base and new, seed by seed."""
     found: Cells = {}
     for (block, row, column), values in cells.items():
         found[block, row, column] = values
@@ -81,12 +87,15 @@ def with_harmonic(cells: Cells) -> Cells:
 
 
 def harmonic(base: float, new: float) -> float:
-    """Harmonic mean; 0 where both are."""
+    """Return the harmonic mean; 0 where both values are 0."""
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
 def with_average(cells: Cells, targets: Sequence[str]) -> Cells:
-    """The cells and, behind a row's targets, their mean, seed by seed, where there are several and none is missing."""
+    """Add the mean of a row's targets behind them, seed by seed; return the cells.
+
+    A row gets a mean where there are several targets and none is missing.
+    """
     rows = dict.fromkeys((block, row) for block, row, _ in cells)
     for block, row in rows if len(targets) > 1 else ():
         parts = [cells.get((block, row, target), {}) for target in targets]
@@ -97,15 +106,15 @@ def with_average(cells: Cells, targets: Sequence[str]) -> Cells:
 
 
 def cells_of(protocol: str, plan: Sequence[Cell], targets: Sequence[str], all_heads: bool) -> Cells:
-    """The protocol's tables; no cells where no run is finished."""
+    """Return the cells of the protocol's tables; there are none where no run is finished."""
     done = read(plan)
     cells = collect(records_of(done, all_heads))
     if protocol == "base2new":
         return with_harmonic(cells)
     if protocol in ("cross-dataset", "ood"):
         cells = with_average(cells, targets)
-        # Test sets with some of the classes, with these taken as new ones, which is what CoOp reports. Methods whose
-        # classes do not see each other have one number for both.
+        # A further table has the test sets with some of the classes, these taken as new ones, which is what CoOp
+        # reports. Methods whose classes do not see each other have the same number in both tables.
         partial = {cell.column for cell, metrics in done if metrics[metrics["split"]].get("heads_kway")}
         some = [(cell, metrics) for cell, metrics in done if cell.column in partial]
         for (block, row, column), values in collect(records_of(some, all_heads, kway=True)).items():
@@ -114,7 +123,7 @@ def cells_of(protocol: str, plan: Sequence[Cell], targets: Sequence[str], all_he
 
 
 def write_tables(cells: Cells, note: str, command: str, stem: Path) -> str:
-    """Writes STEM.md, .csv and .tex; returns the Markdown."""
+    """Write STEM.md, .csv and .tex; return the Markdown."""
     text = f"{note}; {SPREAD}\n\n    {command}\n\n{markdown(cells)}"
     stem.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in ((".md", text), (".csv", comma_separated(cells)), (".tex", latex(cells))):

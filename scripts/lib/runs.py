@@ -35,27 +35,27 @@ class Run(NamedTuple):
         return 0 if str(self.metrics["trainer"]).lower().startswith("zeroshot") else int(self.metrics["shots"])
 
     def config(self) -> dict[str, Any]:
-        """Its resolved configuration; empty where the file is not there."""
+        """Return the run's resolved configuration; empty where the file is not there."""
         path = self.folder / "config.yaml"
         return read_yaml(path) if path.is_file() else {}
 
     def dataset(self) -> str:
-        """The dataset; with a part of its classes: "Digits (base)"."""
+        """Return the dataset's name; for a part of its classes it is like "Digits (base)"."""
         node = self.config().get("DATASET", {})
         part = node.get("SUBSAMPLE_CLASSES", "all") if isinstance(node, dict) else "all"
         name = str(self.metrics["dataset"])
         return name if part == "all" else f"{name} ({part})"
 
     def heads(self) -> dict[str, dict[str, float]]:
-        """Percentages by head, of the split it was tested on."""
+        """Return percentages by head, on the split that the run was tested on."""
         return self.metrics.get(self.metrics.get("split", "test"), {}).get("heads", {})
 
 
 def find_runs(places: Iterable[str | Path]) -> tuple[list[Run], list[Path]]:
-    """(finished runs, folders of runs that have not finished), each in path order and once.
+    """Return (finished runs, folders of runs that have not finished), each in path order and once.
 
     Args:
-        places: folders that hold run folders at any depth, or are some; "NAME=FOLDER" gives their method a name.
+        places: run folders, or folders that hold some at any depth; "NAME=FOLDER" gives their method a name.
 
     Raises:
         ValueError: a place is no folder, or a metrics.json cannot be read.
@@ -76,17 +76,17 @@ def find_runs(places: Iterable[str | Path]) -> tuple[list[Run], list[Path]]:
 
 
 def split_label(place: str | Path) -> tuple[str, Path]:
-    """("NAME", FOLDER) of "NAME=FOLDER"; without a name, or where such a folder exists, the name is ""."""
+    """Split "NAME=FOLDER" into ("NAME", FOLDER); without a name, or where such a folder exists, the name is ""."""
     text = str(place)
     label, equals, folder = text.partition("=")
     return (label, Path(folder)) if equals and not Path(text).exists() else ("", Path(text))
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """The content of a metrics.json.
+    """Read a metrics.json.
 
     Raises:
-        ValueError: unreadable, or not what a run writes.
+        ValueError: the file is unreadable, or not what a run writes.
     """
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 
 def _faults(metrics: dict[str, Any]) -> Iterator[str]:
-    """What in a metrics.json is of a kind that no run writes."""
+    """Yield what in a metrics.json is of a kind that no run writes."""
     for key, kind in (("trainer", str), ("dataset", str), ("shots", int), ("seed", int), ("split", str)):
         if key in metrics and (not isinstance(metrics[key], kind) or isinstance(metrics[key], bool)):
             yield f"{key} is {metrics[key]!r:.80}"
@@ -131,10 +131,10 @@ def _is_number(value: Any) -> bool:
 
 
 def run_records(runs: Iterable[Run], heads: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Records {dataset, method, shots, seed, accuracy}, percent, of runs.
+    """Return records {dataset, method, shots, seed, accuracy in percent} of runs.
 
     Args:
-        runs: finished ones; those that were not tested are left out.
+        runs: finished runs; those that were not tested are left out.
         heads: take these heads, as methods called "<method> <head>"; without any: the accuracy of each run.
 
     Raises:
@@ -166,7 +166,7 @@ def run_records(runs: Iterable[Run], heads: Sequence[str] = ()) -> list[dict[str
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a CSV file, for instance of published numbers.
+    """Read the records of a CSV file, for instance of published numbers.
 
     Its first line names the columns `dataset`, `method`, `shots`, `accuracy` (percent), in any order, and, where there
     is one line per run, `seed`; other columns are not read. `shots` is 0 for zero-shot and -1 for all images.

@@ -22,7 +22,7 @@ from tabulate import tabulate
 from dassl.utils import one_line
 
 AVERAGE = "average"
-LEVEL = 0.05  # of the tests
+LEVEL = 0.05  # significance level of the tests
 
 
 Column = int | str  # a number of shots, or another column's name
@@ -70,7 +70,7 @@ class Summary(NamedTuple):
 
 
 def summarise(values: Iterable[float]) -> Summary:
-    """Mean, standard deviation and the half-width of Student's 95 % interval of the mean.
+    """Return the mean, the standard deviation and the half-width of Student's 95 % interval of the mean.
 
     Raises:
         ValueError: there are no values.
@@ -83,9 +83,10 @@ def summarise(values: Iterable[float]) -> Summary:
 
 
 def paired_p(a: Values, b: Values) -> float:
-    """Two-sided p of Student's t-test on the differences a - b over the seeds that both have; 1 where it says nothing.
+    """Return the two-sided p of Student's t-test on the differences a - b over the seeds that both have.
 
-    Differences that are all the same have no spread to test against: 1, however large they are.
+    The value is 1 where the test says nothing: with fewer than two such seeds, and where all differences are the same.
+    These have no spread to test against, however large they are.
     """
     differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
     if len(differences) < 2 or max(differences) - min(differences) < 1e-9:
@@ -94,7 +95,7 @@ def paired_p(a: Values, b: Values) -> float:
 
 
 def significantly_best(column: Mapping[str, Values], higher: bool = True) -> str | None:
-    """The method with the best mean, if its difference to each of the others is significant; else None.
+    """Return the method with the best mean if its difference to each of the others is significant; else None.
 
     Each single test is at the 5 % level: to claim that one method is better than all others, all tests must agree, and
     that needs no correction for their number.
@@ -108,12 +109,13 @@ def significantly_best(column: Mapping[str, Values], higher: bool = True) -> str
 
 
 def collect(records: Iterable[Record]) -> Cells:
-    """(dataset, method, shots) -> seed -> value, and the same of "average" where there are several datasets.
+    """Collect records into (dataset, method, shots) -> seed -> value.
 
-    The average over datasets is taken seed by seed, of those (method, shots, seed) that all datasets have.
+    Where there are several datasets, "average" is one more. The average over datasets is taken seed by seed, of those
+    (method, shots, seed) that all datasets have.
 
     Raises:
-        ValueError: two records of one run.
+        ValueError: there are two records of one run.
     """
     cells: Cells = {}
     for record in records:
@@ -133,7 +135,7 @@ def collect(records: Iterable[Record]) -> Cells:
 
 
 def bold_cells(cells: Cells, higher: bool = True) -> set[tuple[str, str, Column]]:
-    """The cells that are significantly the best of their dataset and number of shots."""
+    """Return the cells that are significantly the best of their dataset and number of shots."""
     found = set()
     for dataset, shots in dict.fromkeys((dataset, shots) for dataset, _, shots in cells):
         column = {m: values for (d, m, s), values in cells.items() if (d, s) == (dataset, shots)}
@@ -144,7 +146,7 @@ def bold_cells(cells: Cells, higher: bool = True) -> set[tuple[str, str, Column]
 
 
 def markdown(cells: Cells, higher: bool = True, digits: int = 1) -> str:
-    """A table per dataset, methods by shots: mean (standard deviation) ± half the 95 % interval."""
+    """Return a table per dataset, methods by shots: mean (standard deviation) ± half the 95 % interval."""
     bold = bold_cells(cells, higher)
 
     def cell(key: tuple[str, str, Column]) -> str:
@@ -165,7 +167,7 @@ def markdown(cells: Cells, higher: bool = True, digits: int = 1) -> str:
 
 
 def latex(cells: Cells, higher: bool = True, digits: int = 1) -> str:
-    """A table per dataset for LaTeX with the package booktabs: mean and, as index, the standard deviation."""
+    """Return a table per dataset for LaTeX with the package booktabs: mean and, as index, the standard deviation."""
     bold = bold_cells(cells, higher)
 
     def cell(key: tuple[str, str, Column]) -> str:
@@ -185,7 +187,10 @@ def latex(cells: Cells, higher: bool = True, digits: int = 1) -> str:
 
 
 def comma_separated(cells: Cells, higher: bool = True) -> str:
-    """One row per dataset, method and number of shots, unrounded: mean, sd, bounds of the interval, n, best, values."""
+    """Return CSV with one row per dataset, method and number of shots, unrounded.
+
+    Further columns: mean, sd, bounds of the interval, n, best (1 or 0), and the values by seed.
+    """
     bold = bold_cells(cells, higher)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -233,7 +238,7 @@ def _short(column: Column) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name in a Markdown table: no cell of its own, no HTML."""
+    """Return a name for a Markdown table: it begins no new cell and holds no HTML."""
     return html.escape(one_line(re.sub(r"[|`\s]+", " ", name)), quote=False)
 
 
@@ -242,6 +247,6 @@ def _escape(name: str) -> str:
 
 
 def _cell(name: str) -> str:
-    """A name in a CSV file: no spreadsheet takes it for a formula."""
+    """Return a name for a CSV file, such that no spreadsheet takes it for a formula."""
     line = one_line(name)
     return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line

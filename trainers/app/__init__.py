@@ -1,5 +1,5 @@
-"""The application: what train.py, predict.py and the command dlr-clip do with a command line that is understood.
+"""The application: what train.py, predict.py and the command dlr-clip do with a command line once it is parsed.
 
-It names no method. Of this package it is the one room that knows the datasets, and it needs the project's own toolbox;
-whoever imports the methods for an upstream Dassl does not import it.
+The application names no method. It is the one part of the package `trainers` that knows the datasets, and it needs the
+project's own toolbox. Whoever imports the methods for an upstream Dassl does not import the application.
 """

@@ -16,7 +16,7 @@ from dassl.utils import InputError, atomic_write, one_line
 
 from .prediction import Prediction
 
-RESULT_CLASSES = 5  # of result.txt
+RESULT_CLASSES = 5  # in each line of result.txt
 
 
 def best(prediction: Prediction, names: Sequence[str], count: int) -> list[dict[str, Any]]:

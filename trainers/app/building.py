@@ -1,4 +1,4 @@
-"""From a command line to a trainer that is ready, and what is said where that, or the run, fails."""
+"""From a command line to a trainer that is ready, and the error messages where the building or the run fails."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build(args: argparse.Namespace, held: contextlib.ExitStack | None = None) ->
     cfg = setup_cfg(args)
     if cfg.SEED >= 0:
         set_random_seed(cfg.SEED)
-    elif distributed.world_size() > 1:  # all must draw the same, for instance the same images
+    elif distributed.world_size() > 1:  # all processes must draw the same, for instance the same images
         set_random_seed(distributed.broadcast_object(random.SystemRandom().randrange(2**32)))
     found = existing(Path(cfg.OUTPUT_DIR))
     lock = None
@@ -103,7 +103,8 @@ def explained(cfg: CfgNode, trainer: Any = None) -> Iterator[None]:
     """Turn trouble with the machine, and lost numbers, into an error that says what it is, what helps and what is kept.
 
     Raises:
-        RunStoppedError: instead of those. While the trainer is built (`trainer` None) files count as given wrongly.
+        RunStoppedError: in place of such an error. While the trainer is built (`trainer` is None), an error of a file
+            counts as something given wrongly, and is raised as it is.
     """
     try:
         yield
@@ -124,8 +125,8 @@ def explained(cfg: CfgNode, trainer: Any = None) -> Iterator[None]:
 
 
 def _told_late(error: Exception) -> Exception:
-    # That a loader process has died is seen by who reads from it, and told a moment later, with its number, by torch's
-    # handler of signals, whatever is being done then: it is waited for here.
+    # When a loader process has died, whoever reads from it fails at once. A moment later torch's signal handler raises
+    # an error that has the number of the process, whatever is being done then. This waits for that error.
     if isinstance(error, ConnectionError | EOFError):
         try:
             time.sleep(0.5)

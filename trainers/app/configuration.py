@@ -53,7 +53,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     said = {
         file: cfg.merge_from_file(file) for file in (args.dataset_config_file, args.config_file) if file is not None
     }
-    if args.dataset_config_file is not None:  # a trainer's file that names a dataset has not been asked for one
+    if args.dataset_config_file is not None:  # this file says which dataset, also where the trainer's file names one
         of_dataset = said[args.dataset_config_file].items()
         ours = [(key, value) for key, value in of_dataset if key.startswith("DATASET.") and key not in OF_THE_RUN]
         cfg.merge_from_list([word for pair in ours for word in pair])
@@ -80,7 +80,10 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
 
 
 def _given_keys(said: Sequence[Mapping[str, Any]], pairs: Sequence[Any], backbone: str) -> set[str]:
-    """Return the keys that somebody has given; of a file that names another backbone none, as it speaks of that one."""
+    """Return the keys that somebody has given.
+
+    A file that names another backbone gives none: its values are meant for that one.
+    """
     found = set(pairs[::2])
     for keys in said:
         if keys.get("MODEL.BACKBONE.NAME", backbone) == backbone:

@@ -17,12 +17,12 @@ from .prediction import find_images, load_trainer, predict
 
 
 def run_program(argv: Sequence[str] | None = None) -> int:
-    """Run the command line as the program of this process; returns the exit code."""
+    """Run the command line as the program of this process; return the exit code."""
     return run_main(lambda: main(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     args = parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO if args.debug else logging.WARNING)  # to stderr
     try:

@@ -142,8 +142,9 @@ def _last_epoch(folder: Path) -> int:
 def find_images(paths: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
     """Return ((path, name) of every file to predict, folder -> why nothing was found in it).
 
-    Files that are named are taken whatever they are called; in folders, also linked ones, files are known by their
-    extension; hidden ones and what systems leave there are left out, as in training, and files of other kinds named.
+    A file that `paths` names is taken, whatever its name. In folders, also linked ones, images are known by their
+    extension. As in training, hidden files and what systems leave there are left out. Files of other kinds are left
+    out, too, and their kinds are named.
     """
     found: list[tuple[str, str]] = []
     empty: dict[str, str] = {}
@@ -168,7 +169,7 @@ def find_images(paths: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, 
 
 
 class _Images(Dataset[Any]):
-    """(number, image tensor) of each file, or (number, reason) where it cannot be read."""
+    """A dataset of (number, image tensor) of each file, or (number, reason) where the file cannot be read."""
 
     def __init__(self, files: Sequence[tuple[str, str]], transform: Any) -> None:
         self.files, self.transform = files, transform

@@ -12,8 +12,9 @@ from dassl.engine.reliability.lock import is_locked
 def choose_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Path:
     """Choose the folder of a run whose command names none: `output/<dataset>/<trainer>/<config>_<k>shots/seed<s>[-n]`.
 
-    The first of `seed<s>`, `seed<s>-2`, `seed<s>-3`, ... that is free, or that holds a run of this very configuration
-    which was cut short (it is resumed there). A finished run is never written over, nor is one that is going on.
+    Of `seed<s>`, `seed<s>-2`, `seed<s>-3`, ... the first is taken that is free, or that holds a run of this very
+    configuration which was cut short (it is resumed there). A finished run is never written over, nor is one that is
+    going on.
     """
     dataset = Path(args.dataset_config_file).stem if args.dataset_config_file else cfg.DATASET.NAME.lower()
     if cfg.DATASET.SUBSAMPLE_CLASSES != "all":

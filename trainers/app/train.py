@@ -22,7 +22,7 @@ from .building import build, explained
 
 
 def run_program(argv: Sequence[str] | None = None) -> int:
-    """Run the command line as the program of this process; returns the exit code."""
+    """Run the command line as the program of this process; return the exit code."""
     code = run_main(lambda: main(argv))
     if hasattr(signal, "SIGCHLD"):  # torch's handler raises where a loader's process is ended together with this one
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -30,7 +30,7 @@ def run_program(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     code, debug = 1, False
     with stopping.watching():
         try:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = 1 if stop is None else stop.exit_code
             lost = stop is not None or distributed.is_peer_lost(error)
             message = _why_it_ends(error, argv) if lost else ""
-            # All processes have come to the same place: rank 0, which has the log, says so.
+            # If the work was kept, all processes have come to the same place: rank 0, which has the log, says so.
             kept = stop is not None and stop.kept
             if distributed.is_main() if kept else distributed.first_to_fail():
                 if isinstance(error, RunStoppedError):
@@ -90,7 +90,7 @@ def _run(args: argparse.Namespace) -> int:
         try:
             with explained(trainer.cfg, trainer):
                 run(trainer, args)
-        except InputError as error:  # a bad image, say, that only its turn in a batch could show
+        except InputError as error:  # say a bad image, which is found only when its batch is read
             return _fail(error, args.debug)
         return 0
 

@@ -1,8 +1,8 @@
 """What a method's author reads: the trainers to derive from, the learner that is saved, and the keys of its settings.
 
-EncoderTrainer   trains what sits inside CLIP's encoders (prompts, adapters); images go through them in every step
+EncoderTrainer   trains what sits inside CLIP's encoders (prompts, adapters); every step encodes images
 FeatureTrainer   trains or fits a FeatureLearner on features of the frozen CLIP, which are computed once
-CLIPTrainer      is the common ground, for what fits neither
+CLIPTrainer      is the base class of both, for methods that fit neither
 """
 
 from .clip_trainer import CLIPTrainer

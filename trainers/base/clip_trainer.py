@@ -1,6 +1,6 @@
 """Set up a trainer on a frozen CLIP: settings, precision, prompts, and the heads that are reported.
 
-It stands on PortableTrainer (../portable.py), so that it runs on upstream Dassl, too.
+CLIPTrainer derives from PortableTrainer (../portable.py), so that it also runs on upstream Dassl.
 """
 
 from __future__ import annotations
@@ -27,28 +27,30 @@ logger = logging.getLogger(__name__)
 
 
 class CLIPTrainer(PortableTrainer):
-    """Set up a trainer on a frozen CLIP, and report its heads. Its keys lie in the node TRAINER.<node_name>.
+    """Train a method on a frozen CLIP, and report its heads. The method's keys lie in the node TRAINER.<node_name>.
 
     See dassl/engine/declared.py for what the engine asks of a trainer.
     """
 
-    config: type[MethodConfig] = MethodConfig  # the keys of its node
-    extra_keys: dict[str, type] = {}  # keys that it adds to other sections: "INPUT" -> a dataclass of keys
-    recipe = 1  # raised when the same settings give other numbers than before; the engine then tells runs apart
+    config: type[MethodConfig] = MethodConfig  # the keys of the method's node
+    extra_keys: dict[str, type] = {}  # keys that the method adds to other sections: "INPUT" -> a dataclass of keys
+    recipe = 1  # raise it when the same settings give other numbers than before; the engine then tells runs apart
     paper = ""  # who has published the method, and when
     learns = ""  # what is trained or fitted
     node_name = ""  # key below TRAINER; "": the class's name in upper case
     model_name = ""  # folder of the checkpoints; "": the class's name in lower case
     main_head = ""  # head that is the method's accuracy; "": as model_name
     reference_head = "clip"
-    of_each_class = ""  # what each class trained on has of its own, so that no other can be classified; "": nothing
+    # What the method learns or keeps separately for each training class, so that no other class can be classified:
+    # "weights", say; "": nothing.
+    of_each_class = ""
     # Prompts of zero-shot CLIP, the head `clip`, on ImageNet and its shifted test sets, unless DATASET.TEMPLATE is set.
     imagenet_templates: tuple[str, ...] = (DEFAULT_TEMPLATE,)
     # Whether an epoch leaves out its last, smaller batch, as the method's source does. On upstream Dassl, loaders of
-    # images always do.
+    # images always leave it out.
     drop_last = True
-    adapters = "none"  # whether features are corrected by MODEL.IMO_WEIGHTS: none (refused) | optional | needed
-    per_step = False  # whether the schedule of the learning rate counts steps; else epochs, as CoOp's
+    adapters = "none"  # whether MODEL.IMO_WEIGHTS corrects the features: none (it is refused) | optional | needed
+    per_step = False  # True: the learning-rate schedule counts steps; False: it counts epochs, as CoOp's does
     network: Any
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -92,10 +94,10 @@ class CLIPTrainer(PortableTrainer):
 
     @classmethod
     def check_settings(cls, cfg: Any) -> None:
-        """Check all that can be checked before data and CLIP are loaded.
+        """Check all settings that can be checked before data and CLIP are loaded.
 
         Raises:
-            ValueError: a key that is missing or wrong, or a backbone that does not exist.
+            ValueError: a key is missing or wrong, or the backbone does not exist.
             FileNotFoundError: the backbone's weights are not there.
         """
         settings = cls.read_settings(cfg)
@@ -123,7 +125,7 @@ class CLIPTrainer(PortableTrainer):
         """Refuse MODEL.IMO_WEIGHTS where the method has no use for corrected features.
 
         Raises:
-            ValueError: they are given all the same.
+            ValueError: MODEL.IMO_WEIGHTS is set all the same.
         """
         if cfg.MODEL.get("IMO_WEIGHTS", ""):
             raise ValueError(
@@ -132,12 +134,12 @@ class CLIPTrainer(PortableTrainer):
             )
 
     def check_cfg(self, cfg: Any) -> None:
-        """Check the configuration; see `check_settings`, which needs no trainer."""
+        """Check the configuration by `check_settings`, which needs no instance of the trainer."""
         self.check_settings(cfg)
 
     @classmethod
     def each_class_has(cls, cfg: Any) -> str:
-        """Return what each class trained on has of its own; see `of_each_class`."""
+        """Return what the method has separately for each class under this configuration; see `of_each_class`."""
         return cls.of_each_class
 
     @classmethod
@@ -147,7 +149,7 @@ class CLIPTrainer(PortableTrainer):
 
     @classmethod
     def memory_advice(cls, cfg: Any) -> list[str]:
-        """Settings that make a run need less memory than `cfg` does, for an engine that asks."""
+        """Suggest settings that make a run need less memory than with `cfg`, for an engine that asks."""
         node, name = cfg.TRAINER.get(cls.node_name, {}), f"TRAINER.{cls.node_name}"
         advice = []
         if "TEXT_CHUNK" in node:
@@ -162,14 +164,17 @@ class CLIPTrainer(PortableTrainer):
     # Building
 
     def templates(self) -> list[str]:
-        """Prompt templates of zero-shot CLIP."""
+        """Return the prompt templates of zero-shot CLIP."""
         return templates_for(self.cfg.DATASET.NAME, self.cfg.DATASET.TEMPLATE, self.imagenet_templates)
 
     def load_frozen_clip(self, prec: str) -> tuple[CLIP, list[str]]:
-        """The frozen CLIP that the configuration names, and the class names; the precision is set up too.
+        """Load the frozen CLIP that the configuration names, and set up the precision.
+
+        Returns:
+            The CLIP, and the class names.
 
         Raises:
-            ValueError: labels and class names, or image size and CLIP, do not fit.
+            ValueError: the labels do not fit the class names, or the image size does not fit CLIP.
         """
         cfg = self.cfg
         classnames = list(self.dm.dataset.classnames)
@@ -180,7 +185,7 @@ class CLIPTrainer(PortableTrainer):
             )
         self._set_up_precision(prec)
         logger.info("Loading CLIP (backbone: %s)", cfg.MODEL.BACKBONE.NAME)
-        # Without CUDA, fp16 autocasts to bfloat16: the backbone is then kept in bfloat16 too.
+        # Without CUDA, fp16 autocasts to bfloat16, so the backbone is kept in bfloat16 too.
         precision = "bf16" if prec == "fp16" and self.device.type != "cuda" else prec
         clip = load_clip(
             cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None, precision=precision, device=self.device
@@ -193,12 +198,12 @@ class CLIPTrainer(PortableTrainer):
         return clip, classnames
 
     def in_order(self, images: Dataset[Any]) -> DataLoader[Any]:
-        """A loader of these images, one after the other, otherwise as the test loader."""
+        """Return a loader of these images in their order, with the batch size and workers of the test loader."""
         return DataLoader(
             images,
             batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE,
             **workers_like(self.dm.test_loader),
-            generator=torch.Generator(),  # of the workers; the program's own draws do not depend on what is cached
+            generator=torch.Generator(),  # for the workers: the program's own draws then do not depend on the cache
         )
 
     # One step
@@ -216,7 +221,7 @@ class CLIPTrainer(PortableTrainer):
         return self.network(inputs)
 
     def loss(self, outputs: Any, labels: Tensor) -> dict[str, Tensor]:
-        """Return the named losses of a step; their sum is minimised. Here: cross-entropy.
+        """Return the named losses of a step; their sum is minimized. Here: cross-entropy.
 
         Args:
             outputs: what `run` returned.
@@ -229,7 +234,7 @@ class CLIPTrainer(PortableTrainer):
         return outputs
 
     def watch(self, outputs: Any) -> dict[str, Tensor]:
-        """Return numbers [] for TensorBoard beside the losses."""
+        """Return named scalar tensors [] that TensorBoard shows beside the losses."""
         return {}
 
     def step_context(self) -> Any:
@@ -237,11 +242,11 @@ class CLIPTrainer(PortableTrainer):
         return self._autocast()
 
     def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """Make one step.
+        """Make one training step.
 
         Returns:
-            The loss, the accuracy (percent), and each loss where there are several. A step whose loss or gradients are
-            not finite changes nothing (see `model_update`), and is told all the same.
+            The loss, the accuracy (percent), and each named loss. If the loss or a gradient is not finite, the step
+            changes nothing (see `model_update`), but its numbers are returned all the same.
         """
         inputs, labels = self.parse_batch_train(batch)
         with self.step_context():
@@ -254,7 +259,7 @@ class CLIPTrainer(PortableTrainer):
             **{name: value.detach() for name, value in terms.items()},
         }
         watched = self.watch(outputs)
-        numbers = sent([*summary.values(), *watched.values()])  # before the step, which waits for the device
+        numbers = sent([*summary.values(), *watched.values()])  # sent before the step, which waits for the device
         self.model_backward_and_update(loss)
         if self.per_step or self.batch_idx + 1 == self.num_batches:
             self.update_lr()
@@ -265,13 +270,16 @@ class CLIPTrainer(PortableTrainer):
         return dict(zip(summary, values, strict=False))
 
     def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """-> images [B, 3, H, W] and labels [B], on the device."""
+        """Return the images [B, 3, H, W] and labels [B] of a training batch, on the device."""
         images, labels = batch["img"], batch["label"]
-        # From pinned memory the copy goes on while the program does.
+        # From pinned memory, the copy runs while the program goes on.
         return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def no_validation(self) -> str:
-        """Why there is nothing to choose on, or "". Test images that a reader hands out as validation do not count."""
+        """Return why there are no validation images to choose settings on, or "" where there are some.
+
+        Test images that a dataset reader hands out as validation images do not count.
+        """
         val, test = self.dm.dataset.val, self.dm.dataset.test
         if self.val_loader is None or not val:
             return "no validation set"
@@ -285,16 +293,16 @@ class CLIPTrainer(PortableTrainer):
     # Evaluation
 
     def model_heads(self, input: Tensor) -> dict[str, Tensor]:
-        """Images [B, 3, H, W] -> logits [B, C] of all heads."""
+        """Return the logits [B, C] of every head, by name, for images [B, 3, H, W]."""
         raise NotImplementedError
 
     def model_inference(self, input: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> logits [B, C] of the main head."""
+        """Return the logits [B, C] of the main head for images [B, 3, H, W]."""
         return self.model_heads(input)[self.main_head]
 
     @torch.no_grad()
     def _collect(self, loader: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """Logits of all heads [n, C] and labels [n] of all images of a loader, on the CPU."""
+        """Return the logits [n, C] of every head and the labels [n] of all images of a loader, on the CPU."""
         self.set_model_mode("eval")
         batches, labels = [], []
         for batch in loader:

@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 class EncoderTrainer(LearnerTrainer):
-    """Trains a `Classifier` by cross-entropy; a subclass says which, and what its configuration is.
+    """Train a `Classifier` by cross-entropy; a subclass says which classifier, and declares the configuration.
 
-    The schedule counts epochs (as CoOp's), unless `per_step`.
+    The learning-rate schedule counts epochs, as CoOp's does, unless `per_step` is set.
     """
 
     network: Classifier
@@ -30,11 +30,11 @@ class EncoderTrainer(LearnerTrainer):
     # Building
 
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> Classifier:
-        """The classifier to train."""
+        """Build the classifier to train."""
         raise NotImplementedError
 
     def build_model(self) -> None:
-        """CLIP, the classifier around it, and the optimiser of what is learnt."""
+        """Build CLIP, the classifier around it, and the optimizer and schedule of its learner."""
         clip, classnames = self.load_frozen_clip(self.settings.prec)
         self.network = self.build_network(clip, classnames, self.templates())
         learner = self.network.learner
@@ -44,11 +44,11 @@ class EncoderTrainer(LearnerTrainer):
         self.register_model(self.model_name, learner, optim, self.build_schedule(optim))
 
     def build_optimiser(self, learner: Any) -> Any:
-        """The optimiser of what is learnt."""
+        """Build the optimizer of the learner's parameters."""
         return build_optimizer(learner, self.cfg.OPTIM)
 
     def build_schedule(self, optim: Any) -> Any:
-        """The schedule of the learning rate."""
+        """Build the learning-rate schedule."""
         node = self.cfg.OPTIM
         return build_lr_scheduler(optim, count_steps(node, len(self.train_loader_x)) if self.per_step else node)
 
@@ -56,7 +56,7 @@ class EncoderTrainer(LearnerTrainer):
 
     @torch.no_grad()
     def model_heads(self, input: Tensor) -> dict[str, Tensor]:
-        """Images [B, 3, H, W] -> logits [B, C] of zero-shot CLIP and of the method."""
+        """Return the logits [B, C] of zero-shot CLIP and of the method for images [B, 3, H, W]."""
         with self._autocast():
             clip_logits, logits = self.network.both(input)
         return {self.reference_head: clip_logits, self.main_head: logits}

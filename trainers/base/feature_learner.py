@@ -1,6 +1,6 @@
 """Learn or fit a classifier on features of the frozen CLIP.
 
-Legend: B images, N training images, C classes, E width of the joint embedding. Features are L2-normalised, fp32.
+Legend: B images, N training images, C classes, E width of the joint embedding. Features are L2-normalized, fp32.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .learner import Learner, Peek, class_rows
 
 
 class FeatureLearner(Learner):
-    """Features [B, E] -> logits [B, C]; a subclass says how.
+    """Classify features: a subclass says how features [B, E] give logits [B, C].
 
     Args:
         clip: the frozen CLIP.
         classnames: class names in the order of their labels.
-        zeroshot: zero-shot weights [C, E], normalised.
+        zeroshot: zero-shot weights [C, E], normalized.
     """
 
     CLASS_ROWS: tuple[str, ...] = ()  # names in a checkpoint that have a row per class
     SAMPLES: tuple[str, ...] = ()  # names that have a row per training image; the first one is their labels
 
     zeroshot: Tensor
-    prepared: Tensor  # whether what follows from the training images has been computed
+    prepared: Tensor  # whether FeatureTrainer.prepare has computed what follows from the training images
 
     def __init__(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> None:
         super().__init__(classnames, {"backbone": clip.name, "weights_digest": clip.weights_digest})
@@ -38,25 +38,29 @@ class FeatureLearner(Learner):
         self.peek = Peek()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [B, E] -> logits [B, C]; here zero-shot CLIP's."""
+        """Return logits [B, C] for features [B, E]; here those of zero-shot CLIP."""
         return self.clip_logits(features)
 
     def clip_logits(self, features: Tensor) -> Tensor:
-        """Features -> zero-shot logits [B, C]."""
+        """Return zero-shot logits [B, C] for features [B, E] or [B, 2E]."""
         return self.scale * self.original(features) @ self.zeroshot.t()
 
     def original(self, features: Tensor) -> Tensor:
-        """Features [..., E], or [..., 2E] with corrected ones beside them -> those that CLIP gives, [..., E]."""
+        """Return the features that CLIP gives, [..., E], from [..., E] or, with corrected ones beside, [..., 2E]."""
         return features[..., : self.zeroshot.shape[1]]
 
     def compared(self, features: Tensor) -> Tensor:
-        """Features [..., E] or [..., 2E] -> those to compare images by, the corrected ones where there are any."""
+        """Return the features [..., E] to compare images by, from [..., E] or [..., 2E]: the corrected ones, if any."""
         return features[..., -self.zeroshot.shape[1] :]
 
     def for_classes(
         self, state: dict[str, Tensor], trained: Sequence[str] | None, indices: Sequence[int] | None
     ) -> dict[str, Tensor]:
-        """The rows and the training images of the present classes, which must be among those trained on."""
+        """Return `state` with the rows and training images of the present classes only.
+
+        Raises:
+            ValueError: a present class is not among those trained on (see `class_rows`).
+        """
         if trained is not None and (self.CLASS_ROWS or self.SAMPLES):
             rows = class_rows(self.classnames, trained, indices, "weights or images")
             state = {**state, **{name: state[name][rows] for name in self.CLASS_ROWS}}
@@ -67,7 +71,7 @@ class FeatureLearner(Learner):
                 kept = position[labels] >= 0
                 state = {**state, **{name: state[name][kept] for name in self.SAMPLES}}
                 state[self.SAMPLES[0]] = position[labels[kept]]
-        for name in self.SAMPLES:  # their number follows the checkpoint
+        for name in self.SAMPLES:  # the number of samples follows the checkpoint
             own: Tensor = getattr(self, name)
             own.data = torch.empty_like(state[name], device=own.device)
         return state
@@ -77,8 +81,8 @@ class FeatureNetwork(nn.Module):
     """The frozen CLIP and a learner on its features. Both `forward` and `both` take images or features.
 
     Args:
-        encoder: of images, around a frozen CLIP on its device.
-        learner: moved there.
+        encoder: the encoder of images, around a frozen CLIP on its device.
+        learner: what is trained or fitted; moved to CLIP's device.
     """
 
     def __init__(self, encoder: ImageEncoder, learner: FeatureLearner) -> None:
@@ -88,23 +92,23 @@ class FeatureNetwork(nn.Module):
         self.learner = learner.to(encoder.clip.device)
 
     def features(self, input: Tensor) -> Tensor:
-        """Images [B, 3, H, W], or features [B, E] as they are -> features [B, E]."""
+        """Return features [B, E] for images [B, 3, H, W]; features [B, E] come back as they are."""
         return input if input.ndim == 2 else self.encode(input)
 
     def forward(self, input: Tensor) -> Tensor:
-        """-> logits [B, C], in fp32 even under autocast."""
+        """Return the learner's logits [B, C] for images or features, in fp32 even under autocast."""
         features = self.features(input)
         with torch.autocast(device_type=features.device.type, enabled=False):
             return self.learner(features)
 
     def both(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """-> zero-shot logits and the learner's, [B, C] each."""
+        """Return the zero-shot logits and the learner's logits, [B, C] each, for images or features."""
         features = self.features(input)
         with torch.autocast(device_type=features.device.type, enabled=False):
             return self.learner.clip_logits(features), self.learner(features)
 
     def train(self, mode: bool = True) -> FeatureNetwork:
-        """Sets the learner's mode; the frozen CLIP stays in evaluation mode."""
+        """Set the learner's mode; the frozen CLIP stays in evaluation mode."""
         super().train(mode)
         self.clip.eval()
         return self

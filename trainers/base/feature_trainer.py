@@ -1,6 +1,6 @@
 """Train or fit a method on features of the frozen CLIP, which are computed once (see ../features).
 
-Legend: B images, N training images, C classes, E width of the joint embedding. Features are L2-normalised, fp32.
+Legend: B images, N training images, C classes, E width of the joint embedding. Features are L2-normalized, fp32.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class CorrectedKeys:
 
 
 class FeatureTrainer(LearnerTrainer):
-    """Trains a `FeatureLearner` by cross-entropy, or, where it has no parameters to train, fits it in one step.
+    """Train a `FeatureLearner` by cross-entropy; where the learner has no parameters to train, fit it in one step.
 
-    The schedule of the learning rate counts steps where `per_step`, else epochs. `model_heads` takes images or
-    features; the loaders of training, validation and test hand out features.
+    The learning-rate schedule counts steps if `per_step` is set, else epochs. `model_heads` takes images or features;
+    the loaders of training, validation and test images hand out features.
     """
 
     network: FeatureNetwork
@@ -57,9 +57,9 @@ class FeatureTrainer(LearnerTrainer):
     val_loader: Any
     test_loader: Any
     per_step = True
-    mirror = False  # whether a mirrored copy of each training image, as it is at test time, stands beside it
-    raw_mean = False  # whether text features of several templates are averaged as CLIP gives them, not normalised
-    eps = 0.0  # of Adam-type optimisers; 0: their own
+    mirror = False  # whether training also uses a mirrored copy of each training image, transformed as at test time
+    raw_mean = False  # True: text features of several templates are averaged as CLIP gives them, not normalized first
+    eps = 0.0  # epsilon of Adam-type optimizers; 0: their default
 
     # Configuration
 
@@ -68,7 +68,7 @@ class FeatureTrainer(LearnerTrainer):
         """Check MODEL.IMO_WEIGHTS, where the method uses corrected features; see CLIPTrainer.
 
         Raises:
-            ValueError: they are missing, not wanted, or made for another backbone.
+            ValueError: the adapters are missing, not wanted, or made for another backbone.
             FileNotFoundError: there is no such file.
         """
         weights = cfg.MODEL.get("IMO_WEIGHTS", "")
@@ -90,15 +90,15 @@ class FeatureTrainer(LearnerTrainer):
     # Building
 
     def zeroshot(self, clip: CLIP, classnames: Sequence[str]) -> Tensor:
-        """Zero-shot weights [C, E], normalised."""
+        """Return the zero-shot weights [C, E], normalized."""
         return zeroshot_weights(clip, classnames, self.templates(), self.raw_mean)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """What is to be trained or fitted."""
+        """Build the learner that is to be trained or fitted."""
         raise NotImplementedError
 
     def build_model(self) -> None:
-        """CLIP, the learner on its features, the loaders of features, and the optimiser of what is learnt."""
+        """Build CLIP, the learner on its features, the loaders of features, and the learner's optimizer."""
         cfg = self.cfg
         clip, classnames = self.load_frozen_clip(self.settings.prec)
         learner = self.build_learner(clip, classnames, self.zeroshot(clip, classnames).float())
@@ -108,7 +108,7 @@ class FeatureTrainer(LearnerTrainer):
         self._register(learner, cfg.OPTIM)
 
     def build_encoder(self, clip: CLIP) -> ImageEncoder:
-        """What encodes images: CLIP, and where MODEL.IMO_WEIGHTS is set CLIP with those adapters beside it."""
+        """Build the encoder of images: CLIP, and beside it CLIP with adapters where MODEL.IMO_WEIGHTS is set."""
         weights = self.cfg.MODEL.get("IMO_WEIGHTS", "")
         if not weights:
             return ImageEncoder(clip, self.settings.prec, self._autocast)
@@ -137,11 +137,11 @@ class FeatureTrainer(LearnerTrainer):
         return FeatureLoader(loader, encode, feature_slot(self.cfg, encode, loader, split))
 
     def epoch_steps(self) -> int:
-        """Steps in an epoch; 0: one pass over the training images."""
+        """Return the number of steps in an epoch; 0: one pass over the training images."""
         return 0
 
     def pooled_views(self) -> int:
-        """Views of each training image that count as images of their own in every epoch; 0: an epoch sees one view."""
+        """Return how many views of a training image each epoch takes as separate images; 0: an epoch sees one view."""
         return 2 if self.mirror else 0
 
     def _register(self, learner: FeatureLearner, optim_cfg: Any) -> None:
@@ -161,7 +161,7 @@ class FeatureTrainer(LearnerTrainer):
             self.register_model(self.model_name, learner, None, None)
 
     def _encode_training_images(self) -> FeatureSet:
-        """Features of the training images, in all views."""
+        """Return the features of the training images, in all views."""
         views = self.views
         known = self._encode_views(build_transform(self.cfg, is_train=views > 0), views)
         if not self.mirror:
@@ -170,14 +170,14 @@ class FeatureTrainer(LearnerTrainer):
         return FeatureSet(torch.cat([known.values, mirrored.values]), known.labels, known.paths)
 
     def _encode_views(self, transform: Any, views: int) -> FeatureSet:
-        """Features of the training images under a transform; with `views` above 0 it is random, and seeded."""
+        """Return the features of the training images; with `views` above 0, `transform` is random, and seeded."""
         items = self.dm.dataset.train_x
         images = DatasetWrapper(self.cfg, items, transform=transform)
         data = SeededViews(images, views, self._seed) if views else images
         loader = self.in_order(data)
         logger.info("Features of %d training images, %s", len(items), f"{views} views each" if views else "as they are")
-        seeded = self.cfg.SEED >= 0 or not views  # else no later run would ask for these views
-        # Their lengths count where views are averaged.
+        seeded = self.cfg.SEED >= 0 or not views  # without a seed, no later run would ask for these views
+        # Where views are averaged, the lengths of their features count.
         encode = self.network.encode.raw() if views > 1 else self.network.encode
         slot = feature_slot(self.cfg, encode, loader, "train") if seeded else None
         features = collect_features(loader, encode, max(views, 1), slot)
@@ -187,28 +187,28 @@ class FeatureTrainer(LearnerTrainer):
     # One step
 
     def prepare(self, features: FeatureSet) -> None:
-        """Computes what follows from the training features, before the first step of a run."""
+        """Compute what follows from the training features, before the first step of a run."""
 
     def fit(self, features: FeatureSet) -> dict[str, float]:
-        """Fits a learner without trainable parameters to the training features -> what to show of it."""
+        """Fit a learner without trainable parameters to the training features, and return the numbers to show."""
         raise NotImplementedError
 
     def before_epoch(self) -> None:
-        """Has the training features follow the epoch."""
+        """Set the epoch of the training features, which decides view and order."""
         super().before_epoch()
         self.train_features.set_epoch(self.epoch)
 
     def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """-> features [B, E] and labels [B], on the device."""
+        """Return the features [B, E] and labels [B] of a training batch, on the device."""
         return self.parse_batch_test(batch)
 
     def parse_batch_test(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """-> features [B, E] and labels [B], on the device."""
+        """Return the features [B, E] and labels [B] of a batch, on the device; images are encoded where needed."""
         features = batch["feature"] if "feature" in batch else self.network.encode(batch["img"].to(self.device))
         return features, batch["label"].to(self.device)
 
     def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """Make one step, or fit, and return what there is to show of it; see CLIPTrainer."""
+        """Make one step, or fit the learner, and return the numbers to show; see CLIPTrainer."""
         learner = self.network.learner
         if not learner.peek("prepared", learner.prepared):
             with torch.no_grad():
@@ -220,20 +220,20 @@ class FeatureTrainer(LearnerTrainer):
         return super().forward_backward(batch)
 
     def step_context(self) -> Any:
-        """Return a context that does nothing: what learns on features computes in fp32."""
+        """Return a context that does nothing: methods on features compute in fp32."""
         return contextlib.nullcontext()
 
     def get_current_lr(self, names: Any = None) -> float:
-        """The learning rate; 0 where nothing is trained."""
+        """Return the learning rate; 0 where nothing is trained."""
         return super().get_current_lr(names) if self._optim is not None else 0.0
 
     # Choosing on validation images
 
     def choose(self) -> None:
-        """Chooses what is to be chosen on the few-shot validation images, and notes it in `selected`."""
+        """Choose the method's settings on the few-shot validation images, and note them in `selected`; here none."""
 
     def after_epoch(self) -> None:
-        """Chooses before a checkpoint may be written, so that every checkpoint carries the choice."""
+        """Choose before a checkpoint may be written, so that every checkpoint carries the choice."""
         done, freq = self.epoch + 1, self.cfg.TRAIN.CHECKPOINT_FREQ
         saves = done == self.max_epoch or (freq > 0 and done % freq == 0)
         if saves or self.cfg.TEST.FINAL_MODEL == "best_val":
@@ -242,7 +242,7 @@ class FeatureTrainer(LearnerTrainer):
         super().after_epoch()
 
     def validation_features(self) -> tuple[Tensor, Tensor] | str:
-        """Features [n, E] and labels [n] of the validation images; or why there is nothing to choose on."""
+        """Return features [n, E] and labels [n] of the validation images, or why there are none to choose on."""
         reason = self.no_validation()
         if reason:
             return reason
@@ -251,7 +251,13 @@ class FeatureTrainer(LearnerTrainer):
         return known.values[0], known.labels
 
     def note(self, chosen: Mapping[str, float], on: str, n: int) -> None:
-        """Records what was chosen, on what ("val", or why it was not chosen), on how many images."""
+        """Record the chosen values in `selected`.
+
+        Args:
+            chosen: name -> value.
+            on: "val", or why the values were not chosen.
+            n: number of images that they were chosen on.
+        """
         self.selected = {name: {"value": value, "on": on, "n": n} for name, value in chosen.items()}
         values = ", ".join(f"{name} {value:.4g}" for name, value in chosen.items())
         logger.info("Chosen: %s (on %s%s)", values, on, f", {n} images" if n else "")
@@ -260,6 +266,6 @@ class FeatureTrainer(LearnerTrainer):
 
     @torch.no_grad()
     def model_heads(self, input: Tensor) -> dict[str, Tensor]:
-        """Images [B, 3, H, W] or features [B, E] -> logits [B, C] of zero-shot CLIP and of the method."""
+        """Return the logits [B, C] of zero-shot CLIP and of the method for images [B, 3, H, W] or features [B, E]."""
         clip_logits, logits = self.network.both(input)
         return {self.reference_head: clip_logits, self.main_head: logits}

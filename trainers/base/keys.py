@@ -4,8 +4,8 @@
     class MyConfig(FrozenConfig):
         width: int = key(64, "width of the bottleneck", low=1, source="64")
 
-gives the key WIDTH in the method's node, refuses 0, and says so in docs/METHODS.md. The network takes a MyConfig, so a
-default stands in one place.
+gives the key WIDTH in the method's node, refuses 0, and says so in docs/METHODS.md. The network takes a MyConfig, so
+each default is written in one place only.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Key:
     """Describe one key of a configuration.
 
     Attributes:
-        about: what it is, with its unit.
-        low, high: ends of its range, which it may have; above, below: ends that it may not have.
-        choices: what it may be; empty: anything of its type.
+        about: what the key means, with its unit.
+        low, high: ends of its range, which belong to the range; above, below: ends that do not.
+        choices: the values that it may have; empty: anything of its type.
         words: whether it is text before a class name, without a placeholder.
-        source: what the method's authors use; "": not theirs, or the same as the default.
+        source: the value that the method's authors use; "": they have no such key, or use the default.
     """
 
     about: str
@@ -43,7 +43,7 @@ class Key:
     source: str = ""
 
     def bounds(self) -> str:
-        """Return the range in words; "": there is none."""
+        """Return the range in words; "" where there is none."""
         parts = [
             f"{name} {value:g}"
             for name, value in (
@@ -80,18 +80,18 @@ def kept_views(default: int, **limits: Any) -> Any:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Hold the settings that every method has. Numbers are checked when a configuration is read, not here."""
+    """Hold the settings that every method has. They are checked when a configuration is read, not here."""
 
     prec: str = precision("fp32")
 
     def check(self, path: str) -> None:
-        """Check what no key can say alone.
+        """Check conditions that involve more than one key.
 
         Args:
-            path: of the method's node, for messages, such as "TRAINER.COOP".
+            path: the path of the method's node, for messages, such as "TRAINER.COOP".
 
         Raises:
-            ValueError: settings that do not go together.
+            ValueError: the settings do not go together.
         """
 
 
@@ -134,7 +134,7 @@ def add_keys(cfg: Any, node: Any, config: type) -> None:
 
 
 def has_keys(node: Any, config: type) -> bool:
-    """Return whether a node of a configuration has the keys of a config class; one made by hand may lack them."""
+    """Return whether a node has the keys of a config class; a configuration made by hand may lack them."""
     return all(key_name(one.name) in node for one, _ in keys_of(config))
 
 
@@ -142,12 +142,12 @@ def read_keys(node: Any, path: str, config: type) -> Any:
     """Check a node of a configuration and return its values.
 
     Args:
-        node: of the configuration.
+        node: the node.
         path: its name, for messages.
         config: the dataclass whose instance is wanted.
 
     Raises:
-        ValueError: a value that does not suit its key; the message names the key, what was expected and what came.
+        ValueError: a value does not suit its key; the message names the key, what was expected and what came.
     """
     values = {}
     for one, kind in keys_of(config):
@@ -165,16 +165,16 @@ def read_keys(node: Any, path: str, config: type) -> Any:
 
 
 def check_value(value: Any, path: str, about: Key, kind: Any) -> None:
-    """Check one value.
+    """Check one value against the limits and the type of its key.
 
     Args:
-        value: what came.
+        value: the value.
         path: the key, for the message.
-        about: its limits.
-        kind: its type, perhaps `| None`.
+        about: the limits of the key.
+        kind: the type of the key, perhaps `| None`.
 
     Raises:
-        ValueError: it does not suit.
+        ValueError: the value does not suit.
     """
     options = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
     if value is None and type(None) in options:
@@ -223,7 +223,7 @@ _KINDS: dict[type, tuple[Callable[[Any, Key], bool], Callable[[Key], str]]] = {
 
 
 def describe_keys(config: type, prefix: str = "") -> list[tuple[str, str, str, str, str]]:
-    """Return a row for each key, for tables: name, default, range or choices, what it is, the source's value."""
+    """Return a table row for each key: name, default, range or choices, meaning, and the source's value."""
     rows = []
     for one, kind in keys_of(config):
         name = prefix + key_name(one.name)

@@ -1,6 +1,6 @@
-"""What methods that train beside a frozen CLIP have in common: a learner that describes itself, a classifier around it.
+"""Share what methods beside a frozen CLIP have in common: a learner that describes itself, a classifier around it.
 
-Plain torch: it knows no toolbox. Legend: B images, C classes, E width of the joint embedding.
+This module is plain torch and uses no toolbox. Legend: B images, C classes, E width of the joint embedding.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..clip import CLIP, zeroshot_weights
 
+# Name of a learner's fact -> what an error message calls that fact.
 FACTS = {
     "backbone": "backbone",
     "weights_digest": "CLIP weights with sha256",
@@ -26,15 +27,15 @@ FACTS = {
 
 
 def pack_record(record: Mapping[str, Any]) -> Tensor:
-    """Plain values as JSON in a uint8 tensor, which loaders that admit tensors only read."""
+    """Pack plain values as JSON in a uint8 tensor, which even a loader that admits only tensors can read."""
     return torch.tensor(list(json.dumps(record).encode("utf-8")), dtype=torch.uint8)
 
 
 def unpack_record(state: Tensor) -> dict[str, Any]:
-    """What `pack_record` packed.
+    """Unpack the values that `pack_record` packed.
 
     Raises:
-        ValueError: it is no such thing.
+        ValueError: the tensor holds no such record.
     """
     try:
         record = json.loads(bytes(state.cpu().tolist()).decode("utf-8"))
@@ -48,14 +49,14 @@ def unpack_record(state: Tensor) -> dict[str, Any]:
 def class_rows(
     names: Sequence[str], trained: Sequence[str], indices: Sequence[int] | None, each: str = "a part"
 ) -> list[int]:
-    """Position of each of `names` among the classes trained on.
+    """Return the position of each of `names` among the classes trained on.
 
     Args:
-        indices: those positions, where the dataset knows them (names alone do not tell twins apart).
-        each: what each class has of its own, for the message.
+        indices: those positions, where the dataset knows them (names alone do not tell classes of one name apart).
+        each: what is learnt or kept for each class separately, for the message.
 
     Raises:
-        ValueError: not all of them were trained on.
+        ValueError: not all of `names` were trained on.
     """
     if list(names) == list(trained):
         return list(range(len(trained)))
@@ -72,13 +73,13 @@ def class_rows(
 
 
 class Peek:
-    """The values of one-element tensors, each read again only when it may have changed: a GPU waits at every look."""
+    """Read one-element tensors, each again only when it may have changed: a read makes the program wait for the GPU."""
 
     def __init__(self) -> None:
-        self._read: dict[str, tuple[Any, float]] = {}  # name -> what its tensor was when it was read, its value
+        self._read: dict[str, tuple[Any, float]] = {}  # name -> (address and version when read, value)
 
     def __call__(self, name: str, tensor: Tensor) -> float:
-        """The value of the tensor that goes by this name."""
+        """Return the value of the tensor that goes by this name."""
         key = tensor.data_ptr(), tensor._version
         if name not in self._read or self._read[name][0] != key:
             self._read[name] = key, float(tensor)
@@ -86,15 +87,15 @@ class Peek:
 
 
 class Learner(nn.Module):
-    """A module that is trained and saved; its checkpoint says on which classes and for which CLIP.
+    """A module that is trained and saved; its checkpoint says for which classes and for which CLIP it was trained.
 
     Attributes:
         classnames: the class list trained on.
-        facts: plain values that a checkpoint must agree on to be used with this learner; names as in FACTS.
+        facts: plain values; a checkpoint must have the same ones to be used with this learner. Names as in FACTS.
     """
 
-    RECOMPUTED: tuple[str, ...] = ()  # names in a checkpoint that follow from the class names: not loaded
-    UNSAID: Mapping[str, Any] = {}  # facts of checkpoints that were made before their facts had these names
+    RECOMPUTED: tuple[str, ...] = ()  # entries of a checkpoint that follow from the class names: not loaded
+    UNSAID: Mapping[str, Any] = {}  # facts that hold for older checkpoints, whose records do not have them yet
 
     def __init__(self, classnames: Sequence[str], facts: Mapping[str, Any]) -> None:
         super().__init__()
@@ -102,26 +103,26 @@ class Learner(nn.Module):
         self.facts = dict(facts)
 
     def get_extra_state(self) -> Tensor:
-        """The class list and the facts."""
+        """Return the class list and the facts, packed for a checkpoint."""
         return pack_record({"classnames": self.classnames, "facts": self.facts})
 
     def set_extra_state(self, state: Tensor) -> None:
-        """`adopt` alone: the class list stays the present one; `take` has checked the facts."""
+        """Adopt a checkpoint's facts; the class list stays the present one, and `take` has checked the facts."""
         facts = unpack_record(state).get("facts", {})
         self.adopt(facts if isinstance(facts, Mapping) else {})
 
     def adopt(self, facts: Mapping[str, Any]) -> None:
-        """Takes over what a checkpoint's facts, or their absence, say of the learner's own form; here nothing."""
+        """Take over what a checkpoint's facts, or their absence, say about the learner's own form; here nothing."""
 
     def take(self, state: Mapping[str, Tensor], indices: Sequence[int] | None = None) -> None:
-        """Loads a checkpoint's state; its class list may be another one.
+        """Load a checkpoint's state, whose class list may differ from the present one.
 
         Args:
             state: a state dict of such a learner. Its record may be absent: published checkpoints have none.
             indices: position of each present class among those trained on, where the dataset says so.
 
         Raises:
-            ValueError: it was made for another CLIP, or does not fit.
+            ValueError: the checkpoint was made for another CLIP, or does not fit this learner.
         """
         state = {name: value for name, value in state.items() if name not in self.RECOMPUTED}
         packed = state.pop("_extra_state", None)
@@ -148,7 +149,7 @@ class Learner(nn.Module):
                 f"{missing[:3]} and has {unexpected[:3]} beside (the first three of each)"
             )
         state = self.for_classes(state, trained, indices)
-        own = self.state_dict()  # its shapes may have followed
+        own = self.state_dict()  # `for_classes` may have changed its shapes
         for name in sorted(wanted):
             if state[name].shape != own[name].shape:
                 raise ValueError(
@@ -159,7 +160,7 @@ class Learner(nn.Module):
     def for_classes(
         self, state: dict[str, Tensor], trained: Sequence[str] | None, indices: Sequence[int] | None
     ) -> dict[str, Tensor]:
-        """What of `state`, trained on the classes `trained`, serves the present classes; here all of it."""
+        """Return the part of `state`, trained on the classes `trained`, that the present classes need; here all."""
         return state
 
 
@@ -173,8 +174,8 @@ class TextCache:
         """Return the features [C, E]: computed anew in training, else once, until a parameter has changed.
 
         Args:
-            module: what they depend on; its mode counts, too.
-            compute: gives them.
+            module: what the features depend on, by its parameters and by its mode (training or evaluation).
+            compute: computes the features.
         """
         if module.training:
             self._known = None
@@ -196,7 +197,7 @@ class Classifier(nn.Module):
         learner: what is trained; moved to CLIP's device.
     """
 
-    zeroshot: Tensor  # [C, E], normalised
+    zeroshot: Tensor  # [C, E], normalized
 
     def __init__(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str], learner: Learner) -> None:
         super().__init__()
@@ -210,27 +211,30 @@ class Classifier(nn.Module):
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> logits [B, C], with gradients."""
+        """Return logits [B, C] for images [B, 3, H, W], with gradients."""
 
     @abstractmethod
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] -> zero-shot logits and the method's, [B, C] each; the learner in evaluation mode."""
+        """Return zero-shot logits and the method's, [B, C] each, for images [B, 3, H, W].
+
+        The learner is in evaluation mode.
+        """
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Features [B, E] and normalised text features [C, E] -> [B, C]; in fp32 even under autocast."""
+        """Return logits [B, C] for features [B, E] and normalized text features [C, E], in fp32 even under autocast."""
         with torch.autocast(device_type=image_features.device.type, enabled=False):
             return self.clip.logit_scale * F.normalize(image_features.float(), dim=-1) @ text_features.t()
 
     def compute_text(self) -> Tensor:
-        """The learner's text features [C, E], normalised, fp32."""
+        """Compute the learner's text features [C, E], normalized, fp32."""
         raise NotImplementedError
 
     def text_features(self) -> Tensor:
-        """`compute_text`, every time in training; else once, until a parameter has changed."""
+        """Return `compute_text()`, computed every time in training, else once, until a parameter has changed."""
         return self._cache.get(self.learner, self.compute_text)
 
     def train(self, mode: bool = True) -> Classifier:
-        """Sets the learner's mode; the frozen CLIP stays in evaluation mode."""
+        """Set the learner's mode; the frozen CLIP stays in evaluation mode."""
         super().train(mode)
         self.clip.eval()
         return self

@@ -17,22 +17,22 @@ logger = logging.getLogger(__name__)
 
 
 class LearnerTrainer(CLIPTrainer):
-    """A trainer whose `network` has a `learner`: what is trained or fitted, and saved in the folder `model_name`."""
+    """A trainer whose `network` has a `learner`, which is trained or fitted, and saved in the folder `model_name`."""
 
     network: Any
 
     # Checkpoints
 
     def load_model(self, directory: str | os.PathLike[str], epoch: int | None = None) -> None:
-        """Loads what an earlier run learnt; its dataset may be another one.
+        """Load what an earlier run learnt, perhaps on another dataset.
 
         Args:
             directory: output folder of that run; empty: nothing is loaded.
             epoch: the checkpoint after that many epochs; None: the best one, or the latest where none was called best.
 
         Raises:
-            FileNotFoundError: no such checkpoint.
-            ValueError: it was made by something else, for another CLIP or for other classes.
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: the checkpoint was made by something else, for another CLIP or for other classes.
         """
         if not directory:
             logger.info("load_model() is skipped: no model folder is given")
@@ -51,15 +51,21 @@ class LearnerTrainer(CLIPTrainer):
         logger.info("Loaded %s (epoch %s)", path, checkpoint.get("epoch"))
 
     def after_load(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take over what a loaded checkpoint says beside the weights: what was chosen, on what."""
+        """Take over what a loaded checkpoint holds beside the weights: which settings were chosen, and on what."""
         self.selected = dict((checkpoint.get("engine") or {}).get("selected", {}))
 
 
 def checkpoint_path(directory: str | os.PathLike[str], model_name: str, epoch: int | None, method: str) -> str:
-    """The file of a checkpoint: of that epoch, or (None) the best one, or the latest where none was called best.
+    """Find the file of a checkpoint.
+
+    Args:
+        directory: output folder of the run.
+        model_name: the folder of its checkpoints in there.
+        epoch: the checkpoint after that many epochs; None: the best one, or the latest where none was called best.
+        method: the trainer's name, for the message.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such checkpoint.
     """
     folder = osp.join(directory, model_name)
     if epoch is not None:

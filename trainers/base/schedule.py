@@ -10,7 +10,7 @@ from dassl.optim import build_optimizer
 
 
 def build_optimizer_with_eps(model: nn.Module, optim_cfg: Any, eps: float) -> Any:
-    """The optimiser that `optim_cfg` describes, with this epsilon where its kind has one."""
+    """Build the optimizer that `optim_cfg` describes, and set its epsilon where its kind has one."""
     optim = build_optimizer(model, optim_cfg)
     for group in optim.param_groups:
         if "eps" in group:
@@ -19,11 +19,11 @@ def build_optimizer_with_eps(model: nn.Module, optim_cfg: Any, eps: float) -> An
 
 
 def count_steps(optim_cfg: Any, num_batches: int) -> Any:
-    """A copy of the node OPTIM in which everything that counts epochs counts steps."""
+    """Return a copy of the node OPTIM in which every number of epochs has become a number of steps."""
     node = optim_cfg.clone()
     node.defrost()
     node.MAX_EPOCH = optim_cfg.MAX_EPOCH * num_batches
-    if optim_cfg.get("LR_UNIT", "epoch") == "epoch":  # else the others count steps already
+    if optim_cfg.get("LR_UNIT", "epoch") == "epoch":  # otherwise the keys below count steps already
         node.WARMUP_EPOCH = optim_cfg.WARMUP_EPOCH * num_batches
         if isinstance(optim_cfg.STEPSIZE, (list, tuple)):
             node.STEPSIZE = type(optim_cfg.STEPSIZE)(size * num_batches for size in optim_cfg.STEPSIZE)

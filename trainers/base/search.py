@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def best_place(scores: Tensor, rank: Callable[[tuple[int, ...]], Any] | None = None) -> tuple[int, ...]:
-    """Return the place of the highest score in a grid; of equal ones, that of the least rank.
+    """Return the place of the highest score in a grid; among equal scores, the place of the least rank.
 
     Args:
-        scores: one for each point, of any shape, such as the accuracy on validation images.
-        rank: place -> what equal points are ordered by; None: the order of the grid, its first axis outermost.
+        scores: a tensor of any shape with one score for each point, such as the accuracy on validation images.
+        rank: place -> what places of equal scores are ordered by; None: the order of the grid, first axis outermost.
 
     Raises:
         ValueError: the grid is empty.

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def sent(values: Sequence[Tensor]) -> Callable[[], list[float]]:
-    """Send one-element tensors to the program, and return what gives their values.
+    """Send one-element tensors to the CPU, and return a function that gives their values.
 
-    On a GPU the copy waits its turn and the program goes on. Sent before the backward pass and asked for after the
-    step, they are there: the step has waited for its gradients in between.
+    On a GPU, the copy is queued and the program goes on. Send the tensors before the backward pass and ask for their
+    values after the step: the copy has then finished, as the step has waited for the gradients in between.
     """
     numbers = torch.stack([value.detach().float() for value in values]).to("cpu", non_blocking=True)
     if values[0].device.type != "cuda":

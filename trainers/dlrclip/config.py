@@ -1,7 +1,7 @@
 """Settings of DLR-CLIP: TRAINER.DLRCLIP.* and INPUT.VIEWS*.
 
-"source" is the published method and its code. The source's encoder, which applies the adapters, is not public: what is
-called a guess may be other there.
+"source" is the published method and its code. The source's encoder, which applies the adapters, is not public: where a
+value is called a guess, the source may differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROBUST_HEAD = "robust"  # the sixth, where TRAINER.DLRCLIP.FUSION is robust
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the losses; 0: absent. L1 is the mean absolute difference to clip_logits."""
+    """Weights of the losses; a loss of weight 0 is absent. L1 is the mean absolute difference to clip_logits."""
 
     ce_cma: float = key(1.0, "cross-entropy of cma_logits; absent when SKD is on or CMA is off", low=0)
     ce_glr: float = key(1.0, "cross-entropy of glr_logits; absent when GLR is off", low=0)
@@ -49,8 +49,8 @@ class DLRCLIPConfig(MethodConfig):
     # CMA
     text_ctx_init: str = key("a photo of a", "prompt of the adapted text branch: '<this> <class>.'")
     start: int = key(5, "first adapted block, counted from 1", low=1, source="5")
-    # The source's cma.py builds seven adapters, numbered 5 to 11, of encoders with 12 blocks: END 11 where blocks are
-    # counted from 1 there, as its "index 0" suggests, START 6 where they are counted from 0.
+    # The source's cma.py builds seven adapters, numbered 5 to 11, for encoders with 12 blocks. If it counts blocks from
+    # 1, as its "index 0" suggests, that is END 11 here; if it counts them from 0, that is START 6.
     end: int = key(
         12,
         "last adapted block, at least START; clipped to each encoder's depth",
@@ -131,13 +131,13 @@ class DLRCLIPConfig(MethodConfig):
             raise ValueError(f"Expected {path}.SCALE not to be 0 where .GRAD_SCALING is True but got 0")
 
     def present_losses(self) -> dict[str, float]:
-        """Return name -> weight of the losses that take part.
+        """Return the weights, by name, of the losses that take part.
 
-        Without distillation: CE(cma) + CE(glr) + CE(final) + L1(cma, clip) + L1(glr, clip). With it, the two direct
-        losses of the adapted branch go and the distillation of clip into final comes.
+        Without distillation: CE(cma) + CE(glr) + CE(final) + L1(cma, clip) + L1(glr, clip). With distillation, the two
+        direct losses of the adapted branch are left out, and the distillation of clip into final is added.
 
         Raises:
-            ValueError: none is left.
+            ValueError: no loss is left.
         """
         wanted = {
             "ce_cma": self.cma and not self.skd,
@@ -157,7 +157,7 @@ class DLRCLIPConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class ViewsKeys:
-    """Keys of INPUT for kept views of training images."""
+    """Keys of INPUT that say how many views of training images are kept, and where."""
 
     views: int = key(
         0,

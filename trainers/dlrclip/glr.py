@@ -26,16 +26,16 @@ class ChannelRecalibration(nn.Module):
         self.excite = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z [B, d] -> [B, d]."""
+        """Return the gated vectors [B, d] for z [B, d]."""
         return z * torch.sigmoid(self.excite(F.relu(self.squeeze(z))))
 
 
 class Refiner(nn.Module):
-    """The layers of a gated residual on logits, whatever goes in and comes out; `forward` is a subclass's.
+    """The layers of a gated residual on logits, for any widths of input and output; subclasses define `forward`.
 
     Args:
-        clip_inputs, cma_inputs: widths of what P1 and P2 see.
-        outputs: width of what H gives.
+        clip_inputs, cma_inputs: widths of the inputs of P1 and P2.
+        outputs: width of the output of H.
         dim, res_scale, fixed_alpha: see GateLogitRefiner.
     """
 
@@ -81,7 +81,7 @@ class GateLogitRefiner(Refiner):
         super().__init__(num_classes, num_classes, num_classes, dim, res_scale, fixed_alpha)
 
     def forward(self, clip_logits: Tensor, cma_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Two times [B, C] -> (glr_logits [B, C], alpha [B, 1]), in fp32."""
+        """Return (glr_logits [B, C], alpha [B, 1]) in fp32, for both branches' logits [B, C]."""
         with torch.autocast(device_type=clip_logits.device.type, enabled=False):
             clip_logits, cma_logits = clip_logits.float(), cma_logits.float()
             f_clip = self.recalibrate_clip(F.gelu(self.project_clip(clip_logits)))
@@ -95,20 +95,20 @@ class GateLogitRefiner(Refiner):
 
 
 class FusionGate(nn.Module):
-    """w = sigmoid(F2 relu(F1 cma_logits)), C -> hidden -> 1: how far an image is trusted to the adapted branch."""
+    """w = sigmoid(F2 relu(F1 cma_logits)), C -> hidden -> 1: the weight of the adapted branch for an image."""
 
     def __init__(self, num_classes: int, *, hidden: int = 128) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(num_classes, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
 
     def forward(self, cma_logits: Tensor) -> Tensor:
-        """[B, C] -> w [B, 1], in fp32."""
+        """Return w [B, 1] in fp32 for cma_logits [B, C]."""
         with torch.autocast(device_type=cma_logits.device.type, enabled=False):
             return self.layers(cma_logits.float())
 
 
 def fuse(cma_logits: Tensor, glr_logits: Tensor, weight: Tensor | float) -> Tensor:
-    """weight * cma_logits + (1 - weight) * glr_logits; logits [B, C], weight [B, 1] or a number."""
+    """Return weight * cma_logits + (1 - weight) * glr_logits, for logits [B, C] and weight [B, 1] or a number."""
     return weight * cma_logits + (1 - weight) * glr_logits
 
 
@@ -122,12 +122,15 @@ class Beta(NamedTuple):
 def best_beta(
     cma_logits: Tensor, glr_logits: Tensor, labels: Tensor, prefer: float, grid: tuple[float, ...] = BETA_GRID
 ) -> Beta:
-    """The beta of `grid` whose fused logits classify most images correctly; ties: the one nearest to `prefer`.
+    """Return the beta of `grid` whose fused logits classify most images correctly; of ties, the nearest to `prefer`.
 
     Args:
         cma_logits, glr_logits: [B, C].
         labels: [B], class numbers.
-        prefer: the mean learnt fusion weight; or 0, for the smallest.
+        prefer: the mean learnt fusion weight; or 0, for the smallest beta.
+
+    Raises:
+        ValueError: there is no image.
     """
     if len(labels) == 0:
         raise ValueError("Expected at least one image to choose beta on but got none")

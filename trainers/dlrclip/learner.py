@@ -1,4 +1,4 @@
-"""What DLR-CLIP trains and saves: CMA, GLR, the fusion gate, and the class list they were trained on.
+"""The learner of DLR-CLIP, which is trained and saved: CMA, GLR, the fusion gate, and their training class list.
 
 Legend: B images, C classes.
 """
@@ -19,29 +19,29 @@ from .glr import FusionGate, GateLogitRefiner
 from .robust import RobustMixture
 from .shared import SharedFusion, SharedRefiner
 
-# The running mean of w forgets with this momentum once it has seen 1 / MOMENTUM steps; before, it is the plain mean.
+# The running mean of w is the plain mean until it has seen 1 / MOMENTUM steps; then it forgets with this momentum.
 MOMENTUM = 0.1
 
 
 class DLRCLIPLearner(Learner):
-    """What is trained and saved: CMA, GLR, the fusion gate, and what they were trained on.
+    """The module that is trained and saved: CMA, GLR, the fusion gate, and a record of what they were trained on.
 
-    A checkpoint describes itself: its state holds the training class list and `facts` about the frozen CLIP beside
-    the weights, and loading it gives the layers of size C (dense mode) that class list's size.
+    A checkpoint describes itself: beside the weights, its state holds the training class list and `facts` about the
+    frozen CLIP. Loading a checkpoint gives the layers of size C (dense mode) the size of its class list.
 
     Args:
-        clip: the frozen CLIP, of which the checkpoint keeps name and digest.
+        clip: the frozen CLIP; the checkpoint keeps its name and digest.
         classnames: the training class list.
         settings: see DLRCLIPConfig.
         cma: the adapter, or None where CMA is off.
     """
 
-    UNSAID = {"glr_mode": "dense"}  # once there was no other
+    UNSAID = {"glr_mode": "dense"}  # the first checkpoints do not name the mode: dense was the only one
 
     weight_mean: Tensor  # running mean of w over training
-    weight_steps: Tensor  # number of steps it has seen
+    weight_steps: Tensor  # number of steps that the mean has seen
     beta: Tensor  # chosen fusion coefficient; nan: not chosen
-    beta_n: Tensor  # number of validation images it was chosen on; 0: on none
+    beta_n: Tensor  # number of validation images that beta was chosen on; 0: on none
 
     def __init__(
         self, clip: CLIP, classnames: Sequence[str], settings: DLRCLIPConfig, cma: CrossModalAdapter | None
@@ -65,7 +65,7 @@ class DLRCLIPLearner(Learner):
         self._size_for(classnames)
 
     def _size_for(self, classnames: Sequence[str]) -> None:
-        """Makes the class list the training class list; builds the layers of size C anew where C changes."""
+        """Make the class list the training class list; build the layers of size C anew where C changes."""
         old, self.classnames = len(self.classnames), list(classnames)
         if len(self.classnames) == old or (self.shared and old):
             return
@@ -82,35 +82,35 @@ class DLRCLIPLearner(Learner):
             self.fusion = gate(*dense, hidden=settings.fusion_dim).to(device)
 
     def fusion_weight(self, cma_logits: Tensor) -> Tensor:
-        """w [B, 1] from cma_logits [B, C]; of the training classes, unless the gate is a shared one."""
+        """Return w [B, 1] for cma_logits [B, C], of the training classes unless the gate is a shared one."""
         if self.fusion is None:
             return cma_logits.new_full((len(cma_logits), 1), self.fixed_weight or 0.0)
         return self.fusion(cma_logits)
 
     def mean_weight(self) -> Tensor:
-        """The mean learnt w (or the fixed one), []."""
+        """Return the mean learnt w (or the fixed one), []."""
         return self.weight_mean if self.fixed_weight is None else torch.full_like(self.weight_mean, self.fixed_weight)
 
     def coefficient(self) -> Tensor:
-        """The chosen beta, or the mean learnt w while none is chosen, []."""
+        """Return the chosen beta, or the mean learnt w while none is chosen, []."""
         return torch.where(torch.isnan(self.beta), self.mean_weight(), self.beta)
 
     @torch.no_grad()
     def observe(self, weight: Tensor) -> None:
-        """Takes one step's w [B, 1] into the running mean."""
+        """Add one step's w [B, 1] to the running mean."""
         self.weight_steps += 1
         rate = torch.clamp(1.0 / self.weight_steps, min=MOMENTUM)
         self.weight_mean += rate * (weight.float().mean() - self.weight_mean)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over the checkpoint's class list; called before the weights of the submodules are loaded."""
+        """Adopt the checkpoint's class list, before the weights of the submodules are loaded."""
         self._size_for(unpack_record(state)["classnames"])
 
     def take(self, state: Mapping[str, Tensor], indices: Sequence[int] | None = None) -> None:
         """Load a checkpoint's state, with its class list; see Learner.
 
         Raises:
-            ValueError: it is no checkpoint of DLR-CLIP, or was made with another CLIP, prompt or architecture.
+            ValueError: the state is not from DLR-CLIP, or was made with another CLIP, prompt or architecture.
         """
         if "_extra_state" not in state:
             raise ValueError("Expected a checkpoint of DLRCLIP but got something else")

@@ -1,6 +1,6 @@
-"""Images as another world might show them: corruptions of validation images, to calibrate on instead of shifted sets.
+"""Corruptions of validation images that stand for shifted data sets, to calibrate on.
 
-Generic ones, none of which is made for a dataset: photometric (noise, blur, faint, grey, negative), drawn (edges) and
+They are generic, and none is made for a dataset: photometric (noise, blur, faint, grey, negative), drawn (edges) and
 geometric (pose, hidden). Each depends on the images and on a fixed seed alone.
 
 Legend: B images, H = W pixels a side; images [B, 3, H, W] have values in [0, 1].
@@ -19,23 +19,23 @@ Shift = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def _uniform(images: Tensor, low: float, high: float, draws: torch.Generator, count: int = 1) -> Tensor:
-    """Random numbers [B, count]; drawn on the CPU, so that they are the same on every device."""
+    """Draw random numbers [B, count] on the CPU, so that they are the same on every device."""
     return (low + (high - low) * torch.rand(len(images), count, generator=draws)).to(images.device)
 
 
 def luminance(images: Tensor) -> Tensor:
-    """[B, 3, H, W] -> [B, 1, H, W]."""
+    """Return the luminance [B, 1, H, W] of images [B, 3, H, W]."""
     weights = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     return (images * weights).sum(dim=1, keepdim=True)
 
 
 def noise(images: Tensor, draws: torch.Generator) -> Tensor:
-    """Gaussian noise of deviation 0.15 on every value."""
+    """Add Gaussian noise of deviation 0.15 to every value of the images."""
     return images + 0.15 * torch.randn(images.shape, generator=draws).to(images)
 
 
 def blur(images: Tensor, draws: torch.Generator) -> Tensor:
-    """Two box filters of a sixteenth of the side."""
+    """Smooth the images by two box filters whose width is a sixteenth of the side."""
     size = max(3, images.shape[-1] // 16 | 1)
     for _ in range(2):
         images = F.avg_pool2d(F.pad(images, [size // 2] * 4, mode="replicate"), size, stride=1)
@@ -43,23 +43,23 @@ def blur(images: Tensor, draws: torch.Generator) -> Tensor:
 
 
 def faint(images: Tensor, draws: torch.Generator) -> Tensor:
-    """A quarter of the contrast."""
+    """Reduce the contrast of the images to a quarter."""
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     return mean + 0.25 * (images - mean)
 
 
 def grey(images: Tensor, draws: torch.Generator) -> Tensor:
-    """No colour."""
+    """Remove the color of the images."""
     return luminance(images).expand_as(images)
 
 
 def negative(images: Tensor, draws: torch.Generator) -> Tensor:
-    """Light and dark, and with them the colours, changed round."""
+    """Change light and dark of the images round, and with them the colors."""
     return 1 - images
 
 
 def edges(images: Tensor, draws: torch.Generator) -> Tensor:
-    """The outlines: strength of the gradient (Sobel), dark on white."""
+    """Draw the outlines of the images: the strength of the gradient (Sobel), dark on white."""
     kernel = images.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
     kernels = torch.stack([kernel, kernel.t()]).unsqueeze(1)
     gradient = F.conv2d(F.pad(luminance(images), [1] * 4, mode="replicate"), kernels)
@@ -68,7 +68,7 @@ def edges(images: Tensor, draws: torch.Generator) -> Tensor:
 
 
 def pose(images: Tensor, draws: torch.Generator) -> Tensor:
-    """Smaller (0.55 to 0.8 of the size) and turned (by up to 45 degrees), the border going on outside."""
+    """Scale images to 0.55 to 0.8 of their size and turn them by up to 45 degrees; the border goes on outside."""
     scale, angle = _uniform(images, 0.55, 0.8, draws), _uniform(images, -math.pi / 4, math.pi / 4, draws)
     cos, sin, zero = torch.cos(angle) / scale, torch.sin(angle) / scale, torch.zeros_like(angle)
     theta = torch.cat([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3).to(images.dtype)
@@ -77,7 +77,7 @@ def pose(images: Tensor, draws: torch.Generator) -> Tensor:
 
 
 def hidden(images: Tensor, draws: torch.Generator) -> Tensor:
-    """A square of half the side, anywhere, filled with the image's mean colour."""
+    """Fill a square of half the side, anywhere in each image, with the image's mean color."""
     side = images.shape[-1]
     corner = (_uniform(images, 0, side / 2, draws, 2)).view(-1, 2, 1, 1)  # row, column
     line = torch.arange(side, device=images.device)
@@ -93,6 +93,12 @@ SHIFTS: dict[str, Shift] = {
 
 
 def shifted(images: Tensor, name: str, batch: int = 0) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] under the shift of that name; `batch`, the batch's number, is part of the seed."""
+    """Return images [B, 3, H, W], with values in [0, 1], under the shift of that name.
+
+    Args:
+        images: [B, 3, H, W], with values in [0, 1].
+        name: a name in SHIFTS.
+        batch: number of the batch, which is part of the seed.
+    """
     draws = torch.Generator().manual_seed(1 + list(SHIFTS).index(name) + len(SHIFTS) * batch)
     return SHIFTS[name](images, draws).clamp(0, 1)

@@ -1,10 +1,10 @@
-"""The robust head of DLR-CLIP: image by image, as much of the adapted branch as the image makes it trustworthy.
+"""The robust head of DLR-CLIP: it takes more of the adapted branch, the more that branch can be trusted on an image.
 
     robust = r * final + (1 - r) * clip         r = sigmoid(c_0 + c . x), the trust [B, 1]
 
 x are signs of reliability that need no label: how far the image lies from the training images, how sure both heads are,
-how far they agree. c_0 and c are fitted after training to validation images and corruptions of them (pseudo_shifts.py);
-nothing else of the model changes.
+and how far they agree. c_0 and c are fitted after training to validation images and corruptions of them
+(pseudo_shifts.py); nothing else of the model changes.
 
 Legend: B images, C classes, E width of the joint embedding, N training images, K signs.
 """
@@ -43,12 +43,12 @@ class Evidence(NamedTuple):
 
 
 def neighbour_distance(features: Tensor, bank: Tensor, itself: bool = False) -> Tensor:
-    """Mean cosine distance to the nearest NEIGHBOURS rows of the bank: [B].
+    """Return the mean cosine distance [B] of features to the nearest NEIGHBOURS rows of the bank.
 
     Args:
         features: [B, E], normalised.
         bank: [N, E], normalised.
-        itself: row i of `features` is row i of the bank, and does not count.
+        itself: whether row i of `features` is row i of the bank; a row does not count as its own neighbor.
     """
     k, parts = min(NEIGHBOURS, len(bank) - itself), []
     for start in range(0, len(features), CHUNK):
@@ -61,7 +61,10 @@ def neighbour_distance(features: Tensor, bank: Tensor, itself: bool = False) -> 
 
 
 def _sureness(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> log-probabilities [B, C], entropy as a share of the largest possible [B], lead of the first class [B]."""
+    """Return log-probabilities [B, C], entropy [B] and the lead [B] of the strongest class.
+
+    The entropy is a share of the largest possible; the lead is over the second class, through asinh.
+    """
     log_p = F.log_softmax(logits, dim=1)
     entropy = -(log_p.exp() * log_p).sum(dim=1) / math.log(max(log_p.shape[1], 2))
     top = logits.topk(min(2, logits.shape[1]), dim=1).values
@@ -69,7 +72,7 @@ def _sureness(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class RobustMixture(nn.Module):
-    """See the head of this file. It has buffers only: nothing of it is trained with the rest."""
+    """The mixture that the head of this file describes. It has buffers only: nothing of it is trained with the rest."""
 
     bank: Tensor  # [N, E] frozen features of the training images, half precision; N = 0: none known
     typical: Tensor  # median leave-one-out distance among them
@@ -88,7 +91,7 @@ class RobustMixture(nn.Module):
         self.register_buffer("count", torch.tensor(0))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        """Takes as many training images as the checkpoint has."""
+        """Load the buffers, after making room for as many training images as the checkpoint has."""
         bank = state_dict.get(f"{prefix}bank")
         if isinstance(bank, Tensor) and bank.shape[1:] == self.bank.shape[1:]:
             self.bank = self.bank.new_empty(bank.shape)
@@ -96,14 +99,14 @@ class RobustMixture(nn.Module):
 
     @torch.no_grad()
     def remember(self, features: Tensor) -> None:
-        """Takes the frozen features [N, E] of the training images."""
+        """Remember the frozen features [N, E] of the training images, and how far apart they typically are."""
         self.bank = features.to(self.bank)
         kept = self.bank.float()
         if len(kept) > 1:
             self.typical = neighbour_distance(kept, kept, itself=True).median()
 
     def signs(self, frozen: Tensor, clip_logits: Tensor, final_logits: Tensor) -> Tensor:
-        """Features [B, E] and two times logits [B, C] -> [B, K], in the order of SIGNS."""
+        """Return the signs [B, K], in the order of SIGNS, for frozen features [B, E] and two logits [B, C]."""
         clip_log_p, clip_entropy, clip_lead = _sureness(clip_logits)
         final_log_p, final_entropy, final_lead = _sureness(final_logits)
         distance = torch.zeros_like(clip_lead)
@@ -114,22 +117,23 @@ class RobustMixture(nn.Module):
         return torch.stack([distance, clip_entropy, final_entropy, agreement, clip_lead, final_lead], dim=1)
 
     def _standardise(self, signs: Tensor) -> Tensor:
-        """[B, K] -> [B, K]; cut off at three deviations, beyond which the fit saw next to nothing."""
+        """Standardize signs [B, K], and cut them off at three deviations: beyond, the fit saw next to nothing."""
         return ((signs - self.centre) / self.spread).clamp(-3, 3)
 
     def forward(self, frozen: Tensor, clip_logits: Tensor, final_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B, E] and two times logits [B, C] -> (robust logits [B, C], r [B, 1]), in fp32."""
+        """Return (robust logits [B, C], r [B, 1]) in fp32, for frozen features [B, E] and two logits [B, C]."""
         with torch.autocast(device_type=clip_logits.device.type, enabled=False):
             x = self._standardise(self.signs(frozen.float(), clip_logits, final_logits))
             r = torch.sigmoid(self.coefficients[0] + x @ self.coefficients[1:]).unsqueeze(1)
             return fuse(final_logits, clip_logits, r), r
 
     def fit(self, groups: Sequence[Evidence]) -> None:
-        """Fits c_0 and c by cross-entropy, in which the first group counts as much as all others together.
+        """Fit c_0 and c by cross-entropy, in which the first group counts as much as all others together.
 
-        So the known world weighs as much as the unknown ones. The logits are softened by exp(t_0 + t . x), fitted with
-        the coefficients and then forgotten: r has to say which branch to believe, not how far to believe either. (With
-        one temperature for all images, r would move to the branch of smaller logits wherever both are often wrong.)
+        So the images as they are weigh as much as the corrupted ones. The logits are divided by exp(t_0 + t . x); t_0
+        and t are fitted with the coefficients and then forgotten, because r has to say which branch to believe, not how
+        far to believe either. (With one temperature for all images, r would move to the branch of smaller logits
+        wherever both are often wrong.)
 
         Args:
             groups: the validation images as they are, and then under each corruption.
@@ -162,5 +166,5 @@ class RobustMixture(nn.Module):
         self.count.fill_(len(groups[0].labels))
 
     def chosen(self) -> dict[str, float]:
-        """The coefficients by name, of standardised signs."""
+        """Return by name the fitted coefficients, which apply to standardized signs."""
         return dict(zip(("bias", *SIGNS), self.coefficients.tolist(), strict=True))

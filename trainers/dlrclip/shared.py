@@ -1,10 +1,11 @@
-"""The class-agnostic form of GLR and of the fusion gate: weights that do not depend on which and how many classes.
+"""The class-agnostic form of GLR and of the fusion gate: the weights do not depend on which classes there are.
 
-Both see logits through statistics that change with the classes' order as the logits do, or not at all, and share one
-small network over all classes. What they learnt on one class list they apply to any other.
+Nor do they depend on the number of classes. Both see logits through statistics: when the classes change places, a
+statistic changes places with them, or stays as it is. Each shares one small network over all classes. What they learnt
+on one class list they apply to any other.
 
 Legend: B images, C classes, E width of the joint embedding, d feature size, k statistics of a class. Logits are fp32
-and multiplied by CLIP's scale; asinh keeps their differences, whose size depends on that scale, within a few units.
+and multiplied by CLIP's scale. The size of their differences depends on that scale; asinh keeps it within a few units.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FUSION_STATISTICS = TOP + 3
 
 
 def neighbour_weights(text_features: Tensor, temperature: float = NEIGHBOUR_TEMPERATURE) -> Tensor:
-    """S [C, C]: how close other classes are by name; rows of softmax(W W^T / t) without the class itself.
+    """Return S [C, C], how close the other classes are by name: softmax(W W^T / t) without the class itself.
 
     Args:
         text_features: W [C, E], normalised.
@@ -42,12 +43,12 @@ def neighbour_weights(text_features: Tensor, temperature: float = NEIGHBOUR_TEMP
 
 
 def _entropy(log_p: Tensor) -> Tensor:
-    """Of rows of log-probabilities [B, C], as a share of the largest possible: [B, 1] in [0, 1]."""
+    """Return the entropy [B, 1] of log-probabilities [B, C], as a share in [0, 1] of the largest possible."""
     return -(log_p.exp() * log_p).sum(dim=1, keepdim=True) / math.log(max(log_p.shape[1], 2))
 
 
 def _rival(logits: Tensor) -> Tensor:
-    """Of each class, the strongest of the others: [B, C] -> [B, C]; a single class is its own."""
+    """Return for each class the largest logit of the others, [B, C]; a single class gets its own."""
     if logits.shape[1] == 1:
         return logits
     first, second = logits.topk(2, dim=1).values.split(1, dim=1)
@@ -55,17 +56,17 @@ def _rival(logits: Tensor) -> Tensor:
 
 
 def branch_statistics(logits: Tensor, neighbours: Tensor) -> Tensor:
-    """What is to be known of each class within one branch.
+    """Return six statistics of each class within one branch.
 
-    Its probability; its lead over the strongest other class, over the mean and over its neighbours by name; its
-    neighbours' probability; and the image's entropy, which is the same for all.
+    They are the probability of the class; its lead over the strongest other class, over the mean and over its
+    neighbors by name; its neighbors' probability; and the image's entropy, which is the same for all classes.
 
     Args:
         logits: [B, C].
         neighbours: S [C, C], see `neighbour_weights`.
 
     Returns:
-        [B, C, 6]; permuting the classes permutes it.
+        [B, C, 6]; permuting the classes permutes the statistics.
     """
     log_p = F.log_softmax(logits, dim=1)
     p = log_p.exp()
@@ -82,9 +83,10 @@ def branch_statistics(logits: Tensor, neighbours: Tensor) -> Tensor:
 
 
 def pair_statistics(clip_logits: Tensor, cma_logits: Tensor) -> Tensor:
-    """How the branches differ: of each class, what the second adds to its lead; of the image, how far they agree.
+    """Return two statistics [B, C, 2] of how the branches differ, from their logits [B, C].
 
-    Two times [B, C] -> [B, C, 2]; permuting the classes permutes it.
+    The first is what the second branch adds to the lead of a class over the mean. The second is how far the branches
+    agree on the image, the same for all classes. Permuting the classes permutes the statistics.
     """
     lead = [logits - logits.mean(dim=1, keepdim=True) for logits in (clip_logits, cma_logits)]
     half = 0.5 * (F.log_softmax(clip_logits, dim=1) + F.log_softmax(cma_logits, dim=1))
@@ -111,7 +113,7 @@ class SharedRefiner(Refiner):
         super().__init__(BRANCH_STATISTICS, BRANCH_STATISTICS + PAIR_STATISTICS, 1, dim, res_scale, fixed_alpha)
 
     def forward(self, clip_logits: Tensor, cma_logits: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
-        """Two times [B, C], and S [C, C] -> (glr_logits [B, C], alpha [B, 1]), in fp32."""
+        """Return (glr_logits [B, C], alpha [B, 1]) in fp32, for both branches' logits [B, C] and S [C, C]."""
         with torch.autocast(device_type=clip_logits.device.type, enabled=False):
             clip_logits, cma_logits = clip_logits.float(), cma_logits.float()
             of_clip = branch_statistics(clip_logits, neighbours)
@@ -129,10 +131,10 @@ class SharedRefiner(Refiner):
 
 
 def fusion_statistics(logits: Tensor) -> Tensor:
-    """What is to be known of an image's logits [B, C] whatever the order and number of classes: [B, 8].
+    """Return eight statistics [B, 8] of logits [B, C] that apply to any order and number of classes.
 
-    The five largest probabilities (0 where there are fewer classes), the lead of the strongest class over the second
-    and over the mean, and the entropy.
+    They are the five largest probabilities (0 where there are fewer classes), the lead of the strongest class over the
+    second and over the mean, and the entropy.
     """
     log_p = F.log_softmax(logits, dim=1)
     values = logits.topk(min(2, logits.shape[1]), dim=1).values
@@ -149,6 +151,6 @@ class SharedFusion(nn.Module):
         self.layers = nn.Sequential(nn.Linear(FUSION_STATISTICS, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
 
     def forward(self, cma_logits: Tensor) -> Tensor:
-        """[B, C] -> w [B, 1], in fp32."""
+        """Return w [B, 1] in fp32 for cma_logits [B, C]."""
         with torch.autocast(device_type=cma_logits.device.type, enabled=False):
             return self.layers(fusion_statistics(cma_logits.float()))

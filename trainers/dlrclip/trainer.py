@@ -1,7 +1,7 @@
 """The trainer DLRCLIP: reads the configuration, builds the network, and says what one step, one epoch and a report are.
 
-It uses only what upstream Dassl offers; what the toolbox of this project offers beyond that (mixed precision with
-gradient scaling, evaluation of several heads in one pass) is used where it is there and done without where it is not.
+It needs only what upstream Dassl offers. The toolbox of this project offers more (mixed precision with gradient
+scaling, evaluation of several heads in one pass): where that is present it is used, elsewhere it is done without.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ NOT_CHOSEN = "mean learnt w (beta was not chosen)"
 
 
 class GivenImages(NamedTuple):
-    """Test images [B, 3, H, W]; zero-shot features [B, E] where they are known, else what takes them."""
+    """Test images, and what is known of their zero-shot features.
+
+    Attributes:
+        images: [B, 3, H, W].
+        features: [B, E], or None where they are not known.
+        keep: where features are not known but wanted, the function to hand them to; else None.
+    """
 
     images: Tensor
     features: Tensor | None = None
@@ -65,7 +71,7 @@ class DLRCLIP(LearnerTrainer):
     # Building
 
     def build_model(self) -> None:
-        """CLIP, the network around it, and the optimiser of what is learnt, stepped per batch."""
+        """Build CLIP, the network around it, and the optimizer of what is learnt; its schedule steps per batch."""
         settings, cfg = self.settings, self.cfg
         clip, classnames = self.load_frozen_clip(settings.prec)
         self.network = DLRCLIPNetwork(clip, classnames, self.templates(), settings)
@@ -81,7 +87,10 @@ class DLRCLIP(LearnerTrainer):
         self._share_features(clip)
 
     def _keep_views(self) -> None:
-        """With INPUT.VIEWS, training batches carry what the frozen blocks make of the images, instead of images."""
+        """Replace the training loader, where INPUT.VIEWS is set, by one of kept views.
+
+        Its batches carry what the frozen blocks make of the images, instead of images.
+        """
         cfg, loader, items = self.cfg, self.train_loader_x, self.dm.dataset.train_x
         views = int(cfg.INPUT.get("VIEWS", 0))
         self._views: ViewLoader | None = None
@@ -93,10 +102,10 @@ class DLRCLIP(LearnerTrainer):
         self.train_loader_x: Any = self._views
 
     def _share_features(self, clip: CLIP) -> None:
-        """Zero-shot features of validation and test images come from the cache on disk, or go there."""
+        """Let validation and test loaders read zero-shot features from the cache on disk, or fill it."""
         encoder = self._encoder = ImageEncoder(clip, self.settings.prec, self._autocast)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return  # each process then has a part of the images
+            return  # each process then has only a part of the images
         for split in ("val", "test"):
             loader = getattr(self, f"{split}_loader")
             slot = feature_slot(self.cfg, encoder, loader, split)
@@ -110,13 +119,13 @@ class DLRCLIP(LearnerTrainer):
     # One step
 
     def before_epoch(self) -> None:
-        """Has the views follow the epoch."""
+        """Let the kept views follow the epoch."""
         super().before_epoch()
         if self._views is not None:
             self._views.set_epoch(self.epoch)
 
     def after_train(self) -> None:
-        """Gives the room of the views back, and tests."""
+        """Release the memory or file of the kept views, then test."""
         if self._views is not None:
             self._views.close()
         super().after_train()
@@ -136,15 +145,15 @@ class DLRCLIP(LearnerTrainer):
         return outputs
 
     def loss(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Return the named losses, times their weights."""
+        """Return the losses by name, each times its weight."""
         return self.network.losses(outputs, labels)
 
     def shown_logits(self, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Return those of the main head, or of `final` where a step does not compute it."""
+        """Return the logits of the main head, or of `final` where a step does not compute the main head."""
         return outputs[self.main_head if self.main_head in outputs else "final"]
 
     def after_update(self) -> None:
-        """Take the step's w into its running mean."""
+        """Add the step's w to the running mean of w."""
         self.network.learner.observe(self._weight)
 
     def watch(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,16 +173,16 @@ class DLRCLIP(LearnerTrainer):
     # Evaluation
 
     def parse_batch_test(self, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        """-> images [B, 3, H, W], with what is known of them, and labels [B], on the device."""
+        """Return images [B, 3, H, W], with what is known of their features, and labels [B], on the device."""
         images, labels = super().parse_batch_test(batch)
         return GivenImages(images, batch.get("feature"), batch.get("keep")), labels
 
     def model_heads(self, input: Tensor | GivenImages) -> dict[str, Tensor]:
-        """Images [B, 3, H, W] -> logits [B, C] of all heads."""
+        """Return logits [B, C] of all heads for images [B, 3, H, W]."""
         return self.model_report(input)["heads"]
 
     def model_report(self, input: Tensor | GivenImages) -> dict[str, dict[str, Tensor]]:
-        """The heads with what figures show beside them: alpha, w, trust and image features of each branch."""
+        """Return the heads, and what figures show beside them: alpha, w, trust, image features of each branch."""
         given = GivenImages(input) if isinstance(input, Tensor) else input
         with self._autocast():
             report = self.network.report(given.images, given.features)
@@ -182,7 +191,10 @@ class DLRCLIP(LearnerTrainer):
         return report
 
     def bind_classes(self, classnames: Sequence[str], class_indices: Sequence[int] | None = None) -> bool:
-        """Sets the class list that logits are for; True when it is a part of the training classes (see the network)."""
+        """Set the class list that logits are for; return whether it is a part of the training classes.
+
+        See DLRCLIPNetwork.bind.
+        """
         self.network.bind(classnames, class_indices)
         return self.network.columns is not None
 
@@ -198,7 +210,7 @@ class DLRCLIP(LearnerTrainer):
             )
 
     def after_epoch(self) -> None:
-        """Chooses what is to be chosen before a checkpoint may be written, so that every checkpoint carries it."""
+        """Choose beta, and calibrate, before a checkpoint may be written, so that every checkpoint carries both."""
         done, freq = self.epoch + 1, self.cfg.TRAIN.CHECKPOINT_FREQ
         saves = done == self.max_epoch or (freq > 0 and done % freq == 0)
         if saves or self.cfg.TEST.FINAL_MODEL == "best_val":
@@ -207,7 +219,7 @@ class DLRCLIP(LearnerTrainer):
         super().after_epoch()
 
     def choose_beta(self) -> None:
-        """Chooses beta on the few-shot validation images; without such images it is the mean learnt w."""
+        """Choose beta on the few-shot validation images, or take the mean learnt w where there are none."""
         learner = self.network.learner
         reason = self.no_validation()
         mean = float(learner.mean_weight())
@@ -227,9 +239,10 @@ class DLRCLIP(LearnerTrainer):
 
     @torch.no_grad()
     def calibrate(self) -> None:
-        """Fits the robust head, where there is one, to validation images as they are and corrupted.
+        """Fit the robust head, where there is one, to validation images as they are and corrupted.
 
-        Without such images its trust stays 1/2: on training images, which it knows, the adapted branch is always right.
+        Without validation images the trust of the head stays 1/2. Training images cannot replace them: the adapted
+        branch knows those, and is always right on them.
         """
         robust = self.network.learner.robust
         if robust is None:
@@ -245,7 +258,7 @@ class DLRCLIP(LearnerTrainer):
         logger.info("Robust head: %s", self.selected["robust"])
 
     def _evidence(self) -> list[Evidence]:
-        """The validation images as they are, and under each corruption."""
+        """Return features, logits and labels of the validation images as they are, then under each corruption."""
         assert self.val_loader is not None
         self.set_model_mode("eval")
         normalised = "normalize" in self.cfg.INPUT.TRANSFORMS
@@ -262,7 +275,7 @@ class DLRCLIP(LearnerTrainer):
         return [Evidence(*(torch.cat(parts) for parts in zip(*group, strict=True))) for group in groups]
 
     def _robust_choice(self) -> dict[str, Any]:
-        """What `selected` says of the robust head."""
+        """Return the entry of `selected` for the robust head."""
         robust = self.network.learner.robust
         assert robust is not None
         n = int(robust.count)
@@ -272,7 +285,7 @@ class DLRCLIP(LearnerTrainer):
     # Checkpoints
 
     def after_load(self, checkpoint: Mapping[str, Any]) -> None:
-        """Set the dataset's class list, and tell what had been chosen."""
+        """Set the dataset's class list, and note in `selected` what the checkpoint's run had chosen."""
         learner = self.network.learner
         self.bind_classes(list(self.dm.dataset.classnames), class_indices(self.dm.dataset))
         beta, n = float(learner.coefficient()), int(learner.beta_n)

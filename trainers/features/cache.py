@@ -1,13 +1,13 @@
-"""Features of a frozen CLIP on disk: computed once for a list of images, then shared by all runs and trainers.
+"""Keep features of a frozen CLIP on disk: computed once for a list of images, then shared by all runs and trainers.
 
-A file per entry, `<key>.safetensors`: the features [V, N, E] and nothing else, no labels above all. The key is the
-SHA-256 of the entry's facts, which are everything that decides a bit of the features: weights, images, transform, seed
-and number of views, precision, batch size, code, and what the arithmetic ran on. So a run reads the very numbers that
-it would have computed. The header holds the facts, a checksum, and what people want to know about the entry. The time
-of the file's last change is that of the entry's last use.
+Each entry is one file, `<key>.safetensors`. It holds the features [V, N, E] and nothing else; above all, no labels. The
+key is the SHA-256 of the entry's facts. The facts are everything that decides a bit of the features: weights, images,
+transform, seed and number of views, precision, batch size, code, and what the arithmetic ran on. So a run reads the
+very numbers that it would have computed. The file's header holds the facts, a checksum, and what people want to know
+about the entry. The file's time of last change is the time of the entry's last use.
 
-A file appears by a rename, complete; two processes that compute the same entry write the same bits. `index.json` lists
-what there is; it is made from the files after every change and never relied on.
+A file appears complete, by a rename; two processes that compute the same entry write the same bits. `index.json` lists
+the entries; it is rewritten from the files after every change, and the program never reads it.
 
 Legend: V views, N images, E width of the joint embedding.
 """
@@ -34,7 +34,7 @@ from torch import Tensor
 
 try:
     import fcntl
-except ImportError:  # not on this system: a size limit may then be overstepped while two processes write
+except ImportError:  # not on this system: the cache may then exceed its limit while two processes write
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
@@ -42,13 +42,16 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
 INDEX, LOCK = "index.json", ".lock"
 GIB = 2**30
-_ABANDONED = 3600  # seconds after which a file that is still half-written belongs to a process that died
+_ABANDONED = 3600  # seconds after which a half-written file is taken to belong to a process that died
 
 Facts = Mapping[str, Any]
 
 
 def default_folder() -> Path:
-    """`features` in the user's cache folder: `$DLR_CLIP_CACHE`, `$XDG_CACHE_HOME/dlr_clip` or `~/.cache/dlr_clip`."""
+    """Return the folder `features` in the user's cache folder.
+
+    The cache folder is `$DLR_CLIP_CACHE`, else `$XDG_CACHE_HOME/dlr_clip`, else `~/.cache/dlr_clip`.
+    """
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     root = os.environ.get("DLR_CLIP_CACHE") or os.path.join(caches, "dlr_clip")
     return Path(root).expanduser().absolute() / "features"
@@ -56,14 +59,14 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the cache.
+    """One entry, a file of the cache.
 
     Attributes:
         path: the file.
         about: "dataset", "split" and "model", for people; empty where the header is damaged.
-        facts: see above; empty too then.
-        size: in bytes.
-        used: last use, in seconds since 1970.
+        facts: what decides the features, see above; empty where the header is damaged.
+        size: size of the file, in bytes.
+        used: time of the last use, in seconds since 1970.
     """
 
     path: Path
@@ -77,8 +80,8 @@ class FeatureCache:
     """The entries in a folder.
 
     Args:
-        folder: made when the first entry is saved.
-        limit: bytes that all entries may take; those not used for longest go first.
+        folder: the folder; made when the first entry is saved.
+        limit: bytes that all entries may take; when they take more, the least recently used are removed first.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -86,11 +89,11 @@ class FeatureCache:
         self.limit = limit
 
     def path(self, facts: Facts) -> Path:
-        """Where the entry with these facts lies, if there is one."""
+        """Return the path of the entry with these facts, whether or not the entry exists."""
         return self.folder / f"{hashlib.sha256(_canonical(facts).encode()).hexdigest()}{SUFFIX}"
 
     def load(self, facts: Facts) -> Tensor | None:
-        """The features [V, N, E], on the CPU; None where there are none. A damaged entry is removed."""
+        """Return the features [V, N, E], on the CPU; None where there is no such entry. A damaged entry is removed."""
         path = self.path(facts)
         try:
             content = path.read_bytes()
@@ -111,9 +114,11 @@ class FeatureCache:
         return values
 
     def save(self, facts: Facts, values: Tensor, about: Mapping[str, str]) -> bool:
-        """Keep features [V, N, E]; whether that was done. That it cannot be is logged, and no error.
+        """Keep features [V, N, E], and return whether that was possible; a failure is logged, never raised.
 
         Args:
+            facts: what decides the features, see above.
+            values: the features.
             about: "dataset", "split" and "model", for people.
         """
         values = values.detach().cpu().contiguous()
@@ -137,7 +142,7 @@ class FeatureCache:
         return True
 
     def entries(self) -> list[Entry]:
-        """All entries, that not used for longest first."""
+        """Return all entries, the least recently used first."""
         found = []
         for path in self.folder.glob(f"*{SUFFIX}"):
             if path.name.startswith("."):
@@ -149,7 +154,7 @@ class FeatureCache:
         return sorted(found, key=lambda entry: (entry.used, entry.path))
 
     def clear(self) -> list[Entry]:
-        """Remove all entries -> what they were."""
+        """Remove all entries, and return what they were."""
         entries = self.entries()
         if self.folder.is_dir():
             with self._lock():
@@ -163,7 +168,7 @@ class FeatureCache:
         with self._lock():
             entries = self.entries()
             total = sum(entry.size for entry in entries)
-            # The newest stays: it alone is within the limit but for its header.
+            # The newest entry stays: `save` has checked its features against the limit (though not its header).
             while total > self.limit and len(entries) > 1:
                 oldest = entries.pop(0)
                 oldest.path.unlink(missing_ok=True)
@@ -194,10 +199,10 @@ class FeatureCache:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        """Only one process at a time removes entries and writes the index."""
+        """Let only one process at a time remove entries and write the index."""
         with open(self.folder / LOCK, "a") as file:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, also when the process is killed
+                fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also when the process is killed
             yield
 
 
@@ -214,7 +219,7 @@ def _words(about: Mapping[str, str]) -> str:
 
 
 def _header(content: bytes) -> dict[str, str]:
-    # safetensors: length of the header in eight bytes, then the header, whose "__metadata__" is ours
+    # A safetensors file begins with the length of its header, in eight bytes, and the header; "__metadata__" is ours.
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length])["__metadata__"]
 
@@ -232,7 +237,11 @@ def _read_about(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _unpack(content: bytes, facts: Facts) -> Tensor:
-    """The features in a file's content; ValueError (or what parsers raise) unless it is a whole file of these facts."""
+    """Return the features in a file's content.
+
+    Raises:
+        ValueError: the content is not that of a whole file with these facts; parsers may raise other errors.
+    """
     header = _header(content)
     values = load(content)["features"]
     if json.loads(header["facts"]) != json.loads(_canonical(facts)):

@@ -1,8 +1,9 @@
-"""Where the features of a loader's images lie in the cache on disk, and what decides their bits.
+"""Find the place of a loader's features in the cache on disk, and gather the facts that decide their bits.
 
-A list of images is known by path, size, and times of the last change of content and of inode of each file: one `stat`
-each, where digests of the content would read a whole test set from the disk before every run. The second time cannot be
-set back, so that another content behind the same size and date is noticed; copying or moving a dataset costs a miss.
+A list of images is identified by the path and size of each file, and by the times when its content and its inode last
+changed. This takes one `stat` per file, whereas digests of the content would read a whole test set from the disk before
+every run. The inode's time cannot be set back, so new content with the same size and date is noticed. A dataset that
+has been copied or moved misses the cache.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class FeatureSlot:
 
     Args:
         cache: the cache.
-        encoder: what encodes them.
-        loader: over a `DatasetWrapper`, or over `SeededViews` of one, in the order of the items.
+        encoder: what encodes the images.
+        loader: a loader over a `DatasetWrapper`, or over `SeededViews` of one, in the order of the items.
         about: "dataset", "split" and "model", for people.
     """
 
@@ -56,10 +57,10 @@ class FeatureSlot:
 
     @cached_property
     def facts(self) -> dict[str, Any] | None:
-        """What decides the features' bits, as it is when first asked for; None where that cannot be told."""
+        """What decides the features' bits, gathered at the first access; None where it cannot be determined."""
         clip, transform = self.encoder.clip, self.images.transform
         images, words = images_digest(item.impath for item in self.images.data_source), repr(transform)
-        if images is None or " at 0x" in words:  # an address, which says nothing about the transform
+        if images is None or " at 0x" in words:  # a memory address, which does not describe the transform
             logger.info("Features are not cached: the images are no files, or their transform cannot be described")
             return None
         steps = getattr(transform, "transforms", [transform])
@@ -71,7 +72,7 @@ class FeatureSlot:
             "transform": words,
             **({"views": self.views, "seed": self.seed} if self.views else {}),
             "precision": self.encoder.precision,
-            # Sums are formed in an order that depends on all of these.
+            # The order in which sums are formed depends on all that follows.
             "batch_size": self.batch_size,
             "device": _device(clip.device),
             "matmul": torch.get_float32_matmul_precision(),
@@ -86,7 +87,7 @@ class FeatureSlot:
         }
 
     def load(self) -> FeatureSet | None:
-        """The features from the cache, on CLIP's device, with the dataset's present labels; None: not there."""
+        """Return the features from the cache, on CLIP's device, with the dataset's present labels; None: not there."""
         values = None if self.facts is None else self.cache.load(self.facts)
         if values is None:
             return None
@@ -102,11 +103,11 @@ class FeatureSlot:
 
 
 def feature_slot(cfg: Any, encoder: ImageEncoder, loader: Any, split: str) -> FeatureSlot | None:
-    """The slot of a loader's images; None where the cache is off, or the images are not in a fixed order.
+    """Return the slot of a loader's images; None where the cache is off, or the images have no fixed order.
 
     Args:
-        cfg: FEATURE_CACHE is read, and the names of dataset and backbone.
-        loader: see `FeatureSlot`.
+        cfg: the configuration; FEATURE_CACHE and the names of dataset and backbone are read.
+        encoder, loader: see `FeatureSlot`.
         split: "train", "val" or "test", for people.
     """
     dataset = getattr(loader, "dataset", None)
@@ -125,7 +126,7 @@ def feature_slot(cfg: Any, encoder: ImageEncoder, loader: Any, split: str) -> Fe
 
 
 def images_digest(paths: Iterable[str]) -> str | None:
-    """SHA-256 of the files' paths, sizes and times of change, in order; None where one is no file."""
+    """Return the SHA-256 of the files' paths, sizes and times of change, in order; None if one cannot be found."""
     digest = hashlib.sha256()
     for path in paths:
         try:
@@ -140,7 +141,7 @@ def images_digest(paths: Iterable[str]) -> str | None:
 def code_digest(*things: Any) -> str:
     """Return the SHA-256 of the source files that read, transform and encode images.
 
-    These are the modules of `things`, and the rooms that run the towers: clip, features and modules.
+    These are the modules of `things`, and all files of the packages that run the towers: clip, features and modules.
     """
     modules = {thing.__module__ for thing in things}
     files: Sequence[str | None] = [getattr(sys.modules[name], "__file__", None) for name in sorted(modules)]

@@ -23,14 +23,14 @@ from .encoder import ImageEncoder
 
 FILE_NAME = "imo_adapters.safetensors"  # in the output folder of a run
 FORMAT = "imo-adapters-2"
-FORMATS = ("imo-adapters-1", FORMAT)  # the first has no form: it is "after"
+FORMATS = ("imo-adapters-1", FORMAT)  # files of the first do not name a form: theirs is "after"
 
 
 def save_adapters(path: str | os.PathLike[str], adapters: IMOAdapters, clip: CLIP, recipe: Mapping[str, Any]) -> None:
     """Write the adapters and how they were made as safetensors, at once or not at all.
 
     Args:
-        recipe: plain values (trainer, config, data digest, ...); what the adapters fit is added.
+        recipe: plain values (trainer, config, data digest, ...); which CLIP the adapters fit is added.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in adapters.state_dict().items()}
     facts = {
@@ -46,7 +46,7 @@ def save_adapters(path: str | os.PathLike[str], adapters: IMOAdapters, clip: CLI
 
 
 def find_adapters(path: str | os.PathLike[str]) -> Path:
-    """The adapters' file: `path` itself, or in the run folder `path`.
+    """Find the adapters' file: `path` itself, or the file in the run folder `path`.
 
     Raises:
         FileNotFoundError: there is none.
@@ -62,10 +62,11 @@ def find_adapters(path: str | os.PathLike[str]) -> Path:
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """How the adapters of a file were made and what they fit.
+    """Read how the adapters of a file were made, and which CLIP they fit.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it is no such file.
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no such adapters.
     """
     file = find_adapters(path)
     try:
@@ -79,18 +80,18 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_adapters(path: str | os.PathLike[str], backbone: str) -> None:
-    """`read_recipe`, and that the adapters are for a backbone of that name; before CLIP is loaded."""
+    """Check that a file holds adapters for a backbone of that name, before CLIP is loaded; see `read_recipe`."""
     made_for = read_recipe(path)["backbone"]
     if made_for != backbone:
         raise ValueError(f"Expected adapters (MODEL.IMO_WEIGHTS) for backbone {backbone} but got some for {made_for}")
 
 
 def load_adapters(path: str | os.PathLike[str], clip: CLIP) -> IMOAdapters:
-    """Adapters from a file (or run folder), frozen, on CLIP's device.
+    """Load adapters from a file (or run folder), frozen, on CLIP's device.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no such file, is damaged, or was made for another CLIP.
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no adapters, is damaged, or was made for another CLIP.
     """
     recipe, file = read_recipe(path), find_adapters(path)
     widths = {int(i): width for i, width in recipe["widths"].items()}
@@ -112,11 +113,11 @@ def load_adapters(path: str | os.PathLike[str], clip: CLIP) -> IMOAdapters:
 
 
 class CorrectedEncoder(ImageEncoder):
-    """Images -> features of the frozen CLIP and, beside them, those of CLIP with adapters.
+    """Encode images by the frozen CLIP and, beside these features, by CLIP with adapters.
 
     Args:
         clip, precision, autocast: see ImageEncoder.
-        adapters: on CLIP's device.
+        adapters: the adapters, on CLIP's device.
     """
 
     parts = 2
@@ -127,12 +128,15 @@ class CorrectedEncoder(ImageEncoder):
 
     @property
     def weights_digest(self) -> str:
-        """That of CLIP and of the adapters."""
+        """The digests of CLIP's weights and of the adapters."""
         return f"{self.clip.weights_digest}+{self.adapters.digest()}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> original and corrected features [B, 2E], fp32, each half L2-normalised if `unit`."""
+        """Return original and corrected features [B, 2E] of images [B, 3, H, W].
+
+        They are fp32; if `unit`, each half is L2-normalized.
+        """
         original = super().__call__(images)
         with self.autocast():
             corrected = self.adapters.encode(self.clip, images.to(self.clip.device), unit=self.unit)

@@ -21,16 +21,16 @@ Encode = Callable[[Tensor], Tensor]
 
 
 class ImageEncoder:
-    """Images -> features of a frozen CLIP: one encoder for all trainers, so that they can share features.
+    """Encode images by a frozen CLIP: all trainers use this one encoder, so that they can share features.
 
     Args:
         clip: the frozen CLIP.
-        precision: fp32, fp16, amp or bf16, as `autocast` and the CLIP's weights have it.
+        precision: fp32, fp16, amp or bf16; it must be that of `autocast` and of CLIP's weights.
         autocast: gives the context in which images are encoded.
 
     Attributes:
-        parts: kinds of features that lie side by side in what is returned.
-        unit: whether each of them is L2-normalised.
+        parts: how many kinds of features lie side by side in the result.
+        unit: whether the features of each kind are L2-normalized.
     """
 
     parts = 1
@@ -43,7 +43,7 @@ class ImageEncoder:
 
     @property
     def width(self) -> int:
-        """Width of what is returned."""
+        """Width of the features that are returned."""
         return self.parts * self.clip.embed_dim
 
     @property
@@ -52,14 +52,14 @@ class ImageEncoder:
         return self.clip.weights_digest
 
     def raw(self) -> ImageEncoder:
-        """Return the same encoder, whose features keep their lengths."""
+        """Return a copy of the encoder whose features keep their lengths."""
         other = copy.copy(self)
         other.unit = False
         return other
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> features [B, E], L2-normalised if `unit`, fp32, on CLIP's device."""
+        """Return features [B, E] of images [B, 3, H, W], fp32, on CLIP's device, L2-normalized if `unit`."""
         with self.autocast():
             features = self.clip.encode_image(images.to(self.clip.device))
         return F.normalize(features.float(), dim=-1) if self.unit else features.float()
@@ -70,10 +70,10 @@ class FeatureSet:
     """Features of the images of one split, in the order of the split.
 
     Attributes:
-        values: [V, N, E], normalised, fp32, on CLIP's device.
-        labels: [N], there too.
-        paths: the N images' files; empty where the loader does not say.
-        lengths: [V, N, P] of the P parts that lie side by side in E, before they were normalised; None: not known.
+        values: features [V, N, E], normalized, fp32, on CLIP's device.
+        labels: [N], on CLIP's device.
+        paths: files of the N images; empty where the loader does not give them.
+        lengths: [V, N, P], the lengths of the P parts of E before they were normalized; None: not known.
     """
 
     values: Tensor
@@ -85,16 +85,19 @@ class FeatureSet:
         return len(self.labels)
 
     def flat(self) -> tuple[Tensor, Tensor]:
-        """Every view an image of its own: features [V * N, E] and labels [V * N]."""
+        """Return features [V * N, E] and labels [V * N], every view as an image of its own."""
         return self.values.flatten(0, 1), self.labels.repeat(len(self.values))
 
     def normalised(self, parts: int) -> FeatureSet:
-        """Return the same with each of the parts of E normalised, and their lengths."""
+        """Return a feature set with each of the `parts` of E normalized, which records their lengths before."""
         split = self.values.unflatten(-1, (parts, -1))
         return FeatureSet(F.normalize(split, dim=-1).flatten(-2), self.labels, self.paths, split.norm(dim=-1))
 
     def mean(self) -> Tensor:
-        """Return the mean over the views [N, E] of the features as they were before they were normalised."""
+        """Return the mean [N, E], over the views, of the features as they were before normalization.
+
+        Where their lengths are not known, it is the mean of the features as they are.
+        """
         if self.lengths is None:
             return self.values.mean(dim=0)
         split = self.values.unflatten(-1, (self.lengths.shape[-1], -1))
@@ -102,10 +105,10 @@ class FeatureSet:
 
 
 class Slot(Protocol):
-    """Where features are kept between runs."""
+    """A place where features are kept between runs."""
 
     def load(self) -> FeatureSet | None:
-        """The features, or None where they are not there."""
+        """Return the features, or None where they are not there."""
 
     def save(self, values: Tensor) -> None:
         """Keep features [V, N, E]."""

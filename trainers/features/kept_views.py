@@ -1,8 +1,9 @@
-"""Training images in V fixed views, whose frozen part is computed once: an epoch then costs only the adapted suffix.
+"""Keep training images in V fixed views, and compute the frozen part of each view once.
 
-View v of an image depends on seed, v and the image alone; epoch e uses view e mod V. What of a view does not depend on
-what is learnt (see `FrozenPart`) is computed when it is first met, and kept: in RAM where all of it fits into a budget,
-else in a memory-mapped file, which has no name, so that nothing is left of it when the process ends, however it ends.
+An epoch then costs only the adapted suffix of the encoder. View v of an image depends on seed, v and the image alone;
+epoch e uses view e mod V. The part of a view's computation that does not depend on what is learnt (see `FrozenPart`) is
+done when the view is first needed. Its result is kept: in RAM if the results of all views fit into a budget, else in a
+memory-mapped file. That file has no name, so nothing is left of it when the process ends, however it ends.
 
 Legend: V views, N images, B images in a batch, E width of the joint embedding.
 """
@@ -30,10 +31,10 @@ GIB = 2**30
 
 
 class FrozenPart(NamedTuple):
-    """What of a batch of images does not depend on what is learnt.
+    """The activations of a batch of images that do not depend on what is learnt.
 
     Attributes:
-        features: normalised features of zero-shot CLIP [B, E], fp32.
+        features: normalized features of zero-shot CLIP [B, E], fp32.
         hidden: what enters the first adapted block: ViT [B, N, D], ResNet [B, D, H, W]; None where CMA is off.
     """
 
@@ -45,17 +46,17 @@ Encode = Callable[[Tensor], FrozenPart]
 
 
 def mapped_rows(count: int, shape: Sequence[int], dtype: torch.dtype, folder: str) -> Tensor:
-    """A tensor [count, *shape] that lies in a new file without a name in `folder`; it goes when the tensor goes.
+    """Return a tensor [count, *shape] in a new, nameless file in `folder`; the file goes when the tensor goes.
 
     Raises:
-        ValueError: there is no room for it.
+        ValueError: there is no room for the file.
     """
     size = count * math.prod(shape) * dtype.itemsize
     os.makedirs(folder, exist_ok=True)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives the open file
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and a crash when written to
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, but a crash at a later write
             else:
                 file.truncate(size)
             buffer = mmap.mmap(file.fileno(), size)
@@ -72,8 +73,8 @@ class FrozenViews:
 
     Args:
         count: V * N.
-        budget: bytes that they may take in RAM.
-        folder: where the file lies if they take more.
+        budget: bytes that the frozen parts may take in RAM.
+        folder: where their file lies if they take more.
     """
 
     def __init__(self, count: int, budget: float, folder: str) -> None:
@@ -85,7 +86,7 @@ class FrozenViews:
         self.on_disk = False
 
     def _allocate(self, part: FrozenPart) -> None:
-        """Makes room for rows like those of `part`."""
+        """Make room for `count` rows like those of `part`."""
         count, tensors = len(self.known), [t for t in part if t is not None]
         size = count * sum(math.prod(t.shape[1:]) * t.dtype.itemsize for t in tensors)
         self.on_disk = size > self.budget
@@ -102,7 +103,7 @@ class FrozenViews:
         self.hidden = None if part.hidden is None else room(part.hidden)
 
     def put(self, rows: Tensor, part: FrozenPart) -> None:
-        """Keeps the frozen part of these rows [n]."""
+        """Keep the frozen part of these rows [n]."""
         if self.features is None:
             self._allocate(part)
         assert self.features is not None
@@ -112,18 +113,18 @@ class FrozenViews:
         self.known[rows] = True
 
     def take(self, rows: Tensor, device: torch.device) -> FrozenPart:
-        """The frozen part of these rows [B], all of them known, on the device."""
+        """Return the frozen part of these rows [B], all of them known, on the device."""
         return self.sent(self.gather(rows, device), device)
 
     def gather(self, rows: Tensor, device: torch.device) -> FrozenPart:
-        """The frozen part of these rows [B], all of them known, in host memory; for a GPU in pinned memory."""
+        """Gather the frozen part of these rows [B], all of them known, in host memory; for a GPU in pinned memory."""
         assert self.features is not None and bool(self.known[rows].all())
         hidden = None if self.hidden is None else _rows(self.hidden, rows, device)
         return FrozenPart(_rows(self.features, rows, device), hidden)
 
     @staticmethod
     def sent(part: FrozenPart, device: torch.device) -> FrozenPart:
-        """The same on the device; from pinned memory the copy goes on while the program does."""
+        """Copy a frozen part to the device; from pinned memory, the copy runs while the program goes on."""
         hidden = None if part.hidden is None else part.hidden.to(device, non_blocking=True)
         return FrozenPart(part.features.to(device, non_blocking=True), hidden)
 
@@ -136,16 +137,17 @@ def _rows(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
 
 
 class ViewLoader:
-    """Batches of training images' frozen parts, in the order of a loader of images: "feature", "hidden" and the label.
+    """Hand out frozen parts of training images in batches, in the order of a loader of images.
 
-    Images are read and encoded as long as a batch has views that are not known yet.
+    A batch has "feature", "label", "impath" and "index", and "hidden" where there is one. Images are read and encoded
+    only while a batch has views that are not known yet.
 
     Args:
-        loader: of the training images; its batch sampler gives the order, its dataset the augmented images.
+        loader: a loader of the training images; its batch sampler gives the order, its dataset the augmented images.
         items: the images, with `label` and `impath`, in the dataset's order.
         encode: images [B, 3, H, W] -> their frozen part.
         views: V, at least 1.
-        seed: of the views, 0 or more.
+        seed: the seed of the views, 0 or more.
         budget: bytes of RAM, see FrozenViews.
         folder: see FrozenViews.
         device: where the batches go.
@@ -165,7 +167,7 @@ class ViewLoader:
         self.dataset = loader.dataset
         self.batch_size = loader.batch_size
         self.batch_sampler = getattr(loader, "shared_batches", None) or loader.batch_sampler
-        self.batch_sampler.of_loader = False  # gone through here: what a loader draws first does not count
+        self.batch_sampler.of_loader = False  # no DataLoader iterates over it here, so no draw for one
         self.items = items
         self.views = views
         self.epoch = 0
@@ -174,32 +176,32 @@ class ViewLoader:
         self._data = SeededViews(loader.dataset, views, seed)
         self._new_store: Callable[[], FrozenViews] = lambda: FrozenViews(len(self._data), budget, folder)
         self._options = workers_like(loader)
-        self._todo: list[list[int]] = []  # what the reader reads next, in batches
+        self._todo: list[list[int]] = []  # the views that the reader reads next, in batches
         self.close()
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch (from 0) that the next pass belongs to."""
+        """Set the epoch (from 0) that the next pass belongs to."""
         self.epoch = epoch
 
     def close(self) -> None:
-        """Forgets all views, and gives their memory or file back; a further pass starts anew."""
+        """Forget all views, and give their memory or file back; a further pass starts anew."""
         self.store = self._new_store()
         self._reader: DataLoader[Any] | None = None
 
     def _read(self, batches: list[list[int]]) -> Iterator[Any]:
-        """Batches of these views; the reader's processes stay for the next epoch."""
+        """Read these views in batches; the reader's processes stay for the next epoch."""
         if not batches:
-            self._reader = None  # all is known, as it will be in the epochs to come
+            self._reader = None  # all views of this epoch are known, so no reader is needed
             return iter(())
         if self._reader is None:
             self._reader = DataLoader(
                 self._data,
                 batch_sampler=self._todo,  # read anew for each pass
                 persistent_workers=self._options["num_workers"] > 0,
-                generator=torch.Generator(),  # of the workers; the program's own draws do not count
+                generator=torch.Generator(),  # for the workers: the program's own draws do not change
                 **self._options,
             )
         self._todo[:] = batches
@@ -207,12 +209,12 @@ class ViewLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         offset = self.epoch % self.views * len(self.dataset)
-        # The engine's own sampler gives tuples that begin with the index, upstream's the index alone.
+        # The engine's own sampler gives tuples that begin with the index; upstream's sampler gives the index alone.
         batches = [[k if isinstance(k, int) else k[0] for k in batch] for batch in self.batch_sampler]
         unknown = [[offset + i for i in dict.fromkeys(batch) if not self.store.known[offset + i]] for batch in batches]
         images = self._read([rows for rows in unknown if rows])
         rows = [offset + torch.tensor(batch) for batch in batches]
-        ahead: Future[FrozenPart] | None = None  # the next batch's, gathered while the step on this one runs
+        ahead: Future[FrozenPart] | None = None  # of the next batch, gathered while this one's step runs
         with ThreadPoolExecutor(1) as worker:
             for number, (batch, new) in enumerate(zip(batches, unknown, strict=True)):
                 if new:

@@ -1,7 +1,8 @@
 """Hand out features in batches; each image is encoded once, and cache.py keeps features between runs.
 
-Methods that learn on features alone (probes, caches, adapters behind the encoder) take everything from here: training
-images in V seeded augmentations ("views"), validation and test images as they are. All features are L2-normalised.
+Methods that learn on features alone (probes, caches, adapters behind the encoder) take all their features from here:
+those of training images in V seeded augmentations ("views"), those of validation and test images as they are. All
+features are L2-normalized.
 
 Legend: V views, N images, B images in a batch, E width of the joint embedding.
 """
@@ -21,20 +22,23 @@ WORKERS: dict[str, Any] = {"num_workers": 0, "worker_init_fn": None, "pin_memory
 
 
 def workers_like(loader: Any) -> dict[str, Any]:
-    """Return the arguments that give a loader as many reader processes as another one has; without one, none."""
+    """Return the arguments that give a new loader the same reader processes as `loader`; none if that has none."""
     return {name: getattr(loader, name, default) for name, default in WORKERS.items()}
 
 
 def encode_batch(batch: Batch, encode: Encode) -> Tensor:
-    """Features [B, E] of a batch: those it carries as "feature", else those of its images "img"."""
+    """Return features [B, E] of a batch: those in "feature" where there are any, else those of its images "img"."""
     return batch["feature"] if "feature" in batch else encode(batch["img"])
 
 
 @torch.no_grad()
 def collect_features(loader: Iterable[Batch], encode: Encode, views: int = 1, slot: Slot | None = None) -> FeatureSet:
-    """The features of all images of a loader whose items are `views` times the same N images, in order.
+    """Collect the features of all images of a loader whose items are `views` times the same N images, in order.
 
-    With a slot they come from there, or are kept there once computed.
+    If the slot has the features, they come from there; else they are computed, and kept in the slot, if there is one.
+
+    Raises:
+        ValueError: the number of items is not a multiple of `views`.
     """
     known = slot.load() if slot is not None else None
     if known is not None:
@@ -55,16 +59,17 @@ def collect_features(loader: Iterable[Batch], encode: Encode, views: int = 1, sl
 
 
 class FeatureLoader:
-    """A loader of images that encodes them the first time it is run through, and remembers the features from then on.
+    """A loader of images that encodes them in its first pass, and remembers their features from then on.
 
-    With a slot it finds features of an earlier run there, and keeps them there.
+    With a slot, the loader takes features of an earlier run from there, and keeps there those that it computes.
 
-    Batches carry "feature" [B, E] beside what they had; from memory, they have "feature", "label" and "impath" only.
+    In the first pass, batches have "feature" [B, E] beside all that the loader of images gives; from memory, they have
+    "feature", "label", "index" and, where known, "impath" only.
 
     Args:
-        loader: batches with "img", "label" and "impath", always in the same order.
-        encode: images [B, 3, H, W] -> normalised features [B, E].
-        slot: where the features of these images are kept between runs, if anywhere.
+        loader: gives batches with "img", "label" and "impath", always in the same order.
+        encode: images [B, 3, H, W] -> normalized features [B, E].
+        slot: where the features of these images are kept between runs; None: nowhere.
     """
 
     def __init__(self, loader: Any, encode: Encode, slot: Slot | None = None) -> None:
@@ -86,7 +91,7 @@ class FeatureLoader:
         return self._stream() if self._known is None else self._from_memory(self._known)
 
     def all(self) -> FeatureSet:
-        """The features of all images."""
+        """Return the features of all images."""
         self._recall()
         if self._known is None:
             for _ in self._stream():
@@ -95,7 +100,7 @@ class FeatureLoader:
         return self._known
 
     def regroup(self, batches: list[list[int]] | None) -> None:
-        """From now on, the batches consist of these rows (a row may be in several); None: as the loader has them."""
+        """Make the batches consist of these rows (a row may be in several) from now on; None: the loader's."""
         self._batches = batches
 
     def _recall(self) -> None:
@@ -110,7 +115,7 @@ class FeatureLoader:
             kept = {"feature": features, "label": batch["label"], "impath": batch.get("impath", ())}
             seen.append(kept)
             yield {**batch, "feature": features}
-        # Only here, after the last batch: whoever stops before has not seen all of them.
+        # This stands after the last batch: a caller that stops earlier has not seen all images.
         self._known = collect_features(seen, self.encode)
         if self.slot is not None:
             self.slot.save(self._known.values)
@@ -122,13 +127,14 @@ class FeatureLoader:
 
 
 class KnownFeatures:
-    """The batches of a loader of images, with their features beside them where those are known.
+    """The batches of a loader of images, with the features beside the images where the features are known.
 
-    For methods that need the images too, and compute the features on the way: where they are not known, each batch has
-    a function "keep" that takes them. After a pass in which it got those of every batch, they are in the slot.
+    This is for methods that need the images too, and compute the features on the way. Where the features are not known,
+    each batch has a function "keep"; the method hands it the features of the batch. After a pass in which all batches
+    were handed over, the features are in the slot.
 
     Args:
-        loader: batches with "img", always in the same order.
+        loader: gives batches with "img", always in the same order.
         slot: where the features of these images are kept between runs.
     """
 
@@ -159,13 +165,13 @@ class TrainingFeatures:
     """Batches of training features in random order, which seed and epoch decide; epoch e uses view e mod V, or all.
 
     Args:
-        compute: gives the features; called when the first batch is asked for.
+        compute: gives the features; called when they are first asked for.
         n: number of images.
         batch_size: B; without `drop_last` the last batch of a pass may be smaller.
-        seed: of the order.
-        steps: batches in an epoch, taken from as many passes as it needs; 0: one pass.
-        every_view: V where every view is an image of its own, so that a pass has V * N; 0: one view per epoch.
-        drop_last: leave the last, smaller batch of a pass out, provided there is a full one.
+        seed: the seed of the order.
+        steps: batches in an epoch, taken from as many passes as needed; 0: one pass.
+        every_view: V if every view counts as an image of its own, so that a pass has V * N; 0: one view per epoch.
+        drop_last: whether to leave out the last, smaller batch of a pass, provided the pass has a full one.
     """
 
     def __init__(
@@ -195,17 +201,17 @@ class TrainingFeatures:
         return self.steps or max(1, math.ceil(self._used / self.batch_size))
 
     def all(self) -> FeatureSet:
-        """The features of all images."""
+        """Return the features of all images."""
         if self._known is None:
             self._known = self._compute()
         return self._known
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch (from 0) that the next pass belongs to."""
+        """Set the epoch (from 0) that the next pass belongs to."""
         self.epoch = epoch
 
     def skip(self, count: int) -> None:
-        """Leaves the first batches of the next pass out: a resumed run has seen them."""
+        """Skip the first `count` batches of the next pass: a resumed run has seen them."""
         self._skipped = count
 
     def __iter__(self) -> Iterator[Batch]:
@@ -224,7 +230,7 @@ class TrainingFeatures:
 
 
 class OneStep:
-    """Stands in for a loader where a method is fitted in one step, to all images at once: one batch, without images."""
+    """Stand in for a loader where a method is fitted to all images at once: give one batch, of the labels alone."""
 
     def __init__(self, features: TrainingFeatures) -> None:
         self.features = features
@@ -238,7 +244,7 @@ class OneStep:
 
 
 def _pick(known: FeatureSet, rows: Tensor, view: Tensor | int = 0, listed: Tensor | None = None) -> Batch:
-    """A batch of these rows; `listed` are the same rows on the CPU, so that nothing waits for the device."""
+    """Pick these rows as a batch; `listed` are the same rows on the CPU, so that nothing waits for the device."""
     paths = [known.paths[row] for row in (rows if listed is None else listed).tolist()] if known.paths else []
     batch: Batch = {"feature": known.values[view, rows], "label": known.labels[rows], "index": rows}
     return {**batch, "impath": paths} if paths else batch

@@ -19,8 +19,8 @@ class SeededViews(Dataset[Any]):
 
     Args:
         dataset: N items, each augmented by random draws whenever it is read.
-        views: V.
-        seed: 0 or more.
+        views: V, the number of augmentations of each item.
+        seed: decides the augmentations; 0 or more.
     """
 
     def __init__(self, dataset: Any, views: int, seed: int) -> None:
@@ -47,7 +47,7 @@ class SeededViews(Dataset[Any]):
 
 
 class Mirror:
-    """The mirror image of an image tensor [..., H, W]."""
+    """A transform that mirrors an image tensor [..., H, W] left to right."""
 
     def __call__(self, image: Tensor) -> Tensor:
         return image.flip(-1)

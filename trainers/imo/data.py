@@ -1,4 +1,4 @@
-"""Training images of the adapters: batches and augmentations that follow from seed and epoch, however many processes.
+"""Training images of the adapters: seed and epoch alone decide batches and augmentations, in any number of processes.
 
 Legend: B images of a step in all processes together, G global and L local crops, S side of the model's input.
 """
@@ -20,14 +20,14 @@ from ..features.loaders import workers_like
 
 
 def process_rank() -> tuple[int, int]:
-    """This process's number and how many there are."""
+    """Return this process's number and the number of processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def mean_of_processes(values: dict[str, float]) -> dict[str, float]:
-    """The mean of each value over the processes, whose parts of a batch are equal."""
+    """Return the mean of each value over the processes, which have equal parts of a batch."""
     world = process_rank()[1]
     if world == 1:
         return values
@@ -39,7 +39,7 @@ def mean_of_processes(values: dict[str, float]) -> dict[str, float]:
 
 
 class EpochBatches:
-    """Lists of rows of `SeededViews`, one per step: this process's share of each batch.
+    """The batches of an epoch, one per step: each lists this process's share, as rows of `SeededViews`.
 
     The order of the images follows from seed and epoch. Epoch e reads view e of each image. The last, smaller batch of
     an epoch is left out unless it is the only one.
@@ -67,7 +67,7 @@ class EpochBatches:
         return self.n // self.size
 
     def skip(self, count: int) -> None:
-        """Leaves the first batches of the next pass out: a resumed run has seen them."""
+        """Leave out the first `count` batches of the next pass, which a resumed run has seen."""
         self._skipped = count
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -79,7 +79,7 @@ class EpochBatches:
 
 
 class MultiCrop:
-    """PIL image -> G global crops [G, 3, S, S] and L local ones [L, 3, S, S].
+    """Transform of a PIL image to G global crops [G, 3, S, S] and L local ones [L, 3, S, S].
 
     Local crops are enlarged to S: the towers' position embeddings are for that size, and CLIP has seen no other. (The
     source of DINO gives smaller images to its own networks, which costs less.)
@@ -90,7 +90,7 @@ class MultiCrop:
         global_scale, local_scale: range of a crop's share of the image's area.
         switches: which of random_flip, colorjitter, randomgrayscale, gaussian_blur, solarize, normalize are on; their
             strengths and probabilities are DINO's.
-        mean, std: of the normalisation.
+        mean, std: mean and deviation that crops are normalized with.
     """
 
     def __init__(
@@ -133,10 +133,15 @@ class MultiCrop:
 
 
 def training_loader(cfg: Any, items: Sequence[Any], transform: Any, seed: int, epochs: int, like: Any) -> Any:
-    """A loader over this process's share of the batches; its `batch_sampler` is an `EpochBatches`.
+    """Return a loader of this process's share of the batches; its `batch_sampler` is an `EpochBatches`.
 
     Args:
-        like: a loader of the toolbox's, which has as many reader processes; they begin as its own do.
+        cfg: the configuration; BATCH_SIZE counts the images of all processes together.
+        items: the training images.
+        transform: what makes a view of an image.
+        seed: 0 or more.
+        epochs: number of views of each image.
+        like: a loader of the toolbox; the new one gets as many reader processes, which start in the same way.
     """
     readers = workers_like(like)
     views = SeededViews(DatasetWrapper(cfg, items, transform=transform), epochs, seed)

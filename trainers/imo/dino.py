@@ -1,4 +1,4 @@
-"""The pieces of DINO: projection head, centred and sharpened teacher, loss over pairs of crops, schedules.
+"""The pieces of DINO: projection head, centered and sharpened teacher, loss over pairs of crops, schedules.
 
 Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021.
 
@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 
 class DINOHead(nn.Module):
-    """MLP of three layers, L2 normalisation, and a linear layer whose rows have unit length: E -> K.
+    """MLP of three layers, L2 normalization, and a linear layer whose rows have unit length: E -> K.
 
     Args:
-        width: E. hidden: of the MLP. bottleneck: what the MLP ends in. out: K.
+        width: E. hidden: width of the MLP's hidden layers. bottleneck: width of its output. out: K.
 
     Attributes:
         freeze_last: whether the last layer gets no gradient.
@@ -39,7 +39,7 @@ class DINOHead(nn.Module):
         self.freeze_last = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., E] -> [..., K], in fp32."""
+        """Return outputs [..., K] in fp32 for x [..., E]."""
         with torch.autocast(device_type=x.device.type, enabled=False):
             x = x.float()
             for number, layer in enumerate(self.layers):
@@ -49,7 +49,9 @@ class DINOHead(nn.Module):
 
 
 def teacher_targets(outputs: Tensor, centre: Tensor, temperature: float) -> Tensor:
-    """The teacher's distributions: centred, which keeps one output from winning, and sharpened, which keeps them apart.
+    """Return the teacher's distributions [..., K], centered and sharpened.
+
+    Centering keeps one output from winning everywhere; sharpening keeps the outputs apart.
 
     Args:
         outputs: [..., K]. centre: [K]. temperature: above 0, lower is sharper.
@@ -58,7 +60,7 @@ def teacher_targets(outputs: Tensor, centre: Tensor, temperature: float) -> Tens
 
 
 def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of the student's distributions to the teacher's, mean over images and pairs of different crops.
+    """Return the cross-entropy of student to teacher, averaged over images and pairs of different crops.
 
     Args:
         student: [V, B, K], outputs for all crops, the global ones first.
@@ -73,7 +75,7 @@ def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
 
 @torch.no_grad()
 def update_centre(centre: Tensor, outputs: Tensor, momentum: float = 0.9) -> None:
-    """Moves the centre, in place, towards the mean of the teacher's outputs for the batch of all processes.
+    """Move the center, in place, towards the mean of the teacher's outputs for the batch of all processes.
 
     Args:
         centre: [K]. outputs: [..., K], the same number in every process.
@@ -87,25 +89,26 @@ def update_centre(centre: Tensor, outputs: Tensor, momentum: float = 0.9) -> Non
 
 @torch.no_grad()
 def update_teacher(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, in place."""
+    """Set teacher = momentum * teacher + (1 - momentum) * student, in place."""
     for ours, theirs in zip(teacher, student, strict=True):
         ours.mul_(momentum).add_(theirs.detach(), alpha=1 - momentum)
 
 
 def cosine(step: int, steps: int, start: float, end: float) -> float:
-    """From `start` at step 0 to `end` at step `steps`, along a cosine."""
+    """Return a value that goes from `start` at step 0 to `end` at step `steps`, along a cosine."""
     return end + (start - end) * (math.cos(math.pi * step / max(1, steps)) + 1) / 2
 
 
 def cosine_momentum(step: int, steps: int, start: float = 0.9998) -> float:
-    """The teacher's momentum: from `start` at step 0 to 1 at step `steps`, along a cosine."""
+    """Return the teacher's momentum, which goes from `start` at step 0 to 1 at step `steps`, along a cosine."""
     return 1.0 - (1.0 - start) * (math.cos(math.pi * step / max(1, steps)) + 1) / 2
 
 
 def learning_rate(step: int, steps: int, warmup: int, full: float, least: float) -> float:
-    """From 0 in even steps to `full` at the last of `warmup` steps, then along a cosine over the others to `least`.
+    """Return the learning rate of a step: a linear warmup, then a cosine.
 
-    The cosine starts at `full` again, and ends one step before `least`.
+    The rate goes in even steps from 0 to `full` at the last of `warmup` steps, then along a cosine over the others to
+    `least`. The cosine starts at `full` again, and the last step is one before the cosine reaches `least`.
     """
     if step < warmup:
         return full * step / max(1, warmup - 1)
@@ -113,13 +116,16 @@ def learning_rate(step: int, steps: int, warmup: int, full: float, least: float)
 
 
 def teacher_temperature(epoch: int, start: float, end: float, warmup: int) -> float:
-    """`warmup` even steps from `start` in epoch 0 to `end` in epoch `warmup` - 1, and `end` from then on."""
+    """Return the teacher's temperature in an epoch.
+
+    It goes in even steps from `start` in epoch 0 to `end` in epoch `warmup` - 1, and is `end` from then on.
+    """
     return end if epoch >= warmup else start + (end - start) * epoch / max(1, warmup - 1)
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> None:
-    """Shortens the gradient of each parameter that is longer than `largest` to that length, in place."""
+    """Clip the gradient of each parameter to a norm of at most `largest`, in place."""
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.mul_((largest / (parameter.grad.norm() + 1e-6)).clamp(max=1))

@@ -1,4 +1,4 @@
-"""How well cosine similarity tells images of one class from images of two: overlap, feature variance, histograms.
+"""How well cosine similarity tells pairs of images of one class from pairs of two: overlap, variance, histograms.
 
 Legend: N images, E width of the joint embedding, K bins of a histogram over [-1, 1].
 """
@@ -16,12 +16,13 @@ CHUNK = 1024  # images compared with all others at a time
 
 
 class Measures(NamedTuple):
-    """What `measure` gives.
+    """The result of `measure`.
 
     Attributes:
         overlap: shared area of the two histograms, 0 (apart) to 1 (no separation).
         variance: variance of the normalised features over images, mean over their dimensions.
-        same, different: share of the pairs of one class, of two classes, in each bin; [K], they sum to 1.
+        same, different: histograms [K] of the pairs of one class, and of two classes: the share of the pairs in each
+            bin. Each sums to 1.
     """
 
     overlap: float
@@ -31,7 +32,7 @@ class Measures(NamedTuple):
 
 
 def measure(features: Tensor, labels: Tensor, bins: int = BINS) -> Measures:
-    """Overlap, variance and histograms of all pairs of different images.
+    """Measure overlap and histograms of all pairs of different images, and the variance of their features.
 
     Args:
         features: [N, E], of any length.
@@ -39,7 +40,7 @@ def measure(features: Tensor, labels: Tensor, bins: int = BINS) -> Measures:
         bins: K.
 
     Raises:
-        ValueError: no pair of one class, or none of two classes.
+        ValueError: there is no pair of one class, or none of two classes.
     """
     features = F.normalize(features.float(), dim=-1)
     same, different = (torch.zeros(bins, dtype=torch.long) for _ in range(2))
@@ -59,7 +60,7 @@ def measure(features: Tensor, labels: Tensor, bins: int = BINS) -> Measures:
 
 
 def draw_histograms(before: Measures, after: Measures, title: str = "") -> Any:
-    """A Matplotlib figure of both histograms, before and after."""
+    """Draw a Matplotlib figure of both histograms, before and after."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""The search of Tip-Adapter, Tip-X and their corrected forms: values that the sources fix per dataset, grids, accuracy.
+"""The search of Tip-Adapter, Tip-X and their corrected forms: grids, accuracy, and values the sources fix per dataset.
 
 Sources: the configs of gaopengcuhk/Tip-Adapter (`configs/*.yaml`), `hparam_search` of vishaal27/SuS-X (`tipx.py`), and
 `run.py` of akres001/CLIP_fewshot_imo.
@@ -16,16 +16,16 @@ from torch import Tensor
 
 from ..base.search import best_place
 
-GRID_NUMBERS = 2**24  # numbers of the logits of several points of a grid that are formed at once
+GRID_NUMBERS = 2**24  # most numbers in the logits of the grid points that are evaluated at once
 
 
 class TipValues(NamedTuple):
-    """What Tip-Adapter's source fixes for a dataset.
+    """The values that Tip-Adapter's source fixes for a dataset.
 
     Attributes:
         beta_end, alpha_end: upper ends of the grid.
-        beta, alpha: used where none is searched; the keys of Tip-Adapter-F are trained with them.
-        epoch_factor: epochs of Tip-Adapter-F over the 20 that it has elsewhere.
+        beta, alpha: values used where none is searched; the keys of Tip-Adapter-F are trained with them.
+        epoch_factor: epochs of Tip-Adapter-F, divided by the 20 that it has elsewhere.
     """
 
     beta_end: float
@@ -52,17 +52,17 @@ TIP_VALUES = {
 
 
 def tip_values(dataset: str) -> TipValues:
-    """Return the source's values for a dataset; those for ImageNet where the source does not have it."""
+    """Return the source's values for a dataset, or those for ImageNet where the source lacks the dataset."""
     return TIP_VALUES.get(dataset, TIP_VALUES["ImageNet"])
 
 
 def values_origin(dataset: str) -> str:
-    """Return words that say whose values `tip_values` gives."""
+    """Return words that name the origin of the values of `tip_values`."""
     return f"Tip-Adapter's code for {dataset if dataset in TIP_VALUES else 'ImageNet'}"
 
 
 class Axis(NamedTuple):
-    """Evenly spaced values from `start`, `steps` of them, up to `end`: without it, or (`closed`) with it."""
+    """`steps` evenly spaced values from `start` up to `end`; `end` itself is left out unless `closed`."""
 
     start: float
     end: float
@@ -70,17 +70,17 @@ class Axis(NamedTuple):
     closed: bool = False
 
     def values(self) -> list[float]:
-        """Return them, rising."""
+        """Return the values of the axis in rising order."""
         gaps = max(1, self.steps - 1) if self.closed else self.steps
         return [self.start + i * (self.end - self.start) / gaps for i in range(self.steps)]
 
 
 class Grid(NamedTuple):
-    """Axes of beta, alpha and gamma, and which is the outermost loop: of equals the first point of the loops is taken.
+    """Axes of beta, alpha and gamma, and the order of the loops over them: of equal points the first one is taken.
 
     Attributes:
-        beta, alpha, gamma: see Axis. An `end` of 0: the dataset's, see TipValues.
-        first: "beta" (then gamma, then alpha) or "alpha" (then beta, then gamma).
+        beta, alpha, gamma: see Axis. An `end` of 0 stands for that of the dataset, see TipValues.
+        first: the outermost loop: "beta" (then gamma, then alpha) or "alpha" (then beta, then gamma).
     """
 
     beta: Axis
@@ -105,14 +105,14 @@ def grid_of(
     gamma_end: float = 0.0,
     gamma_steps: int = 0,
 ) -> Grid:
-    """Return the named grid, with the ends and numbers of values that are given.
+    """Return the named grid, changed to the ends and numbers of values that are given.
 
     Args:
-        name: of GRIDS.
-        dataset: its name; Tip-Adapter's grid depends on it.
+        name: a name in GRIDS.
+        dataset: name of the dataset, on which Tip-Adapter's grid depends.
         scale: upper ends of (beta, alpha); (): the grid's.
         steps: numbers of values of (beta, alpha); (): the grid's.
-        gamma_end, gamma_steps: the same of gamma; 0: the grid's.
+        gamma_end, gamma_steps: upper end and number of values of gamma; 0: the grid's.
     """
     grid, values = GRIDS[name], tip_values(dataset)
     beta_end, alpha_end = scale or (grid.beta.end or values.beta_end, grid.alpha.end or values.alpha_end)
@@ -126,11 +126,11 @@ def grid_of(
 
 
 def cache_logits(affinity: Tensor, key_labels: Tensor, num_classes: int, beta: float) -> Tensor:
-    """exp(-beta (1 - affinity)) V, with V given as labels.
+    """Return the cache's logits exp(-beta (1 - affinity)) V, [n, C], where V is given as labels.
 
     Args:
         affinity: [n, N], cosine similarities of images and keys.
-        key_labels: [N].
+        key_labels: [N], the classes of the keys.
     """
     weights = torch.exp(-beta * (1 - affinity))
     return weights.new_zeros(len(weights), num_classes).index_add(1, key_labels, weights)
@@ -146,7 +146,7 @@ def grid_accuracy(
     text: Tensor | None = None,
     gammas: Sequence[float] = (0.0,),
 ) -> Tensor:
-    """Accuracy (percent) at every point of the grid: [betas, gammas, alphas].
+    """Return the accuracy (percent) at every point of the grid, [betas, gammas, alphas].
 
     Args:
         clip_logits: [n, C]. affinity: [n, N], cosines. key_labels: [N]. labels: [n].
@@ -181,10 +181,12 @@ def best_point(
     gammas: Sequence[float] = (0.0,),
     first: str = "beta",
 ) -> GridPoint:
-    """The point with the highest accuracy [betas, gammas, alphas].
+    """Return the point of the grid with the highest accuracy.
 
     Args:
-        first: "beta": of equals the one with the least beta, then gamma, then alpha; "alpha": alpha, beta, gamma.
+        accuracy: [betas, gammas, alphas].
+        first: "beta": of equal points, take the one with the least beta, then gamma, then alpha; "alpha": the one with
+            the least alpha, then beta, then gamma.
     """
     i, j, k = best_place(accuracy, None if first == "beta" else lambda place: (place[2], place[0], place[1]))
     return GridPoint(alphas[k], betas[i], gammas[j], float(accuracy.max()))

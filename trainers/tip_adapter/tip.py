@@ -4,10 +4,10 @@ Zhang et al., Tip-Adapter: Training-Free Adaption of CLIP for Few-Shot Classific
 
     logits = s f W^T + alpha exp(-beta (1 - f K^T)) V
 
-K are the training images' features, mean over their views as CLIP gives them and normalised then, V one-hot labels.
-alpha and beta are searched on validation images; grids and starting values are the source's, per dataset
-(search.py). The source searches on test images for ImageNet, and picks the epoch of the trained variant on test
-images everywhere, which is not done here.
+K are the features of the training images: CLIP's features are averaged over the views of an image, then normalized.
+V are one-hot labels. alpha and beta are searched on validation images; grids and starting values are the source's,
+per dataset (search.py). The source searches on test images for ImageNet, and picks the epoch of the trained variant
+on test images everywhere; neither is done here.
 
 Legend: B images, N keys, C classes, E width of the joint embedding.
 """
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 def tip_logits(
     features: Tensor, clip_logits: Tensor, keys: Tensor, key_labels: Tensor, alpha: float, beta: float
 ) -> Tensor:
-    """Zero-shot logits plus those of the cache.
+    """Return zero-shot logits plus those of the cache, [B, C].
 
     Args:
         features: [B, E]. clip_logits: [B, C]. keys: [N, E]. key_labels: [N].
@@ -46,11 +46,11 @@ def tip_logits(
 
 
 class TipLearner(FeatureLearner):
-    """The cache.
+    """The cache: keys (features of the training images), their labels, alpha and beta.
 
     Args:
-        n: N.
-        alpha, beta: until others are chosen.
+        n: number of keys, N.
+        alpha, beta: values until others are chosen.
         trained: whether the keys are trained.
     """
 
@@ -83,10 +83,13 @@ class TipLearner(FeatureLearner):
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [B, E] -> logits [B, C]."""
+        """Return logits [B, C] for features [B, E]."""
         clip_logits, images = self.clip_logits(features), self.compared(features)
         alpha, beta = self.peek("alpha", self.alpha), self.peek("beta", self.beta)
         return tip_logits(images, clip_logits, self.keys, self.key_labels, alpha, beta)
+
+
+GRID_WORDS = "grid that is searched: Tip-Adapter's (tip), Tip-X's (tipx), or Tip-Adapter++'s and Tip-X++'s (overlap)"
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class TipConfig(MethodConfig):
     )
     grid: str = key(
         "tip",
-        "that is searched: Tip-Adapter's (tip), Tip-X's (tipx), or Tip-Adapter++'s and Tip-X++'s (overlap)",
+        GRID_WORDS,
         choices=tuple(GRIDS),
     )
     search_scale: tuple[float, ...] = key(
@@ -132,7 +135,7 @@ class TipConfig(MethodConfig):
 
 @TRAINER_REGISTRY.register()
 class TipAdapter(FeatureTrainer):
-    """The training-free cache."""
+    """Trainer of Tip-Adapter, the training-free cache."""
 
     recipe = 2
     node_name = "TIPADAPTER"
@@ -159,36 +162,36 @@ class TipAdapter(FeatureTrainer):
         return grid_of(settings.grid, self.cfg.DATASET.NAME, settings.search_scale, settings.search_step)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """The cache, empty until `prepare`."""
+        """Build the cache, which is empty until `prepare`."""
         n = len(self.dm.dataset.train_x)
         return TipLearner(clip, classnames, zeroshot, n=n, **self.initial, trained=self.trained)
 
     def prepare(self, features: FeatureSet) -> None:
-        """Fills the cache."""
+        """Fill the cache with the training images' features and labels."""
         learner: Any = self.network.learner
         learner.keys.copy_(F.normalize(learner.compared(features.mean()), dim=-1))
         learner.key_labels.copy_(features.labels)
 
     def fit(self, features: FeatureSet) -> dict[str, float]:
-        """Nothing but the cache, which is there -> its size."""
+        """Return the size of the cache: `prepare` has filled it, and nothing else is to be fitted."""
         return {"keys": float(len(features))}
 
     def axes(self) -> dict[str, Any]:
-        """The grid's values of alpha and beta."""
+        """Return the grid's values of alpha and beta."""
         return {"alphas": self.search.alpha.values(), "betas": self.search.beta.values()}
 
     def grid(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Accuracy (percent) at every point of the grid: [betas, gammas, alphas].
+        """Return the accuracy (percent) at every point of the grid, [betas, gammas, alphas].
 
         Args:
-            features: of validation images. labels: theirs.
+            features, labels: those of the validation images.
         """
         learner: Any = self.network.learner
         affinity = learner.compared(features) @ learner.keys.t()
         return grid_accuracy(learner.clip_logits(features), affinity, learner.key_labels, labels, **self.axes())
 
     def choose(self) -> None:
-        """Searches the grid on validation images; without such images the values stay the initial ones."""
+        """Search the grid on validation images, or keep the initial values where there are no such images."""
         learner: Any = self.network.learner
         known = self.validation_features()
         if isinstance(known, str):
@@ -203,7 +206,7 @@ class TipAdapter(FeatureTrainer):
         self.note_search(chosen, len(labels))
 
     def keep_initial(self, reason: str) -> None:
-        """Keeps the initial values and records why they were not searched."""
+        """Keep the initial values and record why they were not searched."""
         learner: Any = self.network.learner
         for name, value in self.initial.items():
             getattr(learner, name).fill_(value)
@@ -212,7 +215,7 @@ class TipAdapter(FeatureTrainer):
         self._add_origin()
 
     def note_search(self, chosen: dict[str, float], n: int) -> None:
-        """Records what was chosen on `n` validation images, in which grid, and what it would have been without."""
+        """Record the values chosen on `n` validation images, the grid, and the initial values."""
         self.note(chosen, "val", n)
         search = self.search._asdict()
         for name in chosen:
@@ -246,7 +249,7 @@ class TipFConfig(TipConfig):
 
 @TRAINER_REGISTRY.register()
 class TipAdapterF(TipAdapter):
-    """The cache with trained keys; alpha and beta are the initial ones in training, and searched after it."""
+    """The cache with trained keys; training uses the initial alpha and beta, and others are searched after it."""
 
     node_name = "TIPADAPTERF"
     paper = "Zhang et al. 2022"
@@ -268,7 +271,7 @@ class TipAdapterF(TipAdapter):
         super()._register(learner, optim_cfg)
 
     def forward_backward(self, batch: Any) -> dict[str, float]:
-        """See FeatureTrainer; with the initial alpha and beta, also after others have been chosen."""
+        """Make one step with the initial alpha and beta, even after others have been chosen; see FeatureTrainer."""
         learner: Any = self.network.learner
         for name, value in self.initial.items():
             if learner.peek(name, getattr(learner, name)) != value:

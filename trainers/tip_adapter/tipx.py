@@ -6,11 +6,11 @@ Kravets and Namboodiri, CLIP Adaptation by Intra-modal Overlap Reduction, 2024; 
     Tip-X           s f W^T + alpha exp(-beta (1 - f K^T)) V - gamma psi(KL(softmax(f W^T/t) || softmax(k W^T/t))) V
     Tip-X++         Tip-X with f' and K' in the middle term, and in psi's range
 
-f is the image feature as CLIP gives it, which must still match text, f' the corrected one (MODEL.IMO_WEIGHTS); k and K'
-are means over the views of the training images. t is a temperature, 0.5. psi rescales linearly such that the least and
-the largest divergence become the least and the largest cosine similarity: that range is taken over pairs of different
-training images. (The source takes it over the pairs of a training and a tested image, so that a prediction depends on
-what else is tested.)
+f is the image feature as CLIP gives it, which must still match text; f' is the corrected one (MODEL.IMO_WEIGHTS). k and
+K' are means over the views of the training images. t is a temperature, 0.5. psi rescales linearly such that the least
+and the largest divergence become the least and the largest cosine similarity. Both ranges are taken over pairs of
+different training images. (The source takes them over the pairs of a training and a tested image, so that a prediction
+depends on what else is tested.)
 
 Legend: B images, N keys, C classes, E width of the joint embedding.
 """
@@ -32,22 +32,22 @@ from ..base import CorrectedKeys, FeatureLearner, MethodConfig, key
 from ..clip import CLIP
 from ..features import FeatureSet
 from .search import GRIDS, Grid, grid_accuracy, grid_of
-from .tip import TipAdapter, TipConfig, TipLearner
+from .tip import GRID_WORDS, TipAdapter, TipConfig, TipLearner
 
 
 def divergences(queries: Tensor, keys: Tensor) -> Tensor:
-    """KL(softmax(queries) || softmax(keys)) of all pairs: [B, C], [N, C] -> [B, N]."""
+    """Return KL(softmax(queries) || softmax(keys)) [B, N] of all pairs of queries [B, C] and keys [N, C]."""
     log_p, log_q = F.log_softmax(queries, dim=-1), F.log_softmax(keys, dim=-1)
     p = log_p.exp()
     return (p * log_p).sum(dim=-1, keepdim=True) - p @ log_q.t()
 
 
 def scaling(kl: tuple[float, float], cosine: tuple[float, float]) -> tuple[float, float]:
-    """psi as a line: the (c0, c1) with which -psi(x) = c0 - c1 x.
+    """Return the (c0, c1) with which -psi(x) = c0 - c1 x, psi being a line.
 
     Args:
         kl: least and largest divergence.
-        cosine: least and largest cosine, which these become.
+        cosine: least and largest cosine, to which psi maps the least and the largest divergence.
     """
     slope = (cosine[1] - cosine[0]) / max(kl[1] - kl[0], 1e-12)
     return slope * kl[0] - cosine[0], slope
@@ -57,12 +57,16 @@ def scaling(kl: tuple[float, float], cosine: tuple[float, float]) -> tuple[float
 class TipPPConfig(TipConfig):
     """Settings of Tip-Adapter++."""
 
-    grid: str = key("overlap", "that is searched; see TipConfig", choices=tuple(GRIDS))
+    grid: str = key(
+        "overlap",
+        GRID_WORDS,
+        choices=tuple(GRIDS),
+    )
 
 
 @TRAINER_REGISTRY.register()
 class TipAdapterPP(TipAdapter):
-    """The training-free cache on corrected features."""
+    """Trainer of Tip-Adapter++, the training-free cache on corrected features."""
 
     node_name = "TIPADAPTERPP"
     paper = "Kravets and Namboodiri 2024"
@@ -75,12 +79,12 @@ class TipAdapterPP(TipAdapter):
 
 
 class TipXLearner(TipLearner):
-    """Tip-Adapter's cache, and the training images' original features, whose distributions over classes are compared.
+    """Tip-Adapter's cache, and original features of the training images, to compare their distributions over classes.
 
     Args:
         n, alpha, beta: see TipLearner.
-        gamma: until another is chosen.
-        temperature: of the distributions, above 0.
+        gamma: value until another is chosen.
+        temperature: temperature of the distributions, above 0.
     """
 
     SAMPLES = ("key_labels", "keys", "key_originals")
@@ -109,30 +113,33 @@ class TipXLearner(TipLearner):
         self.register_buffer("line", torch.tensor([0.0, 1.0], dtype=torch.float64))
 
     def take(self, state: Mapping[str, Tensor], indices: Sequence[int] | None = None) -> None:
-        """See Learner. Of an earlier version, whose weights were others, it computes what that version did."""
-        if (
-            "farthest" in state
-        ):  # largest divergence (t = 1), and least cosine; psi led to 1 and exp(-beta (1 - cosine))
+        """Load a checkpoint's state; see Learner.
+
+        Checkpoints of an earlier version, which weighed keys otherwise, are converted: they give the logits they gave.
+        """
+        # An earlier version kept "farthest": the largest divergence (t = 1) and the least cosine. Its weights were
+        # linear, too: a divergence of 0 became 1, and the largest became exp(-beta (1 - cosine)).
+        if "farthest" in state:
             state = dict(state)
             kl, cosine = state.pop("farthest").tolist()
-            least = math.exp(-float(state["beta"]) * (1 - cosine))  # what psi led the largest divergence to; 0 to 1
+            least = math.exp(-float(state["beta"]) * (1 - cosine))  # what the largest divergence became; 0 to 1
             state["line"] = torch.tensor([1.0, (1 - least) / max(kl, 1e-12)], dtype=torch.float64)
             state["temperature"] = torch.tensor(1.0, dtype=torch.float64)
         super().take(state, indices)
 
     def divergences(self, features: Tensor) -> Tensor:
-        """Features of images -> their divergences from the keys, [B, N]."""
+        """Return the divergences [B, N] of images from the keys, for features of the images."""
         t = float(self.temperature)
         return divergences(self.original(features) @ self.zeroshot.t() / t, self._key_logits())
 
     def text(self, features: Tensor) -> Tensor:
-        """Features of images -> the third term without gamma, [B, C]."""
+        """Return the third term without gamma, [B, C], for features of images."""
         c0, c1 = self.line.tolist()
         weights = c0 - c1 * self.divergences(features)
         return weights.new_zeros(len(weights), len(self.zeroshot)).index_add(1, self.key_labels, weights)
 
     def find_range(self) -> None:
-        """Sets what divergences are rescaled from, and to: the ranges over pairs of different keys."""
+        """Set the ranges that divergences are rescaled from and to: those over pairs of different keys."""
         logits, n = self._key_logits(), len(self.keys)
         kl, cosine = (math.inf, -math.inf), (math.inf, -math.inf)
         everyone = torch.arange(n, device=self.keys.device)
@@ -147,7 +154,7 @@ class TipXLearner(TipLearner):
         return self.key_originals @ self.zeroshot.t() / float(self.temperature)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features -> logits [B, C]."""
+        """Return logits [B, C] for features of images."""
         return super().forward(features) + float(self.gamma) * self.text(features)
 
 
@@ -159,7 +166,11 @@ def _extended(bounds: tuple[float, float], values: Tensor) -> tuple[float, float
 class TipXConfig(TipConfig):
     """Settings of Tip-X."""
 
-    grid: str = key("tipx", "that is searched; see TipConfig", choices=tuple(GRIDS))
+    grid: str = key(
+        "tipx",
+        GRID_WORDS,
+        choices=tuple(GRIDS),
+    )
     gamma: float = key(
         0.1, "weight of the third term where it is not searched (ours: the source always searches)", low=0
     )
@@ -177,7 +188,7 @@ class TipXConfig(TipConfig):
 
 @TRAINER_REGISTRY.register()
 class TipX(TipAdapterPP):
-    """Tip-Adapter with a term that compares images by what they look like to the text."""
+    """Tip-Adapter with a term that compares images by their distributions over classes, which the text gives."""
 
     node_name = "TIPX"
     paper = "Udandarao et al. 2023"
@@ -207,19 +218,19 @@ class TipX(TipAdapterPP):
         )
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
-        """The cache, empty until `prepare`."""
+        """Build the cache, which is empty until `prepare`."""
         n, temperature = len(self.dm.dataset.train_x), self.settings.temperature
         return TipXLearner(clip, classnames, zeroshot, n=n, **self.initial, temperature=temperature)
 
     def prepare(self, features: FeatureSet) -> None:
-        """Fills the cache."""
+        """Fill the cache, and set the ranges that psi maps."""
         super().prepare(features)
         learner: Any = self.network.learner
         learner.key_originals.copy_(F.normalize(learner.original(features.mean()), dim=-1))
         learner.find_range()
 
     def axes(self) -> dict[str, Any]:
-        """The grid's values of alpha, beta and gamma."""
+        """Return the grid's values of alpha, beta and gamma."""
         return {**super().axes(), "gammas": self.search.gamma.values()}
 
     def grid(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -239,7 +250,11 @@ class TipX(TipAdapterPP):
 class TipXPPConfig(TipXConfig):
     """Settings of Tip-X++."""
 
-    grid: str = key("overlap", "that is searched; see TipConfig", choices=tuple(GRIDS))
+    grid: str = key(
+        "overlap",
+        GRID_WORDS,
+        choices=tuple(GRIDS),
+    )
 
 
 @TRAINER_REGISTRY.register()

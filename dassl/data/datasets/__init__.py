@@ -1,4 +1,4 @@
-"""What a dataset is: lists of items, and the registry that finds a dataset by name."""
+"""The base class of datasets, their items, and the registry that finds a dataset by name."""
 
 from .base_dataset import DatasetBase, Datum
 from .build import DATASET_REGISTRY, build_dataset

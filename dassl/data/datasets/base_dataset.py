@@ -1,4 +1,4 @@
-"""Items and lists of items: what a dataset hands to the loaders."""
+"""The items, and lists of items, that a dataset hands to the loaders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["DatasetBase", "Datum"]
 
 
 class Datum:
-    """One item: where the image is, its label, domain and class name. Read-only.
+    """One item, read-only: where the image is, its label, domain and class name.
 
     Only the types are checked here. That the files exist is checked by DatasetBase for all items at once, which takes
     one listing per folder instead of one file-system call per image.
@@ -42,7 +42,7 @@ class Datum:
             raise InputError(f"Expected impath to be a path but got {impath!r} of type {type(impath).__name__}")
         if not isinstance(classname, str):
             raise InputError(f"Expected classname to be a string but got {classname!r} for {impath}")
-        # These names are also those in pickles that upstream's readers left behind.
+        # Pickles that upstream's readers left behind use the same attribute names.
         self._impath = os.fspath(impath)
         self._label = _as_int(label, "label", self._impath)
         self._domain = _as_int(domain, "domain", self._impath)
@@ -93,7 +93,9 @@ def _as_int(value: Any, name: str, impath: str) -> int:
 
 
 def find_missing(paths: Iterable[str]) -> list[str]:
-    """Those of ``paths`` that are no files, in order. Each folder is listed once; no file is asked for by itself.
+    """Return those of ``paths`` that are no files, in order.
+
+    Each folder is listed once; no file is looked up by itself.
 
     Raises:
         InputError: a folder is there but cannot be listed.
@@ -121,13 +123,13 @@ def _file_names(folder: str) -> set[str]:
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
     try:
-        return entry.is_file()  # answered by the listing itself; only links take a call of their own
+        return entry.is_file()  # known from the listing; only links need a system call of their own
     except OSError:  # a link to itself
         return False
 
 
 class DatasetBase:
-    """Four lists of items and what follows from them.
+    """A dataset: four lists of items, and the class names and numbers that follow from them.
 
     Classes are those of ``train_x``: labels 0..C-1, each with one name. ``val`` and ``test`` may lack some of them but
     may not have others.
@@ -146,11 +148,11 @@ class DatasetBase:
     dataset_dir: str = ""  # the dataset's folder under DATASET.ROOT
     domains: Sequence[str] = ()  # names of all domains
     check_files: bool = True  # False where items are not files
-    missing_hint: str = ""  # ends the message about missing files: where they are to be had
-    split_digest: str = ""  # SHA-256 of the whole split (paths, labels, names); "": the reader does not say
-    data_digest: str = ""  # what a run is bound to: other images have another one; "": not known
-    class_indices: list[int] | None = None  # of a shifted test set: each class's label where a classifier was trained
-    test_only: bool = False  # whether nothing may be trained here; train_x then only carries the class names
+    missing_hint: str = ""  # end of the message about missing files: where to get them
+    split_digest: str = ""  # SHA-256 of the whole split (paths, labels, names); "": not known
+    data_digest: str = ""  # binds a run to its images: other images have another digest; "": not known
+    class_indices: list[int] | None = None  # shifted test sets: each class's label where a classifier was trained
+    test_only: bool = False  # True: nothing may be trained here, and train_x only carries the class names
 
     def __init__(
         self,
@@ -231,12 +233,12 @@ class DatasetBase:
 
     @staticmethod
     def get_num_classes(data_source: Iterable[Datum]) -> int:
-        """Highest label + 1."""
+        """Return the number of classes: the highest label + 1."""
         return max(item.label for item in data_source) + 1
 
     @staticmethod
     def get_lab2cname(data_source: Iterable[Datum]) -> tuple[dict[int, str], list[str]]:
-        """(label to name, names by label); a label with two names is an InputError."""
+        """Return (name by label, names in label order); a label with two names is an InputError."""
         mapping: dict[int, str] = {}
         for item in data_source:
             name = mapping.setdefault(item.label, item.classname)
@@ -257,7 +259,7 @@ class DatasetBase:
                     )
 
     def download_data(self, url: str, dst: str, from_gdrive: bool = True) -> None:
-        """Download an archive (zip, tar, tar.gz) to ``dst`` unless it is there, and unpack it into dst's folder."""
+        """Download an archive (zip, tar, tar.gz) to ``dst`` unless it is there, and unpack it into the same folder."""
         if not os.path.isfile(dst):
             download_url(url, dst, from_gdrive=from_gdrive)
         folder = Path(dst).parent
@@ -293,8 +295,8 @@ class DatasetBase:
         Args:
             data_sources: one or more lists of items.
             num_shots: items per class; below 1 the lists are returned as they are.
-            repeat: a class with too few items is drawn from with replacement; False: all its items are kept.
-            rng: source of randomness; None: Python's global ``random``, as upstream.
+            repeat: draw with replacement from a class with too few items; False: keep all its items.
+            rng: source of randomness; None: Python's global ``random``, as in upstream.
 
         Returns:
             A list if one list was given, else a list of lists (or the tuple of lists given, when num_shots < 1).
@@ -317,21 +319,21 @@ class DatasetBase:
         return output[0] if len(output) == 1 else output
 
     def split_dataset_by_label(self, data_source: Iterable[Datum]) -> dict[int, list[Datum]]:
-        """Label to its items; labels in order of first appearance."""
+        """Group items by label; labels come in order of first appearance."""
         output: defaultdict[int, list[Datum]] = defaultdict(list)
         for item in data_source:
             output[item.label].append(item)
         return output
 
     def split_dataset_by_domain(self, data_source: Iterable[Datum]) -> dict[int, list[Datum]]:
-        """Domain to its items; domains in order of first appearance."""
+        """Group items by domain; domains come in order of first appearance."""
         output: defaultdict[int, list[Datum]] = defaultdict(list)
         for item in data_source:
             output[item.domain].append(item)
         return output
 
     def _check_files(self, items: Iterable[Datum]) -> None:
-        """One InputError for all items whose files are missing."""
+        """Raise one InputError for all items whose files are missing."""
         paths = dict.fromkeys(item.impath for item in items)
         missing = find_missing(paths)
         if missing:

@@ -1,4 +1,4 @@
-"""Datasets by name."""
+"""Build datasets by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DATASET_REGISTRY = Registry("DATASET")
 
 
 def build_dataset(cfg: CfgNode) -> DatasetBase:
-    """The dataset that ``cfg.DATASET.NAME`` names, built from ``cfg``; an unknown name is an InputError."""
+    """Build the dataset that ``cfg.DATASET.NAME`` names, from ``cfg``; an unknown name is an InputError."""
     check_availability(cfg.DATASET.NAME, DATASET_REGISTRY.registered_names())
     if cfg.VERBOSE:
         logger.info("Loading dataset: %s", cfg.DATASET.NAME)

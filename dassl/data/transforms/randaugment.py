@@ -20,7 +20,7 @@ Operation = Callable[[Image.Image, float], Image.Image]
 def _affine(
     image: Image.Image, shift_x: float = 0.0, shift_y: float = 0.0, shear_x: float = 0.0, shear_y: float = 0.0
 ) -> Image.Image:
-    """Shifts as shares of the image's side, shears in degrees."""
+    """Shift and shear an image: shifts as shares of its side, shears in degrees."""
     width, height = image.size
     shift = [round(shift_x * width), round(shift_y * height)]
     return F.affine(image, angle=0.0, translate=shift, scale=1.0, shear=[shear_x, shear_y])

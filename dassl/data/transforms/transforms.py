@@ -1,4 +1,4 @@
-"""Transforms by name: torchvision's where it has them, a few of our own where it has not.
+"""Build transforms by name: torchvision's where it has them, our own where it has none.
 
 The order of the names in the config does not matter; what is applied in which order is written down once, in
 ``_train_steps`` and ``_test_steps``. Random draws use torch's generator only.
@@ -52,7 +52,7 @@ INTERPOLATION_MODES = {
 
 
 class Random2DTranslation:
-    """With probability p: enlarge a PIL image to 9/8 of the target size and cut the target out; else only resize it."""
+    """Enlarge a PIL image to 9/8 of the target size and cut the target out, with probability p; else only resize it."""
 
     def __init__(self, height: int, width: int, p: float = 0.5) -> None:
         self.height, self.width, self.p = height, width, p
@@ -105,7 +105,7 @@ class GaussianNoise:
 
 
 class InstanceNormalization:
-    """Each channel of an image tensor [C, H, W] to mean 0 and standard deviation 1 over its own pixels."""
+    """Normalize each channel of an image tensor [C, H, W] to mean 0 and standard deviation 1 over its own pixels."""
 
     def __init__(self, eps: float = 1e-8) -> None:
         self.eps = eps
@@ -120,17 +120,20 @@ class InstanceNormalization:
 
 
 def to_float_tensor() -> list[Any]:
-    """Steps that turn a PIL image into a float tensor [C, H, W] with values in [0, 1]."""
+    """Return the steps that turn a PIL image into a float tensor [C, H, W] with values in [0, 1]."""
     return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
 
 
 def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] | None = None) -> v2.Compose | None:
-    """PIL image -> tensor [3, H, W], as ``cfg.INPUT`` says; None when INPUT.NO_TRANSFORM is set.
+    """Build the transform from PIL image to tensor [3, H, W] that ``cfg.INPUT`` describes.
 
     Args:
         cfg: the run's config.
         is_train: the random training transform, or the fixed test transform.
         choices: names of transforms; None: INPUT.TRANSFORMS.
+
+    Returns:
+        The transform; None when INPUT.NO_TRANSFORM is set.
 
     Raises:
         InputError: an unknown name or interpolation, a size that is not two positive numbers, a mean, standard
@@ -181,7 +184,7 @@ def _train_steps(cfg: CfgNode, names: set[str]) -> Iterable[Any]:
     node = cfg.INPUT
     size = tuple(node.SIZE)
     mode = INTERPOLATION_MODES[node.INTERPOLATION]
-    # Geometry. Without a crop the image is resized to the size, both sides, whatever its shape.
+    # Geometry. Without a crop both sides of the image are resized to INPUT.SIZE, whatever its shape.
     if not names & {"random_crop", "random_resized_crop"}:
         yield v2.Resize(size, interpolation=mode)
     if "random_translation" in names:
@@ -206,7 +209,7 @@ def _train_steps(cfg: CfgNode, names: set[str]) -> Iterable[Any]:
         yield RandAugmentFixMatch(node.RANDAUGMENT_N)
     if "randaugment2" in names:
         yield RandAugment2(node.RANDAUGMENT_N)
-    # Colours.
+    # Colors.
     if "colorjitter" in names:
         yield v2.ColorJitter(node.COLORJITTER_B, node.COLORJITTER_C, node.COLORJITTER_S, node.COLORJITTER_H)
     if "randomgrayscale" in names:

@@ -12,7 +12,7 @@ __all__ = ["generator_states", "set_generators"]
 
 
 def generator_states() -> dict[str, Any]:
-    """Of Python's, NumPy's and torch's generators, and that of the present GPU if one is in use."""
+    """Return the states of Python's, NumPy's and torch's generators, and of the present GPU's if one is in use."""
     kind, keys, *rest = np.random.get_state()
     states: dict[str, Any] = {
         "python": random.getstate(),
@@ -25,7 +25,7 @@ def generator_states() -> dict[str, Any]:
 
 
 def set_generators(states: dict[str, Any]) -> None:
-    """Put ``generator_states`` back; a GPU's only where there is one."""
+    """Put ``generator_states`` back; a GPU's state only where there is a GPU."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = states["numpy"]

@@ -1,4 +1,4 @@
-"""Save and load all that a run consists of: models, optimisers, and the state of engine, hooks and method."""
+"""Save and load all that a run consists of: models, optimizers, and the state of engine, hooks and method."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ class Checkpoints(RegisteredModels):
         self.progress = Progress({})  # of the checkpoint that was resumed from
 
     def engine_state(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside models and optimisers: plain values. All processes of a job call it.
+        """Return what a resumed run needs beside models and optimizers, as plain values.
 
-        A trainer that keeps more from step to step, outside of registered models, offers it as ``run_state()`` and
-        takes it back by ``load_run_state(state)``; so does a data manager, by ``state_dict`` and ``load_state_dict``.
+        All processes of a job must call it. A trainer that keeps more from step to step, outside of registered models,
+        offers it as ``run_state()`` and takes it back by ``load_run_state(state)``; so does a data manager, by
+        ``state_dict`` and ``load_state_dict``.
         """
         whole: Any = self  # hooks are written for the whole trainer
         hooks = {type(hook).__name__: hook.state_dict(whole) for hook in self._hooks}
@@ -80,7 +81,7 @@ class Checkpoints(RegisteredModels):
     ) -> None:
         """Write a checkpoint of every registered model to ``<directory>/<name>/``; ``epoch`` counts from 0.
 
-        Of several processes all call it, rank 0 writes, and all go on when the files are there.
+        All processes of a job must call it: rank 0 writes, and all go on when the files are there.
         """
         engine = self.engine_state()
         for name in self.get_model_names() if self.writes_files else ():
@@ -101,7 +102,7 @@ class Checkpoints(RegisteredModels):
         distributed.barrier()
 
     def resume_model_if_exist(self, directory: str | os.PathLike[str]) -> int:
-        """Load the newest checkpoint of every registered model when all have one there.
+        """Load the newest checkpoint of every registered model if all models have one in the folder.
 
         Returns:
             The epoch to go on with; 0 when there is nothing to resume.
@@ -116,14 +117,14 @@ class Checkpoints(RegisteredModels):
         for position, (name, (path, checkpoint)) in enumerate(found.items()):
             logger.info('Loading checkpoint from "%s"', path)
             epoch = restore(checkpoint, path, self._models[name], self._optims[name], self._scheds[name])
-            if position == 0:  # the same in all of them
+            if position == 0:  # the engine's state is the same in all of them
                 self.load_engine_state(checkpoint.get("engine") or {})
         if self.progress.step:
             logger.info("and %d batches of the next", self.progress.step)
         return epoch
 
     def _find_checkpoint(self, directory: Path) -> Found | None:
-        """The checkpoint in a folder that training goes on with; None: there is none."""
+        """Return the checkpoint in a folder that training goes on with; None: there is none."""
         if self.found is None or self.found[0] != directory:
             names = self.get_model_names()
             found = newest_good(directory, names) if has_checkpoints(directory, names) else None
@@ -134,12 +135,12 @@ class Checkpoints(RegisteredModels):
         """Load every registered model strictly from ``<directory>/<name>/``.
 
         Args:
-            directory: empty: nothing is loaded, with a note.
+            directory: the run's folder; empty: nothing is loaded, and a log line says so.
             epoch: 1-based number of a checkpoint; None: the best one.
 
         Raises:
             FileNotFoundError: there is no such checkpoint; the message lists those there are.
-            InputError: it cannot be read, or does not fit.
+            InputError: the checkpoint cannot be read, or does not fit.
         """
         if not directory:
             logger.info(

@@ -1,8 +1,8 @@
-"""Going on with a run that was stopped, at any point of it, as if it had not been.
+"""Resume a run that was stopped at any point, as if it had not been stopped.
 
 Checkpoints lie in a folder for each registered model: numbered ones, ``model.pth.tar-<epoch>``, which stay, and
 ``model-step.pth.tar-<epochs done>-<batches done of the next one>``, of which the newest are kept. The text file
-``checkpoint`` names the one that a run goes on with; where it is damaged, the one before takes its place.
+``checkpoint`` names the one that a run goes on with; if that one is damaged, the one before takes its place.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ __all__ = [
 class Position(NamedTuple):
     """A place between two steps of a run."""
 
-    epochs: int  # that are done
-    batches: int  # of the next epoch that are done
+    epochs: int  # number of epochs that are done
+    batches: int  # number of batches of the next epoch that are done
 
 
 Found = dict[str, tuple[Path, dict[str, Any]]]  # model name -> its file and what is in it
 
 
 def step_name(position: Position) -> str:
-    """The name of the checkpoint of this place."""
+    """Return the file name of the checkpoint of this place."""
     return f"model-step.pth.tar-{position.epochs}-{position.batches}"
 
 
 def position_of(name: str) -> Position | None:
-    """The place that a file name tells; None: it tells none, or is no file name."""
+    """Return the place that a file name tells; None: it tells none, or is no file name."""
     if not is_file_name(name):
         return None
     if match := re.fullmatch(r"model\.pth\.tar-(\d+)", name):
@@ -74,7 +74,7 @@ def rotate(folder: Path, last: str, kept: int) -> None:
     """Remove all step checkpoints of a model's folder but those among its newest ``kept`` checkpoints.
 
     Args:
-        last: name of the file written last. Step checkpoints beyond it are of a run that was not gone on with.
+        last: name of the file written last. Step checkpoints beyond it are of a run that was not resumed.
     """
     newest = position_of(last)
     places = {path: place for path in folder.iterdir() if (place := position_of(path.name)) is not None}
@@ -88,12 +88,12 @@ def rotate(folder: Path, last: str, kept: int) -> None:
 
 
 def has_checkpoints(directory: Path, names: Sequence[str]) -> bool:
-    """Whether there is something to resume: every registered model has checkpoints."""
+    """Return whether there is something to resume: every registered model has checkpoints."""
     return bool(names) and all((directory / name / POINTER_NAME).is_file() for name in names)
 
 
 def named_newest(folder: Path) -> str:
-    """The file name in the pointer of a model's folder; empty where it cannot be read."""
+    """Return the file name in the pointer of a model's folder; "" if the pointer cannot be read."""
     try:
         return (folder / POINTER_NAME).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -101,9 +101,10 @@ def named_newest(folder: Path) -> str:
 
 
 def newest_good(directory: Path, names: Sequence[str]) -> Found | None:
-    """One checkpoint per model, all of the same place, though a run may have died between writing two of them.
+    """Return the newest good checkpoint of each model, all of the same place; None: there is none.
 
-    Files that are damaged are named in a warning, and those before them tried; None where none is good.
+    They are of the same place even if a run died between writing two of them. Damaged files are named in a warning, and
+    those before them are tried.
 
     Raises:
         InputError: there is no place of which all models have a checkpoint.
@@ -134,7 +135,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _candidates(folder: Path) -> dict[Position, Path]:
-    """The files to go on with, by place: none beyond the one that the pointer names."""
+    """Return the files to go on with, by place: none beyond the one that the pointer names."""
     places: dict[Position, Path] = {}
     named = named_newest(folder)
     for path in sorted(folder.iterdir()):
@@ -142,8 +143,8 @@ def _candidates(folder: Path) -> dict[Position, Path]:
         if place is not None:
             places[place] = path
     last = position_of(named)
-    # Others have no place in their names: the best one, and what upstream's users call theirs. The best one is written
-    # before the rest of what ends an epoch is done, so that it serves only where there is no other.
+    # Other files have no place in their names: the best checkpoint, and those that upstream's users named themselves.
+    # The best one is written before the rest of what ends an epoch is done, so it serves only where there is no other.
     for name in dict.fromkeys((named, BEST_NAME)):
         path, other = folder / name, is_file_name(name) and position_of(name) is None
         if not other or not path.is_file() or (name == BEST_NAME != named and places):
@@ -169,7 +170,7 @@ def check_config(found: Found, cfg: Any) -> None:
     """Compare the settings of a checkpoint with the present ones.
 
     Raises:
-        InputError: some that change the result differ, and TRAIN.FORCE_RESUME is off.
+        InputError: settings that change the result differ, and TRAIN.FORCE_RESUME is off.
     """
     path, checkpoint = next(iter(found.values()))
     text = (checkpoint.get("engine") or {}).get("config")
@@ -195,15 +196,15 @@ def check_config(found: Found, cfg: Any) -> None:
 def check_recipe(found: Found, recipe: int, cfg: Any) -> None:
     """Compare the recipe that a checkpoint was made by with the present one.
 
-    Files of earlier versions, which do not tell it, are of the first.
+    Files of earlier versions do not tell their recipe; they count as made by recipe 1.
 
     Raises:
-        InputError: it is another, and TRAIN.FORCE_RESUME is off.
+        InputError: the recipes differ, and TRAIN.FORCE_RESUME is off.
     """
     path, checkpoint = next(iter(found.values()))
     engine = checkpoint.get("engine") or {}
     there = int(engine.get("recipe", 1))
-    if not engine or there == recipe:  # without that entry it is upstream's
+    if not engine or there == recipe:  # without the engine's entry the file is upstream's
         return
     if not cfg.TRAIN.FORCE_RESUME:
         raise InputError(
@@ -217,10 +218,11 @@ def check_data(found: Found, digest: str) -> None:
     """Compare the images that a checkpoint was made with, by their digest, with the present ones.
 
     Args:
-        digest: of the present ones; "": not known, nothing is compared.
+        digest: of the present images; "": not known, and nothing is compared.
 
     Raises:
-        InputError: they are others. No setting forces it: order and place in an epoch would mean other images.
+        InputError: the images differ. No setting forces the run to go on: order and place in an epoch would mean other
+            images.
     """
     path, checkpoint = next(iter(found.values()))
     there = ((checkpoint.get("engine") or {}).get("data") or {}).get("digest", "")
@@ -235,11 +237,11 @@ def _told(change: Any) -> tuple[str, Any, Any]:
     return change.key, change.here, change.there
 
 
-# ---- what is beside models and optimisers
+# ---- the state beside models and optimizers
 
 
 def progress_state(trainer: SimpleTrainer) -> dict[str, Any]:
-    """Where the run is: plain values. All processes of a job call it."""
+    """Return where the run is, as plain values; all processes of a job must call it."""
     state: dict[str, Any] = {"generators": distributed.gather_objects(generator_states())}
     if trainer.steps_done:
         state |= {
@@ -252,27 +254,27 @@ def progress_state(trainer: SimpleTrainer) -> dict[str, Any]:
 
 
 class Progress:
-    """What ``progress_state`` told, until the resumed run has come to that place."""
+    """The saved ``progress_state``, until the resumed run has come to that place."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self._state = state
         self.step = int(state.get("step", 0))  # batches of the first epoch that are done
 
     def begin(self) -> None:
-        """Before the first epoch: the generators as they were at its beginning."""
+        """Restore, before the first epoch, the generators' states at the beginning of that epoch."""
         if self.step:
             set_generators(self._state["epoch_generators"])
         else:
             self._set_own()
 
     def check_length(self, num_batches: int) -> None:
-        """The epoch is as long as it was, or (a resumption was forced) begins anew."""
+        """Check that the epoch is as long as it was; if not (resuming was forced), begin it anew."""
         if self.step and num_batches != self._state["num_batches"]:
             logger.warning("The epoch begins anew: it has %d batches now", num_batches)
             self.step = 0
 
     def go_on(self, stats: EpochStats) -> None:
-        """After the batches that were done have been skipped: the generators, and the means of the epoch."""
+        """Restore the generators and the epoch's means, after the batches that were done have been skipped."""
         if self.step:
             stats.load_state_dict(self._state["stats"])
             self._set_own()
@@ -283,15 +285,15 @@ class Progress:
             return
         if len(states) == distributed.world_size():
             set_generators(states[distributed.rank()])
-        elif not self.step or distributed.is_main():  # else the others' draws are those that they begin the epoch with
+        elif not self.step or distributed.is_main():  # else others keep the states they begin the epoch with
             set_generators(states[0])
 
 
 def batches_from(loader: Any, first: int, skipped: Callable[[], None], endless: bool = False) -> Iterator[Any]:
-    """The batches of a pass from number ``first`` (from 0) on.
+    """Yield the batches of a pass from number ``first`` (counted from 0) on.
 
-    Loaders that can leave batches out (``skip(count)``, of the loader or its batch sampler, before a pass) do not load
-    them; of others they are loaded and dropped.
+    Loaders that can leave batches out (by ``skip(count)`` of the loader or its batch sampler, called before a pass) do
+    not load the batches before; from other loaders these are loaded and dropped.
 
     Args:
         skipped: called before the first batch that is given out is loaded.

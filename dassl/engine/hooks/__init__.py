@@ -33,7 +33,9 @@ __all__ = [
 
 
 def build_hooks(cfg: Any) -> list[HookBase]:
-    """The hooks of a run, in the order in which each event reaches them. Why this order:
+    """Build the hooks of a run, in the order in which each event reaches them.
+
+    Why this order:
 
     * Results first: at the start it removes an old completion marker and records config and environment, so that a run
       that dies at any later point has its records and no marker.

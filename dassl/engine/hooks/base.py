@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class HookBase:
-    """Behaviour attached to a run; every method may be left out. ``trainer`` is the SimpleTrainer.
+    """Behavior attached to a run; every method may be left out. ``trainer`` is the SimpleTrainer.
 
     ``start``, ``before_epoch``, ``finish`` and ``close`` come from the loop itself; ``before_train``, ``after_epoch``
     and ``after_train`` from the trainer's methods of that name, which a method may replace; ``before_step``,
@@ -19,40 +19,40 @@ class HookBase:
     """
 
     def start(self, trainer: SimpleTrainer) -> None:
-        """First of all; also when only evaluating."""
+        """Prepare for a run; called first of all, also when only evaluating."""
 
     def before_train(self, trainer: SimpleTrainer) -> None:
-        """Before the first epoch."""
+        """Prepare for training; called before the first epoch."""
 
     def before_epoch(self, trainer: SimpleTrainer) -> None:
-        """Before each epoch."""
+        """Prepare for an epoch; called before each epoch."""
 
     def before_step(self, trainer: SimpleTrainer) -> None:
-        """The batch is there, the step is not yet made."""
+        """Prepare for a step; called when its batch is there, and before the step is made."""
 
     def after_step(self, trainer: SimpleTrainer) -> None:
-        """The step is made."""
+        """Record a step; called when the step is made."""
 
     def between_steps(self, trainer: SimpleTrainer) -> None:
-        """All hooks have heard of the step: what the run has come to can be saved."""
+        """Save what the run has come to; called when all hooks have heard of the step."""
 
     def after_epoch(self, trainer: SimpleTrainer) -> None:
-        """After each epoch."""
+        """Finish an epoch; called after each epoch."""
 
     def after_test(self, trainer: SimpleTrainer, evaluation: Evaluation) -> None:
-        """After each pass over a split."""
+        """Use the results of a pass over a split; called after each pass."""
 
     def after_train(self, trainer: SimpleTrainer) -> None:
-        """After the last epoch."""
+        """Finish training; called after the last epoch."""
 
     def finish(self, trainer: SimpleTrainer) -> None:
-        """Last, when all went well; also when only evaluating."""
+        """Finish the run; called last, when all went well, also when only evaluating."""
 
     def close(self, trainer: SimpleTrainer) -> None:
-        """At the end of training, also after an error."""
+        """Release what is held; called at the end of training, also after an error."""
 
     def state_dict(self, trainer: SimpleTrainer) -> dict[str, Any]:
-        """What a resumed run must know: plain values, saved in every checkpoint."""
+        """Return what a resumed run must know: plain values, saved in every checkpoint."""
         return {}
 
     def load_state_dict(self, trainer: SimpleTrainer, state: dict[str, Any]) -> None:

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_SAVING = 0.1  # share of the time that saving short epochs may take
+MOST_SAVING = 0.1  # largest share of the time that saving after short epochs may take
 
 
 class BestModel(HookBase):
     """With TEST.FINAL_MODEL best_val: validate after each epoch and save on strict improvement."""
 
     def __init__(self) -> None:
-        self.choice: dict[str, dict[str, Any]] = {}  # the epoch chosen, in the form of ``trainer.selected``
+        self.choice: dict[str, dict[str, Any]] = {}  # the chosen epoch, in the form of ``trainer.selected``
 
     def after_epoch(self, trainer: SimpleTrainer) -> None:
         test = trainer.cfg.TEST
@@ -48,15 +48,17 @@ class BestModel(HookBase):
 
 
 class Checkpoint(HookBase):
-    """Resume before training; save what the run can go on with, in numbered files, which stay, and others.
+    """Resume before training; save checkpoints to numbered files, and to step files.
 
-    Of several processes, all decide alike: the one that is told to stop, and rank 0's clock, count for all.
+    Numbered files stay; of step files, only the newest stay.
+
+    Several processes all decide alike: if one of them is told to stop, all stop, and rank 0's clock counts for all.
     """
 
     def __init__(self) -> None:
         self._began = self._saved = time.monotonic()
-        self._saving = 0.0  # seconds
-        self._due = False  # a step's checkpoint, at the last step of an epoch
+        self._saving = 0.0  # seconds spent on saving
+        self._due = False  # whether a step's checkpoint fell due at the last step of an epoch
 
     # ---- resuming
 
@@ -76,7 +78,7 @@ class Checkpoint(HookBase):
 
     @staticmethod
     def _best_of(directory: Path, names: list[str]) -> float:
-        """The best result of a run whose checkpoints do not tell it (upstream's): the best file does."""
+        """Return the best result, from the best file, of a run whose checkpoints do not tell it (upstream's)."""
         path = directory / names[0] / BEST_NAME if names else directory
         if not path.is_file():
             return -math.inf
@@ -97,7 +99,7 @@ class Checkpoint(HookBase):
             if trainer.steps_done < trainer.num_batches:
                 self._save_step(trainer, Position(trainer.epoch, trainer.steps_done))
             else:
-                self._due = True  # the end of the epoch is as good, and needs no work to be done again
+                self._due = True  # a checkpoint at the end of the epoch is as good, and repeats no work
 
     def after_epoch(self, trainer: SimpleTrainer) -> None:
         train = trainer.cfg.TRAIN
@@ -111,16 +113,17 @@ class Checkpoint(HookBase):
             self._save_step(trainer, Position(done, 0))
 
     def after_train(self, trainer: SimpleTrainer) -> None:
-        """Where a run was resumed from the best checkpoint, because it died before the last epoch's was named newest.
+        """Save the last epoch's checkpoint if the run died before this checkpoint was named newest.
 
-        That the last epoch's file is there is not enough: a run may die between the file and the pointer to it.
+        Such a run is resumed from the best checkpoint, with no epoch left. The pointer is checked, not only the file: a
+        run may die after it has written the file and before it has written the pointer to it.
         """
         if not trainer.has_training_step() or trainer.start_epoch < trainer.max_epoch or trainer.cfg.RESUME:
             return
         name = f"model.pth.tar-{trainer.max_epoch}"
         folders = [Path(trainer.output_dir) / model for model in trainer.get_model_names()]
         missing = trainer.max_epoch > 0 and any(named_newest(folder) != name for folder in folders)
-        # Rank 0's answer: another one that looked later would find what rank 0 has written by then.
+        # Rank 0's answer counts: a rank that looked later would find what rank 0 has written by then.
         (wanted,) = distributed.largest(distributed.is_main() and missing)
         if wanted:
             self._save(trainer, trainer.max_epoch - 1, name)

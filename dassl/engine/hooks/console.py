@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class ConsoleLine(HookBase):
-    """A line every ``print_freq`` steps, or each step of an epoch that has fewer; values with their epoch means."""
+    """Log a line every ``print_freq`` steps, or each step of an epoch with fewer; values have their epoch means."""
 
     def __init__(self, print_freq: int) -> None:
         self.print_freq = print_freq

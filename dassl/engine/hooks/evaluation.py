@@ -31,5 +31,5 @@ class FinalTest(HookBase):
         else:
             logger.info("Deploy the last-epoch model")
         result = trainer.test()
-        if trainer.evaluation is None:  # a test that was put into the place of the class's
+        if trainer.evaluation is None:  # ``test`` was replaced after its class was made
             trainer.evaluation = of_own_test(test.SPLIT, result, trainer.evaluator)

@@ -24,9 +24,9 @@ WHAT_HELPS = (
 
 
 def as_numbers(summary: Mapping[str, Any] | None) -> dict[str, float]:
-    """What forward_backward returned, with one-element tensors and the like turned into plain numbers.
+    """Convert what forward_backward returned, such as one-element tensors, into plain numbers.
 
-    All tensors are read in one transfer, for which a program waits on a GPU.
+    All tensors of one device are read in one transfer, because a program waits for the GPU at each transfer.
     """
     found = dict(summary or {})
     tensors = {name: value.detach() for name, value in found.items() if isinstance(value, Tensor)}
@@ -37,7 +37,7 @@ def as_numbers(summary: Mapping[str, Any] | None) -> dict[str, float]:
 
 
 def fault_of(trainer: SimpleTrainer, summary: Mapping[str, float]) -> str:
-    """What was not finite in the step that a trainer has just made; "": nothing."""
+    """Return what was not finite in the step that a trainer has just made; "": nothing."""
     lost = lost_terms(trainer, summary)
     if trainer.guard.fault == "the loss" or not lost:
         return trainer.guard.fault
@@ -45,10 +45,10 @@ def fault_of(trainer: SimpleTrainer, summary: Mapping[str, float]) -> str:
 
 
 class Losses(HookBase):
-    """Keeps ``trainer.stats.losses`` and the means of the last epoch; deals with steps that are not finite.
+    """Keep ``trainer.stats.losses`` and the means of the last epoch; deal with steps that are not finite.
 
     Attributes:
-        skipped: how many steps of the run were not finite and not the end of it (TRAIN.ON_NAN skip).
+        skipped: how many steps were not finite and did not end the run (TRAIN.ON_NAN skip).
     """
 
     def __init__(self) -> None:
@@ -64,10 +64,10 @@ class Losses(HookBase):
         self.means = {name: meter.avg for name, meter in trainer.stats.losses.meters.items()}
 
     def _lost(self, trainer: SimpleTrainer, fault: str) -> None:
-        """Stop, or count the step; its numbers enter no mean.
+        """Stop the run, or count the step as skipped; its numbers enter no mean.
 
         Raises:
-            NotFiniteError: the run is to stop; or the method steps its optimiser itself, and it is too late to skip.
+            NotFiniteError: the run is to stop, or the method steps its optimizer itself and it is too late to skip.
         """
         node, summary = trainer.cfg.TRAIN, trainer.stats.summary
         if not trainer.guard.checked:

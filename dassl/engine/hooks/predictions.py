@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Predictions(HookBase):
-    """predictions.safetensors after the last test; see dassl/engine/predictions.py.
+    """Write predictions.safetensors after the last test; see dassl/evaluation/predictions.py.
 
-    Evaluating only, into a folder that holds a training run, writes predictions-eval.safetensors.
+    When only evaluating, into a folder that holds a training run, write predictions-eval.safetensors instead.
     """
 
     def __init__(self, results: Results) -> None:
@@ -29,7 +29,7 @@ class Predictions(HookBase):
 
     def start(self, trainer: SimpleTrainer) -> None:
         if trainer.writes_files:
-            self._path(trainer).unlink(missing_ok=True)  # an earlier run's would not go with the metrics to come
+            self._path(trainer).unlink(missing_ok=True)  # an earlier run's file would not match the metrics to come
 
     def after_test(self, trainer: SimpleTrainer, evaluation: Evaluation) -> None:
         if evaluation.predictions is not None and trainer.writes_files:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ProgressBar(HookBase):
-    """One bar over all epochs; it counts batches."""
+    """Show one bar over all epochs, which counts batches."""
 
     def __init__(self) -> None:
         self._bar: Any = None

@@ -41,18 +41,21 @@ BAD_IMAGES = "bad_images.txt"
 
 
 class Results(HookBase):
-    """config.yaml, classes.json and environment.json at the start; metrics.json and, last of all, DONE at the end.
+    """Write the records of a run.
 
-    Where images were skipped because they could not be read, also bad_images.txt: one per line: path, tab, reason.
+    They are config.yaml, classes.json and environment.json at the start; metrics.json and, last of all, DONE at the
+    end. If images were skipped because they could not be read, bad_images.txt lists them, one per line: path, tab,
+    reason.
 
-    Evaluating only, into a folder that holds a training run, writes metrics-eval.json and leaves its files alone.
+    When only evaluating, into a folder that holds a training run, write metrics-eval.json and leave the files of that
+    run alone.
     """
 
     def __init__(self, timing: Timing, losses: Losses, best: BestModel) -> None:
         self._timing = timing
         self._losses = losses
         self._best = best
-        self.aside = False  # evaluating only, in the folder of a training run
+        self.aside = False  # whether the run only evaluates, in the folder of a training run
 
     def start(self, trainer: SimpleTrainer) -> None:
         folder = Path(trainer.output_dir)
@@ -92,7 +95,10 @@ class Results(HookBase):
             _write_json(folder / DONE, {"finished": finished, "metrics": name})
 
     def metrics(self, trainer: SimpleTrainer) -> dict[str, Any]:
-        """The content of metrics.json: percent and seconds, unrounded. The evaluated split is also a key of it."""
+        """Return the content of metrics.json: percent and seconds, unrounded.
+
+        The name of the evaluated split is one of its keys.
+        """
         cfg, evaluation, dataset = trainer.cfg, trainer.evaluation, dataset_of(trainer.dm)
         training = trainer.phase != "idle"
         split = evaluation.split if evaluation is not None else cfg.TEST.SPLIT
@@ -126,7 +132,7 @@ class Results(HookBase):
         }
 
     def selected(self, trainer: SimpleTrainer) -> dict[str, dict[str, Any]]:
-        """What was chosen, on what: the best epoch, and what the method says of itself."""
+        """Return what was chosen, and on which data: the best epoch, and what the method says of itself."""
         return {**self._best.choice, **trainer.selected}
 
     def _closing_lines(self, trainer: SimpleTrainer, folder: Path) -> None:
@@ -146,16 +152,16 @@ class Results(HookBase):
 
 
 def is_training_run(folder: Path) -> bool:
-    """Whether a training run, finished or not, has left checkpoints in this folder."""
+    """Return whether a training run, finished or not, has left checkpoints in this folder."""
     return any(folder.glob(f"*/{POINTER_NAME}"))
 
 
 def _check_same_classes(folder: Path, names: list[str]) -> None:
-    # A run that goes on with other classes would fail, or mislabel; said before its records are written over.
+    # A run that goes on with other classes would fail, or mislabel. Say so before its records are written over.
     try:
         earlier = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # made without that file
+        return  # the earlier run was made without that file
     if earlier != names:
         raise InputError(
             f'Expected the run in "{folder}" to go on with the {len(earlier)} classes it has been trained on but the '
@@ -177,9 +183,9 @@ def count_images(trainer: SimpleTrainer) -> dict[str, int] | None:
 
 
 def count_parameters(trainer: SimpleTrainer) -> dict[str, int]:
-    """Parameters of all modules a trainer holds, each counted once: those that are learnt, and all of them.
+    """Count the parameters of all modules that a trainer holds, each once: the trained ones, and all of them.
 
-    Numbers that a solver fits without gradients are buffers; a trainer says how many as `fitted_parameters`.
+    Numbers that a solver fits without gradients are buffers; a trainer tells their count as ``fitted_parameters``.
     """
     parameters = {id(p): p for module in _modules(trainer) for p in module.parameters()}
     return {
@@ -189,7 +195,7 @@ def count_parameters(trainer: SimpleTrainer) -> dict[str, int]:
 
 
 def _modules(trainer: SimpleTrainer) -> Iterator[nn.Module]:
-    """Registered models, modules among the trainer's attributes, and modules hidden in attributes of those.
+    """Yield registered models, modules among the trainer's attributes, and modules in attributes of those.
 
     A frozen backbone is often kept in a plain attribute or a list, so that it stays out of the state dict.
     """

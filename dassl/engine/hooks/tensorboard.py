@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 class TensorBoard(HookBase):
-    """Losses, learning rate and speed per step; all heads per evaluation; pictures and hyper-parameters at the end."""
+    """Write curves and pictures to TensorBoard.
+
+    Losses, learning rate and speed are written per step, all heads per evaluation, pictures and hyper-parameters at the
+    end.
+    """
 
     def before_train(self, trainer: SimpleTrainer) -> None:
         steps = trainer.count_batches() if trainer.start_epoch else 0
@@ -63,7 +67,7 @@ class TensorBoard(HookBase):
 
 
 def hyper_parameters(cfg: Any, node: str) -> dict[str, Any]:
-    """Return the settings that tell runs apart: dataset, seed, backbone, optimiser, batch size, and the method's own.
+    """Return the settings that tell runs apart: dataset, seed, backbone, optimizer, batch size, and the method's own.
 
     Args:
         cfg: a configuration.
@@ -85,7 +89,7 @@ def hyper_parameters(cfg: Any, node: str) -> dict[str, Any]:
 
 
 def _leaves(prefix: str, node: Any) -> dict[str, Any]:
-    """Dotted names of all values under a config node; what TensorBoard cannot hold becomes text."""
+    """Return all values under a config node by dotted name; what TensorBoard cannot hold becomes text."""
     leaves: dict[str, Any] = {}
     for key, value in node.items():
         name = f"{prefix}.{key}"

@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 class Timing(HookBase):
-    """Time of each step and of waiting for its batch; sums over the run, resumed parts included. Seconds."""
+    """Measure each step and the wait for its batch, in seconds; sums are over the run, with all resumed parts."""
 
     def __init__(self) -> None:
         self.train_seconds = 0.0
-        self.data_seconds = 0.0  # of these
+        self.data_seconds = 0.0  # of these, spent on waiting for batches
         self.images = 0
         self.test_seconds: dict[str, float] = {}  # by split
         self._mark = time.perf_counter()
@@ -60,7 +60,7 @@ class Timing(HookBase):
         self.test_seconds[evaluation.split] = self.test_seconds.get(evaluation.split, 0.0) + evaluation.seconds
 
     def summary(self) -> dict[str, float]:
-        """train_seconds, images_per_second of training, data_seconds (waiting) and data_share, and <split>_seconds."""
+        """Return train_seconds, images_per_second of training, data_seconds (waiting), data_share, <split>_seconds."""
         speed = self.images / self.train_seconds if self.train_seconds > 0 else 0.0
         splits = {f"{split}_seconds": seconds for split, seconds in self.test_seconds.items()}
         return {
@@ -87,7 +87,10 @@ class Timing(HookBase):
 
 
 class LearningRate(HookBase):
-    """The rate a step uses. Read before the step: trainers move the schedule on within their last step."""
+    """Keep the learning rate that a step uses.
+
+    The rate is read before the step, because trainers move the schedule on within their last step.
+    """
 
     def before_step(self, trainer: SimpleTrainer) -> None:
         trainer.stats.lr = trainer.get_current_lr()

@@ -1,14 +1,15 @@
-"""What happens when numbers are lost: a loss or its gradients that are NaN or infinite.
+"""What happens when numbers are lost, that is, when a loss or its gradients are NaN or infinite.
 
-A step is asked twice whether it may change the model: whether its loss is finite, and whether its gradients are, before
-the optimiser follows them. Both answers are read at once where the engine makes the whole step, because a GPU has to
-come to its end for each look at a number. Where it may not, the model, its optimiser and the loss scale stay as they
-are, the step goes on
-to its end (so that it can tell all its loss terms), and the hook ``Losses`` stops the run or leaves the step out. What
-the forward pass has moved by then, such as the running means of a BatchNorm, is put back (``KeptBuffers``); whatever
-else follows the model from step to step moves in ``after_update``, which a step that is left out does not reach.
+Each step is checked twice before it may change the model: its loss must be finite, and its gradients must be, before
+the optimizer follows them. Where the engine makes the whole step, both answers are read at once, because a GPU has to
+finish its work for each look at a number.
 
-Of several processes all answer alike, so that none waits for another that has left a step out.
+If a step may not change the model, the model, its optimizer and the loss scale stay as they are. The step goes on to
+its end (so that it can tell all its loss terms), and the hook ``Losses`` stops the run or leaves the step out. What the
+forward pass has changed by then, such as the running means of a BatchNorm, is put back (``KeptBuffers``). Whatever else
+follows the model from step to step moves in ``after_update``, which is not called for a step that is left out.
+
+Several processes all answer alike, so that none waits for another that has left a step out.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ __all__ = [
     "report",
 ]
 
-RECORD = "not_finite.json"  # in the run's folder: the step that stopped it, with all paths
-SHOWN = 8  # image paths in the message
+RECORD = "not_finite.json"  # in the run's folder: the step that stopped the run, with the paths of all its images
+SHOWN = 8  # image paths in the message, at most
 
 
 class NotFiniteError(FloatingPointError):
@@ -50,7 +51,7 @@ class NotFiniteError(FloatingPointError):
 
 
 def finite_gradients(optimizers: Iterable[Optimizer]) -> Tensor | None:
-    """Return whether all gradients of optimisers are finite, as a bool tensor on their device; None: there are none."""
+    """Return whether all gradients of optimizers are finite, as a bool tensor on their device; None: there are none."""
     grads = [
         p.grad
         for optimizer in optimizers
@@ -67,12 +68,13 @@ def finite_gradients(optimizers: Iterable[Optimizer]) -> Tensor | None:
 
 
 class StepGuard:
-    """Whether the step that runs may change the model.
+    """Decide whether the running step may change the model.
 
     Attributes:
-        active: a step of the engine's loop runs, which deals with faults at its end; else they are raised at once.
+        active: whether a step of the engine's loop runs, which deals with faults at its end; if not, they are raised at
+            once.
         fault: what was not finite in this step; "": nothing.
-        checked: whether a loss of this step was checked. A method with a backward of its own is known by its absence.
+        checked: whether a loss of this step was checked. If none was, the method has a backward of its own.
     """
 
     def __init__(self) -> None:
@@ -83,33 +85,39 @@ class StepGuard:
         self._waiting: list[Tensor] = []  # whether each of those losses is finite
 
     def begin(self) -> None:
-        """A step begins."""
+        """Begin a step, without any fault."""
         self.active, self.fault, self.checked = True, "", False
         self._waiting.clear()
 
     def end(self) -> None:
-        """No step runs any more: one that died may have left this open."""
+        """End the present step, which may be one that died and left this guard active."""
         self.active, self.fault = False, ""
 
     @contextlib.contextmanager
     def one_look(self) -> Iterator[None]:
-        """Within, a loss is back-propagated unseen, and looked at together with its gradients, before any step.
+        """Check losses together with their gradients, in one look, while this context lasts.
 
-        Of several processes each loss is looked at, because all have to average their gradients, or none.
+        A loss is back-propagated unchecked; the look comes before any optimizer steps. With several processes, each
+        loss is still checked by itself, because either all of them average their gradients, or none.
         """
         self._later = distributed.world_size() == 1
         try:
             yield
         finally:
             self._later = False
-            if self._waiting:  # nothing has asked for the gradients
+            if self._waiting:  # nothing has asked for a look at the gradients
                 self.look(None)
 
     def look(self, gradients: Tensor | None) -> bool:
-        """Read whether the losses that wait are finite, which becomes the ``fault``, and whether ``gradients`` says so.
+        """Read whether the losses that wait, and the gradients, are finite.
+
+        A loss that is not finite becomes the ``fault``.
+
+        Args:
+            gradients: the answer of ``finite_gradients``; None: there is none to read.
 
         Returns:
-            Whether the gradients are finite.
+            Whether the gradients are finite; True if there is nothing to read.
         """
         flags = [*self._waiting, *([] if gradients is None else [gradients])]
         self._waiting.clear()
@@ -123,7 +131,7 @@ class StepGuard:
         return last
 
     def admits_loss(self, loss: Tensor) -> bool:
-        """Whether a loss may be back-propagated."""
+        """Return whether a loss may be back-propagated."""
         finite = torch.isfinite(loss.detach()).all()
         self.checked = True
         if self._later:
@@ -134,7 +142,7 @@ class StepGuard:
         return not self.fault
 
     def admits_gradients(self, optimizers: Iterable[Optimizer]) -> bool:
-        """Whether optimisers may follow their gradients, which are the same in all processes."""
+        """Return whether optimizers may follow their gradients, which are the same in all processes."""
         if self.fault:
             return False
         if not self.look(finite_gradients(optimizers)):
@@ -143,9 +151,9 @@ class StepGuard:
 
 
 class KeptBuffers:
-    """The buffers of models as they were before a step: a forward pass moves some before its loss is known.
+    """The buffers of models as they were before a step: a forward pass changes some before its loss is known.
 
-    Buffers that are not saved in checkpoints are left out: they follow from other things.
+    Buffers that are not saved in checkpoints are left out: other values determine them.
     """
 
     def __init__(self) -> None:
@@ -153,8 +161,8 @@ class KeptBuffers:
 
     @torch.no_grad()
     def keep(self, models: Iterable[nn.Module | None]) -> None:
-        """Take the present values of all models' buffers."""
-        # torch's kernels may write without raising a tensor's version, so that all are copied, changed or not.
+        """Copy the present values of all models' buffers."""
+        # All are copied, changed or not: torch's kernels may write without raising a tensor's version.
         self._kept = [
             (module, name, buffer, buffer.detach().clone())
             for model in models
@@ -172,7 +180,10 @@ class KeptBuffers:
 
 
 def lost_terms(trainer: SimpleTrainer, summary: Mapping[str, float]) -> list[str]:
-    """The losses in what forward_backward returned that are not finite: called "...loss...", or in ``loss_terms``."""
+    """Return the names of the losses that are not finite in what forward_backward returned.
+
+    A loss has "loss" in its name, or its name is in ``loss_terms``.
+    """
     return [
         name
         for name, value in summary.items()
@@ -181,7 +192,7 @@ def lost_terms(trainer: SimpleTrainer, summary: Mapping[str, float]) -> list[str
 
 
 def last_checkpoint(trainer: SimpleTrainer) -> Path | None:
-    """The checkpoint that the same command would go on from; None: there is none."""
+    """Return the checkpoint that the same command would resume from; None: there is none."""
     names = trainer.get_model_names()
     for folder in (trainer.output_dir, trainer.cfg.RESUME) if names else ():
         with contextlib.suppress(InputError):
@@ -190,10 +201,12 @@ def last_checkpoint(trainer: SimpleTrainer) -> Path | None:
 
 
 def report(trainer: SimpleTrainer, what: str, remark: str, summary: Mapping[str, float], advice: str) -> NotFiniteError:
-    """The error that ends a run at this step; ``not_finite.json`` gets all of it. To be called by all processes alike.
+    """Return the error that ends a run at this step, and write ``not_finite.json``, which has all details.
+
+    The file is written while epochs run, by rank 0. All processes must call this function alike.
 
     Args:
-        trainer: it stands at the step.
+        trainer: the trainer, at that step.
         what: what is not finite.
         remark: what became of the step.
         summary: the loss terms.
@@ -203,7 +216,7 @@ def report(trainer: SimpleTrainer, what: str, remark: str, summary: Mapping[str,
     images = list(dict.fromkeys(path for paths in distributed.gather_objects(own) for path in paths))
     checkpoint = last_checkpoint(trainer)
     if trainer.writes_files and trainer.phase == "train":
-        # Where it cannot be written, the message below still can.
+        # If the file cannot be written, the message below is still given.
         with contextlib.suppress(OSError), atomic_write(Path(trainer.output_dir) / RECORD) as stream:
             content = {
                 "step": trainer.global_step + 1,

@@ -1,9 +1,10 @@
 """One output folder, one run: a lock that tells who has it.
 
-The file ``run.lock`` in the folder names the process. Where the file system knows ``flock``, the system keeps the lock
-and drops it when the process ends, however it ends. Where it does not, or where the holder is on another machine (whose
-locks may not be seen here), what the file says counts: on this machine, whether that very process still lives; on
-another one, whether it has touched the file within STALE seconds, which it does every BEAT seconds.
+The file ``run.lock`` in the folder names the process that holds it. Where the file system knows ``flock``, the system
+keeps the lock and drops it when the process ends, however it ends. Elsewhere, or if the holder is on another machine
+(whose locks may not be seen here), what the file says counts. A holder on this machine has the folder as long as that
+very process lives. A holder on another machine has it if it has touched the file within the last STALE seconds, which
+it does every BEAT seconds.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ logger = logging.getLogger(__name__)
 __all__ = ["FolderLock", "is_locked"]
 
 NAME = "run.lock"
-BEAT = 30.0
-STALE = 300.0
+BEAT = 30.0  # seconds
+STALE = 300.0  # seconds
 
 
 class FolderLock:
-    """Holds a folder until ``release``; the folder is made when missing.
+    """Hold a folder until ``release``; the folder is made when missing.
 
     Raises:
-        InputError: another process has it; the message says which, where, and since when.
+        InputError: another process has the folder; the message says which, where, and since when.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -60,7 +61,7 @@ class FolderLock:
                 holder = _holder(self.path)
                 free = _flock(handle)
                 tries += 1
-                if free is False and holder is None and tries < 20:  # it is about to say who it is
+                if free is False and holder is None and tries < 20:  # the holder is about to say who it is
                     os.close(handle)
                     time.sleep(0.05)
                     continue
@@ -69,7 +70,7 @@ class FolderLock:
                         f'Expected "{self.folder}" to be used by one run at a time but {_told(holder)}: '
                         f"wait for that run, stop it, or choose another folder (--output-dir){_hint(holder)}"
                     )
-                if _same_file(handle, self.path):  # else its last holder has just removed it
+                if _same_file(handle, self.path):  # else the last holder has just removed the file
                     if holder is not None:
                         logger.warning('Taking over "%s": %s, and has ended', self.folder, _told(holder))
                     return handle
@@ -95,13 +96,13 @@ class FolderLock:
                 os.utime(self.path)
 
     def _drop(self) -> None:
-        """In a forked process: its copy of the handle is closed, and the lock is the parent's alone."""
+        """Close this process's handle; in a forked process this leaves the lock to the parent alone."""
         handle, self._handle = self._handle, None
         if handle is not None:
             os.close(handle)
 
     def release(self) -> None:
-        """Give the folder back. Harmless when that was done before."""
+        """Give the folder back; this is harmless if it was done before."""
         self._ended.set()
         if self._handle is not None:
             with contextlib.suppress(OSError):
@@ -116,7 +117,7 @@ class FolderLock:
 
 
 def is_locked(folder: str | os.PathLike[str]) -> bool:
-    """Whether a run has this folder."""
+    """Return whether a run holds this folder."""
     path = Path(folder) / NAME
     try:
         handle = os.open(path, os.O_RDWR)
@@ -130,7 +131,7 @@ def is_locked(folder: str | os.PathLike[str]) -> bool:
 
 
 def _flock(handle: int) -> bool | None:
-    """Whether the lock was free and is taken now; None: this file system has no such locks."""
+    """Take the lock if it is free, and return whether it was; None: this file system has no such locks."""
     if fcntl is None:
         return None
     try:
@@ -152,7 +153,7 @@ def _same_file(handle: int, path: Path) -> bool:
 
 
 def _holder(path: Path) -> dict[str, Any] | None:
-    """What the file says of who has it; None: nothing."""
+    """Return what the file says of the holder; None: nothing."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -162,25 +163,25 @@ def _holder(path: Path) -> dict[str, Any] | None:
 
 
 def _lives(holder: dict[str, Any], path: Path, flocked: bool) -> bool:
-    """Whether the process that the file names still runs, as far as can be told from here."""
+    """Return whether the process that the file names still runs, as far as can be told from here."""
     if holder["host"] != socket.gethostname():
         with contextlib.suppress(OSError):
             return time.time() - path.stat().st_mtime < STALE
         return False
-    if flocked:  # on this machine the system would have refused
+    if flocked:  # a living holder on this machine would have kept us from the lock
         return False
     try:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # somebody else's process
-    start = _process_start(holder["pid"])  # another one may have got its number
+        pass  # it lives, and is somebody else's
+    start = _process_start(holder["pid"])  # another process may have got its number
     return start is None or holder.get("process_start") in (None, start)
 
 
 def _process_start(pid: int) -> int | None:
-    """When a process of this machine began, in clock ticks since the machine did; None: it cannot be told."""
+    """Return when a process of this machine began, in clock ticks since boot; None: it cannot be told."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         return int(text.rpartition(")")[2].split()[19])

@@ -1,6 +1,6 @@
-"""Trouble with the machine that is neither a bug nor something that was given wrong: which it is, and what helps.
+"""Trouble with the machine, which is neither a bug nor a wrong input: what the trouble is, and what helps.
 
-Full disks, memory that runs out, loader processes that die. They end a run with a line or two, not with a traceback.
+Full disks, memory that runs out, and loader processes that die end a run with a line or two, not with a traceback.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class RunStoppedError(Exception):
 
 
 def explain_trouble(error: BaseException, memory_advice: Sequence[str] = (), batches: str = BATCHES) -> str:
-    """What went wrong and what helps, in one line; "" for what is no trouble of the machine known here.
+    """Return what went wrong and what helps, in one line; "" unless it is known trouble with the machine.
 
     Args:
-        error: what ended the run. Of an error that another one caused, that one counts.
+        error: what ended the run. If an OSError made torch's writer of files fail, the OSError counts.
         memory_advice: settings that need less memory, beside the batch size.
         batches: how to ask for smaller batches.
     """

@@ -1,4 +1,4 @@
-"""What every backbone is."""
+"""The base class of backbones."""
 
 from __future__ import annotations
 

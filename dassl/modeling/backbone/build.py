@@ -1,4 +1,4 @@
-"""Backbones by name. None is built in; a project registers its own."""
+"""Build backbones by name; none is built in, a project registers its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BACKBONE_REGISTRY = Registry("BACKBONE")
 
 
 def build_backbone(name: str, verbose: bool = True, **kwargs: Any) -> Any:
-    """The registered backbone ``name``, called with the keyword arguments; KeyError when there is none."""
+    """Build the registered backbone ``name`` with the keyword arguments; an unknown name is a KeyError."""
     builder = BACKBONE_REGISTRY.get(name)
     if verbose:
         logger.info("Backbone: %s", name)

@@ -1,4 +1,4 @@
-"""Heads by name."""
+"""Build heads by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEAD_REGISTRY = Registry("HEAD")
 
 
 def build_head(name: str, verbose: bool = True, **kwargs: Any) -> Any:
-    """The registered head ``name``, called with the keyword arguments; KeyError when there is none."""
+    """Build the registered head ``name`` with the keyword arguments; an unknown name is a KeyError."""
     builder = HEAD_REGISTRY.get(name)
     if verbose:
         logger.info("Head: %s", name)

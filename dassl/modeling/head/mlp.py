@@ -51,11 +51,11 @@ class MLP(nn.Module):
         self.out_features = in_features
 
     def forward(self, features: Any) -> Any:
-        """[B, in_features] -> [B, out_features]."""
+        """Return outputs [B, out_features] for features [B, in_features]."""
         return self.layers(features)
 
 
 @HEAD_REGISTRY.register()
 def mlp(**kwargs: Any) -> MLP:
-    """The head called "mlp"."""
+    """Build the head called "mlp"."""
     return MLP(**kwargs)

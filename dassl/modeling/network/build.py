@@ -1,4 +1,4 @@
-"""Whole networks, by name. None is built in; a project registers its own."""
+"""Build whole networks by name; none is built in, a project registers its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NETWORK_REGISTRY = Registry("NETWORK")
 
 
 def build_network(name: str, verbose: bool = True, **kwargs: Any) -> Any:
-    """The registered network ``name``, called with the keyword arguments; KeyError when there is none."""
+    """Build the registered network ``name`` with the keyword arguments; an unknown name is a KeyError."""
     builder = NETWORK_REGISTRY.get(name)
     if verbose:
         logger.info("Network: %s", name)

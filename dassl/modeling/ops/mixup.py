@@ -14,7 +14,7 @@ def mixup(
     Args:
         x1, x2, y1, y2: the pairs.
         beta: parameter of the distribution.
-        preserve_order: let the first of a pair have the larger share.
+        preserve_order: give the first of each pair the larger share.
     """
     share = torch.distributions.Beta(beta, beta).sample((len(x1),)).to(x1.device)  # [B]
     if preserve_order:

@@ -1,4 +1,4 @@
-"""A layer that turns gradients round (Ganin and Lempitsky, 2015)."""
+"""A layer that reverses gradients (Ganin and Lempitsky, 2015)."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ class ReverseGrad(nn.Module):
     """Identity whose gradient is multiplied by -scaling."""
 
     def forward(self, x: Tensor, scaling: float = 1.0) -> Tensor:
-        """Any tensor -> the same."""
+        """Return ``x`` unchanged; its gradient will be multiplied by -scaling."""
         return _Reverse.apply(x, scaling)

@@ -26,7 +26,7 @@ def shuffle_index(data: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def create_onehot(label: Tensor, num_classes: int) -> Tensor:
-    """Return labels [B] as one-hot rows [B, num_classes], float32, on their device."""
+    """Return labels [B] as one-hot rows [B, num_classes], float32, on the labels' device."""
     return F.one_hot(label.long(), num_classes).float()
 
 

@@ -17,17 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
 from .base import Classifier, EncoderTrainer, Learner, MethodConfig, key, precision
 from .clip import CLIP, fill_template
-from .modules.low_rank import LowRank
+from .modules.low_rank import LowRankUpdates
 
 logger = logging.getLogger(__name__)
-PROJECTIONS = ("q", "k", "v")
 
 
 class LoRALearner(Learner):
@@ -43,39 +42,20 @@ class LoRALearner(Learner):
     """
 
     def __init__(self, clip: CLIP, classnames: Sequence[str], settings: CLIPLoRAConfig) -> None:
-        if clip.visual.kind != "vit":
-            raise ValueError(
-                f"Expected a vision transformer for CLIPLoRA, which updates queries, keys and values, but {clip.name} "
-                "is a ResNet"
-            )
         facts = {"backbone": clip.name, "weights_digest": clip.weights_digest, "alpha": settings.alpha}
         super().__init__(classnames, facts)
 
         update = settings.rank, settings.alpha, settings.dropout
-
-        def updates(widths: Mapping[int, int]) -> nn.ModuleDict:
-            blocks = {}
-            for i, width in sorted(widths.items()):
-                blocks[str(i)] = nn.ModuleDict({p: LowRank(width, *update) for p in PROJECTIONS})
-            return nn.ModuleDict(blocks)
-
         self.dropout = settings.dropout
-        self.generator: torch.Generator | None = None  # None: torch's own
-        self.visual, self.text = updates(clip.visual.widths), updates(clip.text.widths)
+        self.visual, self.text = LowRankUpdates(clip.visual.widths, *update), LowRankUpdates(clip.text.widths, *update)
+        clip.visual.check_edits([self.visual], "CLIPLoRA")
 
     def seed_dropout(self, seed: int, device: torch.device) -> None:
         """From now on what is dropped follows from `seed` alone."""
-        if self.generator is None:
-            self.generator = torch.Generator(device)
-        self.generator.manual_seed(seed)
-
-    def project_visual(self, block: int, which: str, x: Tensor) -> Tensor:
-        """What is added to projection `which` of the tokens x [B, L, D] in a block of the image encoder."""
-        return self.visual[str(block)][which](x, self.generator)  # type: ignore[index]  # a ModuleDict in a ModuleDict
-
-    def project_text(self, block: int, which: str, x: Tensor) -> Tensor:
-        """The same of the text encoder."""
-        return self.text[str(block)][which](x, self.generator)  # type: ignore[index]
+        generator = self.visual.generator
+        if generator is None:
+            generator = self.visual.generator = self.text.generator = torch.Generator(device)
+        generator.manual_seed(seed)
 
 
 class LoRAClassifier(Classifier):
@@ -98,13 +78,13 @@ class LoRAClassifier(Classifier):
         if learner.training and learner.dropout > 0:
             # Each prompt drops entries of its own, also of the tokens that all prompts begin with: nothing is shared.
             tokens = dataclasses.replace(tokens, shared=0)
-        features = text.suffix(text.prefix(tokens, 0), 1, projection=learner.project_text)
+        features = text.suffix(text.prefix(tokens, 0), 1, [learner.text])
         return F.normalize(features.float(), dim=-1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> logits [B, C]."""
         visual = self.clip.visual
-        features = visual.suffix(visual.prefix(images, 0), 1, projection=self.learner.project_visual)
+        features = visual.suffix(visual.prefix(images, 0), 1, [self.learner.visual])
         return self.logits(features, self.text_features())
 
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:

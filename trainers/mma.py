@@ -1,8 +1,8 @@
 """MMA, the multi-modal adapter: DLR-CLIP's cross-modal adapter alone, trained by cross-entropy.
 
 Yang et al., MMA: Multi-Modal Adapter for Vision-Language Models, 2024. Unlike in DLR-CLIP the scale is fixed, and
-gradients are scaled (see dlrclip/cma.py). What precedes the first adapted block is computed once for the prompts, and
-without autograd for the images.
+gradients are scaled (see modules/cross_modal_adapter.py). What precedes the first adapted block is computed once for
+the prompts, and without autograd for the images.
 
 Legend: B images, C classes.
 """
@@ -62,14 +62,14 @@ class MMAClassifier(Classifier):
         context = settings.text_ctx_init.replace("_", " ").strip()
         facts = {"backbone": clip.name, "weights_digest": clip.weights_digest, "context": context}
         super().__init__(clip, classnames, templates, AdapterLearner(adapter, classnames, facts))
-        self._text_start, self._visual_start = min(int(i) for i in adapter.text), min(adapter.share)
+        self._text_start, self._visual_start = adapter.text_edit.first_block, adapter.visual_edit.first_block
         prompts = [f"{context} {clean_classname(name)}.".strip() for name in classnames]
         with torch.no_grad():
             self._text_state = clip.text.prefix(clip.text.tokenise(prompts), self._text_start - 1)
 
     def compute_text(self) -> Tensor:
         """Text features [C, E], normalised, fp32."""
-        features = self.clip.text.suffix(self._text_state, self._text_start, self.learner.cma.adapt_text)
+        features = self.clip.text.suffix(self._text_state, self._text_start, [self.learner.cma.text_edit])
         return F.normalize(features.float(), dim=-1)
 
     def _prefix(self, images: Tensor) -> Tensor:
@@ -77,9 +77,8 @@ class MMAClassifier(Classifier):
             return self.clip.visual.prefix(images, self._visual_start - 1)
 
     def _adapted(self, hidden: Tensor) -> Tensor:
-        visual, cma = self.clip.visual, self.learner.cma
-        adapt = cma.adapt_tokens if visual.kind == "vit" else cma.adapt_map
-        return self.logits(visual.suffix(hidden, self._visual_start, adapt), self.text_features())
+        edits = [self.learner.cma.visual_edit]
+        return self.logits(self.clip.visual.suffix(hidden, self._visual_start, edits), self.text_features())
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> logits [B, C]."""

@@ -56,7 +56,7 @@ def test_parts(network, batch):
     assert whole == parts["image prefix"] + parts["plain suffix"]
     hidden = visual.prefix(batch[0], 1)
     assert hidden.shape[1] == sizes.tokens
-    forward = counted(lambda: features.append(visual.suffix(hidden, 2, cma.adapt_tokens)))
+    forward = counted(lambda: features.append(visual.suffix(hidden, 2, [cma.visual_edit])))
     first = flops.by_part(flops.views_step(sizes))["image prefix"]  # the first adapted block without its adapter
     assert forward == first + parts["adapted suffix forward"]
     assert counted(lambda: features[1].sum().backward()) == parts["adapted suffix backward"]

@@ -1,11 +1,11 @@
-"""The one place that knows CLIP: weights, tokens, prompts, and running a prefix or a suffix of its blocks.
+"""The one place that knows CLIP: weights, tokens, prompts, and running its blocks, with a method's edits.
 
 Plain torch over open_clip's modules; it knows neither the toolbox nor the datasets.
 """
 
 from .backbones import BACKBONES, check_backbone
-from .blocks import Adapter, Projection
 from .config import add_clip_config
+from .edits import BlockEdit, kinds
 from .load import load_clip
 from .model import CLIP
 from .preprocess import complete_input, preprocessing_of, tell_preprocessing
@@ -33,8 +33,7 @@ __all__ = [
     "IMAGENET_TEMPLATES",
     "IMAGENET_TEMPLATES_SELECT",
     "IMAGENET_TEMPLATES_SELECT_OWN",
-    "Adapter",
-    "Projection",
+    "BlockEdit",
     "PromptTokens",
     "TextState",
     "TextTower",
@@ -44,6 +43,7 @@ __all__ = [
     "clean_classname",
     "complete_input",
     "fill_template",
+    "kinds",
     "load_clip",
     "mean_text_features",
     "preprocessing_of",

@@ -1,9 +1,13 @@
-"""CLIP's text encoder as blocks that can be run from anywhere to anywhere, with or without adapters.
+"""CLIP's text encoder as blocks that can be run from anywhere to anywhere, with or without edits (edits.py).
 
 Two savings are exact, because attention is causal and only the end-of-text token is read:
 * tokens after a prompt's end-of-text token change nothing, so the matrix is cut at the longest prompt;
 * tokens that all prompts begin with ("<start> a photo of a") have the same activations for every prompt at every
-  block, adapters included, so they are computed once and each prompt's own tokens attend to their keys and values.
+  block, edits included, so they are computed once and each prompt's own tokens attend to their keys and values.
+
+Edits of tokens end the sharing: the first block whose tokens change, and all blocks behind it, are computed for whole
+prompts. An edit that changes the leading tokens alone, in the same way in every prompt (``BlockEdit.leading``), keeps
+the sharing where all that it changes is shared: it is given the shared tokens once.
 
 Legend: N prompts, L tokens of the longest prompt, P shared leading tokens, D width, E joint embedding.
 """
@@ -12,26 +16,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
-from .blocks import (
-    Adapter,
-    Projection,
-    add_adapter,
-    finish_block,
-    layer_norm,
-    mix,
-    pick_tokens,
-    project_kv,
-    project_q,
-    project_qkv,
-    recompute,
-)
+from .blocks import finish_block, mix, pick_tokens, project_kv, project_q, project_qkv, recompute
+from .edits import INSIDE, BlockEdit, Edits, edit_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -154,41 +147,43 @@ class TextTower(nn.Module):
         """Run blocks 1..``stop`` (0..depth; 0: embeddings only): what enters block ``stop + 1``."""
         if not 0 <= stop <= self.depth:
             raise ValueError(f"Expected stop to be in 0..{self.depth} but got {stop}")
-        return self._advance(self.embed(tokens), stop, None)
+        return self._advance(self.embed(tokens), stop, Edits())
+
+    def check_edits(self, edits: Sequence[BlockEdit], method: str = "") -> Edits:
+        """Refuse anything but a list of BlockEdits (ValueError); return the edits sorted. See VisionTower."""
+        return Edits(edits)
 
     def enter(self, state: TextState) -> tuple[TextState, TextState]:
-        """Run the next block without its adapter: what the adapter of that block sees, and the block's output.
+        """Run the next block without edits -> what ``parallel`` of that block sees, and the block's output.
 
-        ``suffix(join(output, adapter, seen), number + 1, adapter)`` goes on. In a frozen encoder both are constants of
-        the prompts. The last block is computed for the end-of-text tokens alone: own [N, 1, D], shared [1, 0, D].
+        ``suffix(join(output, edits, seen), number + 1, edits)`` goes on. In a frozen encoder both are constants of the
+        prompts. The last block is computed for the end-of-text tokens alone: own [N, 1, D], shared [1, 0, D].
         """
         if state.next_block > self.depth:
             raise ValueError(f"Expected a state that enters a block but got one behind the last, {self.depth}")
-        return self._plain(state, None, state.next_block == self.depth)
+        return self._plain(state, Edits(), state.next_block == self.depth)
 
-    def join(self, out: TextState, adapter: Adapter | None, seen: TextState) -> TextState:
-        """Add to a block's output what its adapter makes of what it sees; both from ``enter``."""
-        number = seen.next_block
-        shared = add_adapter(out.shared, adapter, number, seen.shared) if out.shared.shape[1] else out.shared
-        return TextState(shared, add_adapter(out.own, adapter, number, seen.own), out.eot, out.next_block)
+    def join(self, out: TextState, edits: Sequence[BlockEdit], seen: TextState) -> TextState:
+        """Add to a block's output what edits make beside and behind the block; both from ``enter``.
+
+        Raises:
+            ValueError: edits that change what is inside a block.
+        """
+        planned = self.check_edits(edits)
+        planned.check_outside(INSIDE)
+        return self._close(out, planned, seen)
 
     def suffix(
-        self,
-        state: TextState,
-        start: int,
-        adapter: Adapter | None = None,
-        projection: Projection | None = None,
-        checkpointing: bool = False,
+        self, state: TextState, start: int, edits: Sequence[BlockEdit] = (), checkpointing: bool = False
     ) -> Tensor:
         """Run blocks ``start``..depth and the head.
 
         Args:
             state: from ``prefix(tokens, start - 1)``.
             start: 1..depth + 1 (depth + 1: the head alone).
-            adapter: see ``blocks.Adapter``. Called twice per block, for the shared tokens [1, P, D] and for the
-                prompts' own [N, L - P, D]; in the last block once, for the end-of-text tokens alone [N, 1, D].
-            projection: see ``blocks.Projection``. Called for the shared tokens and for the prompts' own; for the
-                queries of the last block for the end-of-text tokens alone.
+            edits: see edits.py. Each block asks twice, for the shared tokens [1, P, D], where there are any, and for
+                the prompts' own [N, L - P, D]; the last one for the end-of-text tokens alone [N, 1, D], except for
+                tokens and for what is added to keys and values. For tokens, see the head of this file.
             checkpointing: keep only what enters each block, and compute it again in the backward pass.
 
         Returns:
@@ -196,61 +191,80 @@ class TextTower(nn.Module):
         """
         if start != state.next_block:
             raise ValueError(f"Expected start to be {state.next_block}, the block the state enters, but got {start}")
-        state = self._advance(state, self.depth, adapter, projection, checkpointing, read_out=True)
-        return layer_norm(self.ln_final, pick_tokens(state.own, state.eot)[:, 0]) @ self.text_projection
+        planned = self.check_edits(edits)
+        state = self._advance(state, self.depth, planned, checkpointing, read_out=True)
+        read = pick_tokens(state.own, state.eot)[:, 0]
+        return planned.normalise(self.ln_final, read, self.depth + 1, "ln_final") @ self.text_projection
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Text features [N, E], not normalised."""
         return self.suffix(self.prefix(self.tokenise(prompts), 0), 1)
 
     def _advance(
-        self,
-        state: TextState,
-        stop: int,
-        adapter: Adapter | None,
-        projection: Projection | None = None,
-        checkpointing: bool = False,
-        read_out: bool = False,
+        self, state: TextState, stop: int, edits: Edits, checkpointing: bool = False, read_out: bool = False
     ) -> TextState:
         """Run the blocks ``state.next_block``..``stop``; with ``read_out``, the last one for the end-of-text tokens."""
         for number in range(state.next_block, stop + 1):
-            arguments = (state, adapter, projection, read_out and number == self.depth)
+            arguments = (state, edits, read_out and number == self.depth)
             state = recompute(self._block, *arguments) if checkpointing else self._block(*arguments)
         return state
 
-    def _block(
-        self, state: TextState, adapter: Adapter | None, projection: Projection | None, read_out: bool
-    ) -> TextState:
-        seen, out = self._plain(state, projection, read_out)
-        return self.join(out, adapter, seen)
+    def _block(self, state: TextState, edits: Edits, read_out: bool) -> TextState:
+        for edit in edits.tokens:
+            state = _enter(edit, state)
+        seen, out = self._plain(state, edits, read_out)
+        return self._close(out, edits, seen)
 
-    def _plain(self, state: TextState, projection: Projection | None, read_out: bool) -> tuple[TextState, TextState]:
-        """The next block without its adapter -> (ln_1 of the tokens entering it, its output).
+    def _close(self, out: TextState, edits: Edits, seen: TextState) -> TextState:
+        def close(y: Tensor, x: Tensor) -> Tensor:
+            return edits.after(edits.parallel(y, seen.next_block, x), seen.next_block)
+
+        shared = close(out.shared, seen.shared) if out.shared.shape[1] else out.shared
+        return TextState(shared, close(out.own, seen.own), out.eot, out.next_block)
+
+    def _plain(self, state: TextState, edits: Edits, read_out: bool) -> tuple[TextState, TextState]:
+        """Run the next block with the edits inside it, but for tokens -> (ln_1 of what enters it, its output).
 
         With ``read_out`` for the end-of-text tokens alone, as "own" [N, 1, D]: only keys and values need the others.
         """
         number, shared, own, eot = state.next_block, state.shared, state.own, state.eot
         block = self.transformer.resblocks[number - 1]
         attn, p, length = block.attn, shared.shape[1], own.shape[1]
-        normed_shared, normed = layer_norm(block.ln_1, shared), layer_norm(block.ln_1, own)
+        common = edits if p else Edits()  # an edit is never called without tokens
+        normed_shared = common.normalise(block.ln_1, shared, number, "ln_1")
+        normed = edits.normalise(block.ln_1, own, number, "ln_1")
         position = torch.arange(p + length, device=own.device)
         if read_out:
-            k_shared, v_shared = project_kv(attn, normed_shared, number, projection)
-            k, v = project_kv(attn, normed, number, projection)
+            k_shared, v_shared = project_kv(attn, normed_shared, number, common)
+            k, v = project_kv(attn, normed, number, edits)
             shared, normed_shared = shared[:, :0], normed_shared[:, :0]
             own, normed = pick_tokens(own, eot), pick_tokens(normed, eot)
-            q = project_q(attn, normed, number, projection)
+            q = project_q(attn, normed, number, edits)
             mask = position <= (eot + p).view(-1, 1, 1, 1)  # [N, 1, 1, L]
             eot = torch.zeros_like(eot)
         else:
-            q_shared, k_shared, v_shared = project_qkv(attn, normed_shared, number, projection)
-            shared = finish_block(block, shared, mix(attn, q_shared, k_shared, v_shared, causal=True))
-            q, k, v = project_qkv(attn, normed, number, projection)
+            q_shared, k_shared, v_shared = project_qkv(attn, normed_shared, number, common)
+            attended = mix(attn, q_shared, k_shared, v_shared, causal=True)
+            shared = finish_block(block, shared, attended, number, common)
+            q, k, v = project_qkv(attn, normed, number, edits)
             mask = position <= position[p:].unsqueeze(1)  # [L - P, L]: own token j sees what stands up to j
-        own = finish_block(block, own, mix(attn, q, _prepend(k_shared, k), _prepend(v_shared, v), mask=mask))
+        attended = mix(attn, q, _prepend(k_shared, k), _prepend(v_shared, v), mask=mask)
+        own = finish_block(block, own, attended, number, edits)
         return TextState(normed_shared, normed, eot, number), TextState(shared, own, eot, number + 1)
 
 
+def _enter(edit: BlockEdit, state: TextState) -> TextState:
+    """Have an edit insert or replace tokens before the next block; the shared ones alone where it touches no others."""
+    number, p = state.next_block, state.shared.shape[1]
+    if edit.leading is not None and edit.leading <= p:
+        return replace(state, shared=edit_tokens(edit, number, state.shared))
+    x = _prepend(state.shared, state.own)  # [N, L, D]
+    edited = edit_tokens(edit, number, x)
+    if edited is x:
+        return state
+    return TextState(edited[:1, :0], edited, state.eot + (p + edited.shape[1] - x.shape[1]), number)
+
+
 def _prepend(shared: Tensor, own: Tensor) -> Tensor:
-    """Shared keys or values [1, H, P, d] in front of each prompt's own [N, H, L - P, d] -> [N, H, L, d]."""
-    return torch.cat([shared.expand(own.shape[0], -1, -1, -1), own], dim=2)
+    """Shared tokens [1, ..., P, d] in front of each prompt's own [N, ..., L - P, d] -> [N, ..., L, d]."""
+    return torch.cat([shared.expand(own.shape[0], *shared.shape[1:]), own], dim=-2)

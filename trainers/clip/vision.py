@@ -1,4 +1,4 @@
-"""CLIP's image encoder as blocks that can be run from anywhere to anywhere, with or without adapters.
+"""CLIP's image encoder as blocks that can be run from anywhere to anywhere, with or without edits (edits.py).
 
 Legend: B images, N tokens (class token first), D width, C channels, E joint embedding.
 """
@@ -6,24 +6,15 @@ Legend: B images, N tokens (class token first), D width, C channels, E joint emb
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import (
-    Adapter,
-    Projection,
-    add_adapter,
-    finish_block,
-    layer_norm,
-    mix,
-    project_kv,
-    project_q,
-    project_qkv,
-    recompute,
-)
+from .blocks import finish_block, mix, project_kv, project_q, project_qkv, recompute
+from .edits import INSIDE, BlockEdit, Edits
 
 
 class VisionTower(nn.Module):
@@ -32,8 +23,8 @@ class VisionTower(nn.Module):
     Attributes:
         kind: "vit" or "resnet".
         depth: number of blocks (ResNet: residual blocks of all four stages, in order).
-        widths: block number -> width of what an adapter of that block sees and returns.
-        adaptable: block numbers that take an adapter by default (ViT: all; ResNet: those of the last two stages).
+        widths: block number -> width of what an edit of that block sees and returns.
+        adaptable: block numbers that are adapted by default (ViT: all; ResNet: those of the last two stages).
         image_size: side length of the square input in pixels.
         embed_dim: E.
     """
@@ -44,6 +35,7 @@ class VisionTower(nn.Module):
     adaptable: tuple[int, ...]
     image_size: int
     embed_dim: int
+    _inside: tuple[str, ...] = INSIDE  # edits that change what ``enter`` computes
 
     @property
     @abstractmethod
@@ -51,59 +43,85 @@ class VisionTower(nn.Module):
         """Compute dtype of the blocks."""
 
     @abstractmethod
-    def _stem(self, images: Tensor) -> Tensor:
+    def _stem(self, images: Tensor, edits: Edits) -> Tensor:
         """Images [B, 3, S, S] -> what enters block 1."""
 
     @abstractmethod
-    def _block(self, number: int, hidden: Tensor, adapter: Adapter | None) -> Tensor:
-        """Run one block."""
+    def _plain(self, number: int, hidden: Tensor, edits: Edits, read_out: bool) -> tuple[Tensor, Tensor]:
+        """Run one block with the edits inside it -> what ``parallel`` sees, and the output without it.
+
+        With ``read_out`` a ViT's block is computed for the class token alone, [B, 1, D].
+        """
 
     @abstractmethod
-    def enter(self, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Run block ``number`` without its adapter: what the adapter of that block sees, and the block's output.
+    def _head(self, hidden: Tensor, edits: Edits) -> Tensor:
+        """What leaves the last block -> image features [B, E]."""
 
-        The adapter's result is only added to the output, so branches that part at this block share all the rest of it:
-        ``suffix(add_adapter(output, adapter, number, seen), number + 1, adapter)`` goes on with one,
+    def check_edits(self, edits: Sequence[BlockEdit], method: str = "") -> Edits:
+        """Refuse edits that this tower cannot make, before anything is computed; return them sorted.
+
+        Args:
+            edits: as for ``suffix``.
+            method: who wants them, for the message.
+
+        Raises:
+            ValueError: no list of BlockEdits, or, for a ResNet, edits of tokens, projections or LayerNorms.
+        """
+        return Edits(edits)
+
+    def enter(self, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Run block ``number`` without edits -> what ``parallel`` of that block sees, and the block's output.
+
+        What an edit adds beside or behind the block is only added to the output, so branches that part at this block
+        share all the rest of it: ``suffix(join(output, edits, number, seen), number + 1, edits)`` goes on with edits,
         ``suffix(output, number + 1)`` without.
 
         Args:
             hidden: as for ``suffix``.
             number: 1..depth. A ViT's last block is computed for the class token alone, [B, 1, D].
         """
+        self._check_start(number, self.depth)
+        return self._plain(number, hidden, Edits(), number == self.depth)
 
-    @abstractmethod
+    def join(self, out: Tensor, edits: Sequence[BlockEdit], number: int, seen: Tensor) -> Tensor:
+        """Add to a block's output what edits make beside and behind the block; both from ``enter``.
+
+        Raises:
+            ValueError: edits that change what is inside a block.
+        """
+        planned = self.check_edits(edits)
+        planned.check_outside(self._inside)
+        return self._close(out, planned, number, seen)
+
     def suffix(
-        self,
-        hidden: Tensor,
-        start: int,
-        adapter: Adapter | None = None,
-        projection: Projection | None = None,
-        after: Adapter | None = None,
-        checkpointing: bool = False,
-        beside: Adapter | None = None,
+        self, hidden: Tensor, start: int, edits: Sequence[BlockEdit] = (), checkpointing: bool = False
     ) -> Tensor:
         """Run blocks ``start``..depth and the head on what enters block ``start``.
 
         Args:
             hidden: from ``prefix(images, start - 1)``: ViT [B, N, D], ResNet [B, C, H, W].
             start: 1..depth + 1 (depth + 1: the head alone).
-            adapter: see ``blocks.Adapter``. A ViT's last block calls it for the class token alone, [B, 1, D].
-            projection: see ``blocks.Projection``; for a ViT only.
-            after: as ``adapter``, handed each block's output h, [B, N, D] (ResNet: [B, C, H, W]): h + after(h).
+            edits: see edits.py. A ViT's last block asks for the class token alone, [B, 1, D], except for tokens and
+                for what is added to keys and values. A ResNet takes parallel, beside_mlp and after.
             checkpointing: keep only what enters each block, and compute it again in the backward pass.
-            beside: as ``after``, but handed what enters a ViT block's MLP before ln_2, x': x' + mlp(ln_2(x')) +
-                beside(x'). A ResNet's blocks have no MLP: there it is the same as ``after``.
 
         Returns:
             Image features [B, E], not normalised.
         """
+        self._check_start(start, self.depth + 1)
+        planned = self.check_edits(edits)
+        for number in range(start, self.depth + 1):
+            arguments = (number, hidden, planned, number == self.depth)
+            hidden = recompute(self._block, *arguments) if checkpointing else self._block(*arguments)
+        return self._head(hidden, planned)
 
-    def prefix(self, images: Tensor, stop: int) -> Tensor:
-        """Run the stem and blocks 1..``stop``: what enters block ``stop + 1``.
+    def prefix(self, images: Tensor, stop: int, edits: Sequence[BlockEdit] = ()) -> Tensor:
+        """Run the stem and blocks 1..``stop``: what enters block ``stop + 1``, before its tokens are edited.
 
         Args:
             images: [B, 3, S, S], normalised with CLIP's mean and deviation.
             stop: 0..depth (0: after the stem).
+            edits: as for ``suffix``; where an edit's ``norm`` replaces ln_pre, this is where it does.
 
         Returns:
             ViT: [B, N, D]; ResNet: [B, C, H, W].
@@ -113,10 +131,18 @@ class VisionTower(nn.Module):
         expected = (3, self.image_size, self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"Expected images to have shape [B, {expected}] but got {tuple(images.shape)}")
-        hidden = self._stem(images.to(self.dtype))
+        planned = self.check_edits(edits)
+        hidden = self._stem(images.to(self.dtype), planned)
         for number in range(1, stop + 1):
-            hidden = self._block(number, hidden, None)
+            hidden = self._block(number, hidden, planned, False)
         return hidden
+
+    def _block(self, number: int, hidden: Tensor, edits: Edits, read_out: bool) -> Tensor:
+        seen, out = self._plain(number, hidden, edits, read_out)
+        return self._close(out, edits, number, seen)
+
+    def _close(self, out: Tensor, edits: Edits, number: int, seen: Tensor) -> Tensor:
+        return edits.after(edits.parallel(out, number, seen), number)
 
     def _check_start(self, start: int, last: int) -> None:
         if not 1 <= start <= last:
@@ -150,73 +176,34 @@ class ViTTower(VisionTower):
     def dtype(self) -> torch.dtype:
         return self.visual.conv1.weight.dtype
 
-    def _stem(self, images: Tensor) -> Tensor:
+    def _stem(self, images: Tensor, edits: Edits) -> Tensor:
         patches = self.visual.conv1(images).flatten(2).transpose(1, 2)  # [B, D, S/p, S/p] -> [B, N - 1, D]
         cls = self.visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         x = torch.cat([cls, patches], dim=1) + self.visual.positional_embedding.to(patches.dtype)
-        return layer_norm(self.visual.ln_pre, x)
+        return edits.normalise(self.visual.ln_pre, x, 0, "ln_pre")
 
-    def _plain(
-        self,
-        number: int,
-        hidden: Tensor,
-        projection: Projection | None,
-        read_out: bool,
-        beside: Adapter | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Block ``number`` without its adapter -> (ln_1 of the tokens entering it, its output), [B, N, D] each.
-
-        With ``read_out`` for the class token alone, [B, 1, D]: only keys and values need every token.
-        """
+    def _plain(self, number: int, hidden: Tensor, edits: Edits, read_out: bool) -> tuple[Tensor, Tensor]:
+        """See VisionTower: ln_1 of the tokens that enter the block, and its output, [B, N, D] each."""
         block = self.visual.transformer.resblocks[number - 1]
-        normed = layer_norm(block.ln_1, hidden)
+        hidden = edits.enter(number, hidden)
+        normed = edits.normalise(block.ln_1, hidden, number, "ln_1")
         if not read_out:
-            attended = mix(block.attn, *project_qkv(block.attn, normed, number, projection))
-        else:
-            q = project_q(block.attn, normed[:, :1], number, projection)
-            attended = mix(block.attn, q, *project_kv(block.attn, normed, number, projection))
+            attended = mix(block.attn, *project_qkv(block.attn, normed, number, edits))
+        else:  # only keys and values need every token
+            q = project_q(block.attn, normed[:, :1], number, edits)
+            attended = mix(block.attn, q, *project_kv(block.attn, normed, number, edits))
             hidden, normed = hidden[:, :1], normed[:, :1]
-        return normed, finish_block(block, hidden, attended, beside, number)
+        return normed, finish_block(block, hidden, attended, number, edits)
 
-    def _block(
-        self,
-        number: int,
-        hidden: Tensor,
-        adapter: Adapter | None,
-        projection: Projection | None = None,
-        after: Adapter | None = None,
-        read_out: bool = False,
-        beside: Adapter | None = None,
-    ) -> Tensor:
-        normed, out = self._plain(number, hidden, projection, read_out, beside)
-        out = add_adapter(out, adapter, number, normed)
-        return add_adapter(out, after, number, out)
-
-    def enter(self, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        self._check_start(number, self.depth)
-        return self._plain(number, hidden, None, number == self.depth)
-
-    def suffix(
-        self,
-        hidden: Tensor,
-        start: int,
-        adapter: Adapter | None = None,
-        projection: Projection | None = None,
-        after: Adapter | None = None,
-        checkpointing: bool = False,
-        beside: Adapter | None = None,
-    ) -> Tensor:
-        self._check_start(start, self.depth + 1)
-        for number in range(start, self.depth + 1):
-            arguments = (number, hidden, adapter, projection, after, number == self.depth, beside)
-            hidden = recompute(self._block, *arguments) if checkpointing else self._block(*arguments)
-        return layer_norm(self.visual.ln_post, hidden[:, 0]) @ self.visual.proj
+    def _head(self, hidden: Tensor, edits: Edits) -> Tensor:
+        return edits.normalise(self.visual.ln_post, hidden[:, 0], self.depth + 1, "ln_post") @ self.visual.proj
 
 
 class ResNetTower(VisionTower):
     """CLIP's modified ResNet: three-convolution stem, four stages, attention pooling."""
 
     kind = "resnet"
+    _inside = ()
 
     def __init__(self, visual: Any) -> None:
         """Args: visual: open_clip's ModifiedResNet."""
@@ -235,13 +222,30 @@ class ResNetTower(VisionTower):
     def dtype(self) -> torch.dtype:
         return self.visual.conv1.weight.dtype
 
-    def _stem(self, images: Tensor) -> Tensor:
+    def check_edits(self, edits: Sequence[BlockEdit], method: str = "") -> Edits:
+        planned = super().check_edits(edits, method)
+        refused = planned.making(("tokens", "project", "norm"))
+        if refused:
+            raise ValueError(
+                f"Expected a vision transformer for {method or 'these edits'} but the image encoder is a ResNet, whose "
+                "blocks have no tokens, no queries, keys and values and no LayerNorms (they take the edits parallel, "
+                f"beside_mlp and after): got {refused}"
+            )
+        return planned
+
+    def _stem(self, images: Tensor, edits: Edits) -> Tensor:
         return self.visual.stem(images.contiguous(memory_format=torch.channels_last))
 
-    def _block(self, number: int, hidden: Tensor, adapter: Adapter | None, after: Adapter | None = None) -> Tensor:
+    def _plain(self, number: int, hidden: Tensor, edits: Edits, read_out: bool) -> tuple[Tensor, Tensor]:
         out = self._blocks[number - 1](hidden)
-        out = add_adapter(out, adapter, number, out)
-        return add_adapter(out, after, number, out)
+        return out, out
+
+    def _close(self, out: Tensor, edits: Edits, number: int, seen: Tensor) -> Tensor:
+        out = edits.parallel(out, number, seen)
+        return edits.after(edits.beside_mlp(out, number, out), number)
+
+    def _head(self, hidden: Tensor, edits: Edits) -> Tensor:
+        return self._pool(hidden)
 
     def _pool(self, hidden: Tensor) -> Tensor:
         """Attention pooling for its one query that is read, the mean over positions: [B, C, H, W] -> [B, E]."""
@@ -255,31 +259,6 @@ class ResNetTower(VisionTower):
         )
         out = F.scaled_dot_product_attention(q, k, v)
         return pool.c_proj(out.transpose(1, 2).flatten(2)).squeeze(1)
-
-    def enter(self, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        self._check_start(number, self.depth)
-        out = self._blocks[number - 1](hidden)
-        return out, out
-
-    def suffix(
-        self,
-        hidden: Tensor,
-        start: int,
-        adapter: Adapter | None = None,
-        projection: Projection | None = None,
-        after: Adapter | None = None,
-        checkpointing: bool = False,
-        beside: Adapter | None = None,
-    ) -> Tensor:
-        self._check_start(start, self.depth + 1)
-        if projection is not None:
-            raise ValueError("Expected no projection for a ResNet, whose blocks have no queries, keys and values")
-        if after is not None and beside is not None:
-            raise ValueError("Expected one of after and beside for a ResNet, where they are the same, but got both")
-        for number in range(start, self.depth + 1):
-            arguments = (number, hidden, adapter, after if beside is None else beside)
-            hidden = recompute(self._block, *arguments) if checkpointing else self._block(*arguments)
-        return self._pool(hidden)
 
 
 def build_vision_tower(visual: nn.Module) -> VisionTower:

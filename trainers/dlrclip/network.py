@@ -26,7 +26,6 @@ from torch.nn import functional as F
 
 from ..base.learner import TextCache
 from ..clip import CLIP, clean_classname, zeroshot_weights
-from ..clip.blocks import add_adapter
 from ..features import FrozenPart
 from ..modules.cross_modal_adapter import CrossModalAdapter, build_adapter
 from .config import HEADS, ROBUST_HEAD, DLRCLIPConfig
@@ -78,8 +77,8 @@ class DLRCLIPNetwork(nn.Module):
         self.learner = DLRCLIPLearner(clip, classnames, settings, adapter).to(clip.device)
         self.loss_weights = settings.present_losses()
         self.temperature, self.smoothing = settings.t, settings.smoothing
-        self._text_start = min(int(i) for i in adapter.text) if adapter else 1
-        self._visual_start = min(adapter.share) if adapter else 1
+        self._text_start = adapter.text_edit.first_block if adapter else 1
+        self._visual_start = adapter.visual_edit.first_block if adapter else 1
         self._text_chunk, self._checkpointing = settings.text_chunk, settings.checkpointing
         self._wrap: Callable[[Any], Any] | None = torch.compile if settings.compile else None
         self._train_frozen, self._train_adapted = self._run_frozen, self._run_adapted
@@ -160,11 +159,10 @@ class DLRCLIPNetwork(nn.Module):
 
     def _run_adapted(self, cma: CrossModalAdapter, seen: Tensor, out: Tensor) -> Tensor:
         """-> normalised features [B, E] of the adapted branch, fp32, with gradients."""
-        visual, start = self.clip.visual, self._visual_start
-        adapt = cma.adapt_tokens if visual.kind == "vit" else cma.adapt_map
-        out = add_adapter(out, adapt, start, seen)
+        visual, start, edits = self.clip.visual, self._visual_start, [cma.visual_edit]
+        out = visual.join(out, edits, start, seen)
         checkpointing = self._checkpointing and self.learner.training
-        return F.normalize(visual.suffix(out, start + 1, adapt, checkpointing=checkpointing).float(), dim=-1)
+        return F.normalize(visual.suffix(out, start + 1, edits, checkpointing).float(), dim=-1)
 
     @torch.no_grad()
     def frozen_part(self, images: Tensor) -> FrozenPart:

@@ -144,8 +144,9 @@ class AdaptedText:
 
     def _encode(self, cma: CrossModalAdapter, seen: TextState, out: TextState, checkpointing: bool) -> Tensor:
         """-> normalised features [n, E] of a group, fp32."""
-        state = self.tower.join(out, cma.adapt_text, seen)
-        features = self.tower.suffix(state, state.next_block, cma.adapt_text, checkpointing=checkpointing)
+        edits = [cma.text_edit]
+        state = self.tower.join(out, edits, seen)
+        features = self.tower.suffix(state, state.next_block, edits, checkpointing)
         return F.normalize(features.float(), dim=-1)
 
     def features(self, cma: CrossModalAdapter, training: bool) -> Tensor:

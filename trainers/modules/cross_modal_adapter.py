@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..clip import CLIP
+from ..clip import CLIP, BlockEdit
 
 
 def share_in_order(visual_blocks: list[int], text_blocks: list[int]) -> dict[int, int]:
@@ -89,6 +89,27 @@ class Bottleneck(nn.Module):
             return y if self.grad_factor is None else _ScaledGradient.apply(y, 1.0 / self.grad_factor)
 
 
+class AdapterEdit(BlockEdit):
+    """Add beside each block of one encoder what its adapter makes of the tokens; of a ResNet's map, over channels.
+
+    Args:
+        own: the Bottleneck of each adapted block, by its number.
+        shared: the middle layers.
+        share: for each adapted block, the number of its middle layer.
+    """
+
+    def __init__(self, own: nn.ModuleDict, shared: nn.ModuleDict, share: Mapping[int, int]) -> None:
+        self.own, self.middle, self.share = own, shared, share
+        self.first_block = min(share)
+
+    def parallel(self, number: int, x: Tensor) -> Tensor | None:
+        """Return what is added to a block's output, fp32; None: the block is not adapted. See BlockEdit."""
+        if number not in self.share:
+            return None
+        adapter, middle = self.own[str(number)], self.middle[str(self.share[number])]
+        return adapter(x, middle) if x.ndim != 4 else adapter(x.movedim(1, -1), middle).movedim(-1, 1)
+
+
 class CrossModalAdapter(nn.Module):
     """The adapters of all adapted blocks of both encoders.
 
@@ -131,22 +152,15 @@ class CrossModalAdapter(nn.Module):
         self.visual = nn.ModuleDict({str(i): Bottleneck(visual[i], *own) for i in sorted(visual)})
         self.text = nn.ModuleDict({str(i): Bottleneck(text[i], *own) for i in sorted(text)})
 
-    def adapt_tokens(self, block: int, x: Tensor) -> Tensor | None:
-        """Visual transformer: ln_1(x) [B, N, D] entering `block` -> what is added to its output; None: not adapted."""
-        if block not in self.share:
-            return None
-        return self.visual[str(block)](x, self.shared[str(self.share[block])])
+    @property
+    def visual_edit(self) -> AdapterEdit:
+        """The adapters as an edit of the image tower."""
+        return AdapterEdit(self.visual, self.shared, self.share)
 
-    def adapt_map(self, block: int, x: Tensor) -> Tensor | None:
-        """ResNet: output [B, D, H, W] of a residual block -> what is added to it (a 1x1 bottleneck over channels)."""
-        y = self.adapt_tokens(block, x.movedim(1, -1))  # [B, H, W, D]
-        return None if y is None else y.movedim(-1, 1)
-
-    def adapt_text(self, block: int, x: Tensor) -> Tensor | None:
-        """Text transformer: ln_1(x) [N, L, D] entering `block` -> what is added to its output; None: not adapted."""
-        if str(block) not in self.text:
-            return None
-        return self.text[str(block)](x, self.shared[str(block)])
+    @property
+    def text_edit(self) -> AdapterEdit:
+        """The adapters as an edit of the text tower."""
+        return AdapterEdit(self.text, self.shared, {int(i): int(i) for i in self.text})
 
     def scales(self) -> dict[str, Tensor]:
         """The learnable scales by encoder and block, e.g. {"visual/5": tensor(0.01), ...}, detached."""

@@ -1,4 +1,4 @@
-"""Add a low-rank update to a projection (LoRA).
+"""Add low-rank updates to the projections of blocks (LoRA).
 
 Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2022. Legend: D width of a block, r rank.
 """
@@ -6,10 +6,15 @@ Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2022. Legend: D w
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..clip import BlockEdit
+
+PROJECTIONS = ("q", "k", "v")
 
 
 class LowRank(nn.Module):
@@ -37,3 +42,26 @@ class LowRank(nn.Module):
                 dropped = torch.rand(x.shape, generator=generator, device=x.device) < self.dropout
                 x, scale = x.masked_fill(dropped, 0.0), scale / (1 - self.dropout)
             return scale * F.linear(F.linear(x, self.A), self.B)
+
+
+class LowRankUpdates(BlockEdit, nn.ModuleDict):
+    """Update the queries, keys and values of blocks: a LowRank by block, by projection.
+
+    Attributes:
+        generator: draws what is dropped; None: torch's own.
+
+    Args:
+        widths: width D of each block, by its number.
+        rank, alpha, dropout: see LowRank.
+    """
+
+    def __init__(self, widths: Mapping[int, int], rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        for i, width in sorted(widths.items()):
+            self[str(i)] = nn.ModuleDict({which: LowRank(width, rank, alpha, dropout) for which in PROJECTIONS})
+        self.first_block = min(widths)
+        self.generator: torch.Generator | None = None
+
+    def project(self, number: int, which: str, x: Tensor) -> Tensor:
+        """See BlockEdit."""
+        return self[str(number)][which](x, self.generator)  # type: ignore[index]  # a ModuleDict in a ModuleDict

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..clip import CLIP
+from ..clip import CLIP, BlockEdit
 
 FORMS = ("beside", "after")
 
@@ -80,8 +80,8 @@ class Bottleneck(nn.Module):
             return scale * out if form == "beside" else out
 
 
-class IMOAdapters(nn.Module):
-    """One bottleneck for each visual block; callable as the tower's `beside` or `after`.
+class IMOAdapters(BlockEdit, nn.Module):
+    """Edit every visual block by a bottleneck of its own, beside the MLP or after the block.
 
     Args:
         widths: width D of each block, by its number (from 1).
@@ -128,18 +128,24 @@ class IMOAdapters(nn.Module):
             )
         self.form, self.scale = str(form), float(scale) if form == "beside" else 1.0
 
-    def forward(self, block: int, h: Tensor) -> Tensor:
-        """What is added in `block`: [B, N, D], or [B, D, H, W] (1x1 over channels) of a ResNet."""
-        bottleneck, dropout = self.blocks[str(block)], self.dropout if self.training else None
+    def beside_mlp(self, number: int, x: Tensor) -> Tensor | None:
+        """See BlockEdit; None in the form "after"."""
+        return self._made(number, x) if self.form == "beside" else None
+
+    def after(self, number: int, h: Tensor) -> Tensor | None:
+        """See BlockEdit; None in the form "beside"."""
+        return self._made(number, h) if self.form == "after" else None
+
+    def _made(self, number: int, h: Tensor) -> Tensor:
+        """Return what is added in a block: [B, N, D], or [B, D, H, W] (1x1 over channels) of a ResNet."""
+        bottleneck, dropout = self.blocks[str(number)], self.dropout if self.training else None
         if h.ndim != 4:
             return bottleneck(h, self.form, self.scale, dropout)
         return bottleneck(h.movedim(1, -1), self.form, self.scale, dropout).movedim(-1, 1)
 
     def encode(self, clip: CLIP, images: Tensor, *, unit: bool = True) -> Tensor:
         """Corrected features [B, E] of images [B, 3, S, S], fp32, L2-normalised if `unit`."""
-        hidden = clip.visual.prefix(images, 0)
-        beside, after = (self, None) if self.form == "beside" else (None, self)
-        features = clip.visual.suffix(hidden, 1, after=after, beside=beside).float()
+        features = clip.visual.suffix(clip.visual.prefix(images, 0), 1, [self]).float()
         return F.normalize(features, dim=-1) if unit else features
 
     def digest(self) -> str:

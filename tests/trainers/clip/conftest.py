@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainers.clip import save_tiny
+from trainers.clip import BlockEdit, save_tiny
 
 VIT = {"layers": 4, "width": 64, "head_width": 16, "patch_size": 16, "image_size": 64}
 RESNET = {"layers": [1, 2, 2, 1], "width": 16, "head_width": 32, "image_size": 64}
@@ -38,8 +38,8 @@ def build(vision: dict[str, Any], **extra: Any) -> open_clip.CLIP:
     return randomise(model)
 
 
-class Adapters(nn.Module):
-    """A different token-wise map per block, callable as an adapter; records the shapes it saw."""
+class Adapters(BlockEdit, nn.Module):
+    """A different token-wise map per block, beside the block; records the shapes it saw."""
 
     def __init__(self, widths: dict[int, int], blocks: tuple[int, ...]) -> None:
         super().__init__()
@@ -58,6 +58,29 @@ class Adapters(nn.Module):
         if x.ndim == 4:
             return layer(x.movedim(1, -1)).movedim(-1, 1)
         return layer(x)
+
+    def parallel(self, number: int, x: Tensor) -> Tensor | None:
+        return self(number, x)
+
+
+class After(BlockEdit):
+    """These maps behind the blocks."""
+
+    def __init__(self, maps: Adapters) -> None:
+        self.maps = maps
+
+    def after(self, number: int, h: Tensor) -> Tensor | None:
+        return self.maps(number, h)
+
+
+class BesideMLP(BlockEdit):
+    """These maps beside the MLPs."""
+
+    def __init__(self, maps: Adapters) -> None:
+        self.maps = maps
+
+    def beside_mlp(self, number: int, x: Tensor) -> Tensor | None:
+        return self.maps(number, x)
 
 
 def naive_text(model: open_clip.CLIP, prompts: list[str], adapters: Adapters | None = None) -> Tensor:
@@ -91,8 +114,10 @@ def naive_image(model: open_clip.CLIP, images: Tensor, adapters: Adapters) -> Te
 
 @pytest.fixture(scope="session")
 def oracle() -> SimpleNamespace:
-    """``Adapters``, ``naive_text`` and ``naive_image``."""
-    return SimpleNamespace(Adapters=Adapters, naive_text=naive_text, naive_image=naive_image)
+    """``Adapters``, ``After``, ``BesideMLP``, ``naive_text`` and ``naive_image``."""
+    return SimpleNamespace(
+        Adapters=Adapters, After=After, BesideMLP=BesideMLP, naive_text=naive_text, naive_image=naive_image
+    )
 
 
 @pytest.fixture(scope="session")

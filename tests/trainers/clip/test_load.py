@@ -75,7 +75,7 @@ def test_text_savings_change_nothing_at_full_size(pair, oracle):
     clip, model = pair
     adapters = oracle.Adapters(clip.text.widths, tuple(range(5, 13)))
     with torch.no_grad():
-        ours = clip.text.suffix(clip.text.prefix(clip.text.tokenise(PROMPTS), 4), 5, adapters)
+        ours = clip.text.suffix(clip.text.prefix(clip.text.tokenise(PROMPTS), 4), 5, [adapters])
         expected = oracle.naive_text(model, PROMPTS, adapters)
     torch.testing.assert_close(F.normalize(ours, dim=-1), F.normalize(expected, dim=-1), atol=1e-5, rtol=0)
 

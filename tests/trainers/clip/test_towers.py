@@ -9,8 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.clip import CLIP, TextTower, VisionTower
-from trainers.clip.blocks import add_adapter, feed_forward
+from trainers.clip import CLIP, BlockEdit, TextTower, VisionTower
+from trainers.clip.blocks import feed_forward
+
+
+class InSinglePrecision(BlockEdit):
+    """Maps in fp32 beside a half-precision backbone."""
+
+    def __init__(self, maps) -> None:
+        self.maps = maps
+
+    def parallel(self, number: int, x: Tensor) -> Tensor | None:
+        return self.maps(number, x.float())
+
+
+class OneToken(BlockEdit):
+    """Wrong: it returns one token of those that it sees."""
+
+    def parallel(self, number: int, x: Tensor) -> Tensor:
+        return x[:, :1]
 
 
 def assert_close(a: Tensor, b: Tensor) -> None:
@@ -47,7 +64,7 @@ def test_shared_prefix_and_truncation_change_nothing(oracle, build_model, prompt
     with torch.no_grad():
         assert_close(text(prompts), oracle.naive_text(model, prompts))
         state = text.prefix(text.tokenise(prompts), 1)
-        assert_close(text.suffix(state, 2, adapters), oracle.naive_text(model, prompts, adapters))
+        assert_close(text.suffix(state, 2, [adapters]), oracle.naive_text(model, prompts, adapters))
 
 
 def test_tokenise_truncates_and_counts_what_is_shared(build_model, prompts):
@@ -65,12 +82,6 @@ def test_sharing_nothing_changes_nothing(build_model, prompts):
     with torch.no_grad():
         apart = text.suffix(text.prefix(dataclasses.replace(tokens, shared=0), 0), 1)
         assert_close(apart, text(prompts))
-
-
-def test_projection_is_refused_by_a_resnet(build_model, images):
-    visual = CLIP(build_model("resnet")).visual
-    with pytest.raises(ValueError, match="no projection for a ResNet"):
-        visual.suffix(visual.prefix(images, 0), 1, projection=lambda number, which, x: None)
 
 
 def test_too_long_prompt_is_reported(build_model, caplog):
@@ -102,7 +113,7 @@ def test_adapted_text_and_its_gradients_equal_the_naive_computation(oracle, buil
     ours, naive = oracle.Adapters(text.widths, (2, 3, 4)), oracle.Adapters(text.widths, (2, 3, 4))
     with torch.no_grad():
         state = text.prefix(text.tokenise(prompts), 1)
-    out, expected = text.suffix(state, 2, ours), oracle.naive_text(model, prompts, naive)
+    out, expected = text.suffix(state, 2, [ours]), oracle.naive_text(model, prompts, naive)
     assert_close(out, expected)
     out.pow(2).sum().backward()
     expected.pow(2).sum().backward()
@@ -119,7 +130,7 @@ def test_adapted_images_and_gradients_equal_the_naive_computation(oracle, build_
     ours, naive = oracle.Adapters(visual.widths, blocks), oracle.Adapters(visual.widths, blocks)
     with torch.no_grad():
         hidden = visual.prefix(images, blocks[0] - 1)
-    out, expected = visual.suffix(hidden, blocks[0], ours), oracle.naive_image(model, images, naive)
+    out, expected = visual.suffix(hidden, blocks[0], [ours]), oracle.naive_image(model, images, naive)
     assert_close(out, expected)
     out.pow(2).sum().backward()
     expected.pow(2).sum().backward()
@@ -132,7 +143,7 @@ def test_adapters_after_the_blocks_equal_hooks_on_open_clip_s_own(oracle, build_
     model = build_model(kind)
     clip = CLIP(build_model(kind))
     adapters = oracle.Adapters(clip.visual.widths, tuple(clip.visual.widths))
-    got = clip.visual.suffix(clip.visual.prefix(images, 0), 1, after=adapters)
+    got = clip.visual.suffix(clip.visual.prefix(images, 0), 1, [oracle.After(adapters)])
     visual = model.visual
     stages = (visual.layer1, visual.layer2, visual.layer3, visual.layer4) if kind == "resnet" else ()
     blocks = [block for stage in stages for block in stage] or visual.transformer.resblocks
@@ -142,13 +153,12 @@ def test_adapters_after_the_blocks_equal_hooks_on_open_clip_s_own(oracle, build_
     assert not torch.allclose(got, clip.visual(images))
 
 
-def test_beside_and_after_are_the_same_for_a_resnet_which_takes_one_of_them(oracle, build_model, images):
+def test_beside_the_mlp_and_after_are_the_same_for_a_resnet(oracle, build_model, images):
     clip = CLIP(build_model("resnet"))
     adapters = oracle.Adapters(clip.visual.widths, tuple(clip.visual.widths))
     hidden = clip.visual.prefix(images, 0)
-    assert torch.equal(clip.visual.suffix(hidden, 1, beside=adapters), clip.visual.suffix(hidden, 1, after=adapters))
-    with pytest.raises(ValueError, match="Expected one of after and beside for a ResNet"):
-        clip.visual.suffix(hidden, 1, beside=adapters, after=adapters)
+    beside = clip.visual.suffix(hidden, 1, [oracle.BesideMLP(adapters)])
+    assert torch.equal(beside, clip.visual.suffix(hidden, 1, [oracle.After(adapters)]))
 
 
 def test_adapter_sees_shared_tokens_once_and_one_token_in_the_last_block(oracle, build_model, images, prompts):
@@ -156,10 +166,10 @@ def test_adapter_sees_shared_tokens_once_and_one_token_in_the_last_block(oracle,
     adapters = oracle.Adapters(clip.text.widths, (3, 4))
     tokens = clip.text.tokenise(prompts)
     length, p = tokens.ids.shape[1], tokens.shared
-    clip.text.suffix(clip.text.prefix(tokens, 2), 3, adapters)
+    clip.text.suffix(clip.text.prefix(tokens, 2), 3, [adapters])
     assert adapters.seen == [(3, (1, p, 64)), (3, (3, length - p, 64)), (4, (3, 1, 64))]
     adapters.seen.clear()
-    clip.visual.suffix(clip.visual.prefix(images, 2), 3, adapters)
+    clip.visual.suffix(clip.visual.prefix(images, 2), 3, [adapters])
     assert adapters.seen == [(3, (3, 17, 64)), (4, (3, 1, 64))]
 
 
@@ -189,9 +199,9 @@ def test_precisions(oracle, build_model, images, prompts, kind, precision):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "amp"):
         image = clip.encode_image(images).float()
         state = clip.text.prefix(clip.text.tokenise(prompts), 3)
-        text = clip.text.suffix(state, 4, lambda i, x: adapter(i, x.float()))
+        text = clip.text.suffix(state, 4, [InSinglePrecision(adapter)])
     assert torch.cosine_similarity(image, reference.encode_image(images)).min() > 0.99
-    expected = reference.text.suffix(reference.text.prefix(reference.text.tokenise(prompts), 3), 4, adapter)
+    expected = reference.text.suffix(reference.text.prefix(reference.text.tokenise(prompts), 3), 4, [adapter])
     assert torch.cosine_similarity(text.float(), expected).min() > 0.99
     text.float().sum().backward()
     assert adapter.maps["4"].weight.grad.isfinite().all()
@@ -227,7 +237,7 @@ def test_wrong_arguments(build_model, images, prompts):
     with pytest.raises(ValueError, match="start to be 3, the block the state enters, but got 2"):
         clip.text.suffix(clip.text.prefix(tokens, 2), 2)
     with pytest.raises(ValueError, match="return shape"):
-        clip.visual.suffix(clip.visual.prefix(images, 0), 1, lambda i, x: x[:, :1])
+        clip.visual.suffix(clip.visual.prefix(images, 0), 1, [OneToken()])
     for nothing in ([], "a cat"):
         with pytest.raises(ValueError, match="non-empty list"):
             clip.text.tokenise(nothing)
@@ -243,17 +253,17 @@ def test_branches_may_part_at_a_block(oracle, build_model, images, prompts, kind
         hidden = clip.visual.prefix(images, number - 1)
         seen, out = clip.visual.enter(hidden, number)
         torch.testing.assert_close(clip.visual.suffix(out, number + 1), clip.visual(images))
-        joined = add_adapter(out, adapter, number, seen)
-        got = clip.visual.suffix(joined, number + 1, adapter, checkpointing=checkpointing)
-        torch.testing.assert_close(got, clip.visual.suffix(hidden, number, adapter))
+        joined = clip.visual.join(out, [adapter], number, seen)
+        got = clip.visual.suffix(joined, number + 1, [adapter], checkpointing=checkpointing)
+        torch.testing.assert_close(got, clip.visual.suffix(hidden, number, [adapter]))
     for number in (1, 2, clip.text.depth):
         adapter = oracle.Adapters(clip.text.widths, tuple(range(number, clip.text.depth + 1)))
         state = clip.text.prefix(clip.text.tokenise(prompts), number - 1)
         seen, out = clip.text.enter(state)
         torch.testing.assert_close(clip.text.suffix(out, number + 1), clip.text(prompts))
-        joined = clip.text.join(out, adapter, seen)
-        got = clip.text.suffix(joined, number + 1, adapter, checkpointing=checkpointing)
-        torch.testing.assert_close(got, clip.text.suffix(state, number, adapter))
+        joined = clip.text.join(out, [adapter], seen)
+        got = clip.text.suffix(joined, number + 1, [adapter], checkpointing=checkpointing)
+        torch.testing.assert_close(got, clip.text.suffix(state, number, [adapter]))
     with pytest.raises(ValueError, match="behind the last"):
         clip.text.enter(out)
     with pytest.raises(ValueError, match="start to be in"):

@@ -20,10 +20,10 @@ def test_formula_on_both_sides():
     torch.manual_seed(0)
     adapter = CrossModalAdapter({2: 10, 3: 10}, {2: 6, 3: 6}, dim=4, scale=0.5)
     image, text = torch.randn(2, 5, 10), torch.randn(3, 7, 6)
-    torch.testing.assert_close(adapter.adapt_tokens(3, image), naive(adapter, "visual", 3, 3, image))
-    torch.testing.assert_close(adapter.adapt_text(2, text), naive(adapter, "text", 2, 2, text))
-    assert adapter.adapt_tokens(1, image) is None
-    assert adapter.adapt_text(4, text) is None
+    torch.testing.assert_close(adapter.visual_edit.parallel(3, image), naive(adapter, "visual", 3, 3, image))
+    torch.testing.assert_close(adapter.text_edit.parallel(2, text), naive(adapter, "text", 2, 2, text))
+    assert adapter.visual_edit.parallel(1, image) is None
+    assert adapter.text_edit.parallel(4, text) is None
 
 
 @pytest.mark.parametrize("scale", [0.001, 0.1, 3.0, -0.5])
@@ -42,8 +42,8 @@ def test_gradient_scaling(scale, learn_scale):
         image, text = torch.randn(2, 5, 10).requires_grad_(), torch.randn(3, 7, 6).requires_grad_()
         out = torch.cat(
             [
-                adapter.adapt_tokens(3, adapter.adapt_tokens(2, image)).flatten(),
-                adapter.adapt_text(3, adapter.adapt_text(2, text)).flatten(),
+                adapter.visual_edit.parallel(3, adapter.visual_edit.parallel(2, image)).flatten(),
+                adapter.text_edit.parallel(3, adapter.text_edit.parallel(2, text)).flatten(),
             ]
         )
         learnt = [p for p in adapter.parameters() if p.requires_grad]
@@ -61,9 +61,13 @@ def test_gradient_scaling(scale, learn_scale):
 def test_middle_layer_is_one_for_both_encoders():
     adapter = CrossModalAdapter({2: 10}, {2: 6}, dim=4, scale=1.0)
     assert set(adapter.shared) == {"2"}
-    loss = adapter.adapt_tokens(2, torch.randn(2, 5, 10)).sum()
+    loss = adapter.visual_edit.parallel(2, torch.randn(2, 5, 10)).sum()
     only_image = torch.autograd.grad(loss, adapter.shared["2"].weight)[0]
-    both = loss.detach() + adapter.adapt_tokens(2, torch.ones(1, 10)).sum() + adapter.adapt_text(2, torch.ones(6)).sum()
+    both = (
+        loss.detach()
+        + adapter.visual_edit.parallel(2, torch.ones(1, 10)).sum()
+        + adapter.text_edit.parallel(2, torch.ones(6)).sum()
+    )
     grad = torch.autograd.grad(both, adapter.shared["2"].weight)[0]
     assert only_image.shape == grad.shape == (4, 4)
     assert sum(p is adapter.shared["2"].weight for p in adapter.parameters()) == 1
@@ -74,8 +78,8 @@ def test_feature_map_is_a_bottleneck_over_channels():
     adapter = CrossModalAdapter({9: 8}, {5: 6}, dim=3, scale=0.3, share={9: 5})
     x = torch.randn(2, 8, 4, 5)
     want = naive(adapter, "visual", 9, 5, x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
-    torch.testing.assert_close(adapter.adapt_map(9, x), want)
-    assert adapter.adapt_map(1, x) is None
+    torch.testing.assert_close(adapter.visual_edit.parallel(9, x), want)
+    assert adapter.visual_edit.parallel(1, x) is None
 
 
 @pytest.mark.parametrize(
@@ -108,9 +112,9 @@ def test_half_precision_tokens_are_adapted_in_fp32():
     adapter = CrossModalAdapter({1: 8}, {1: 8}, dim=2)
     x = torch.randn(2, 3, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = adapter.adapt_tokens(1, x.bfloat16())
+        y = adapter.visual_edit.parallel(1, x.bfloat16())
     assert y.dtype == torch.float32
-    torch.testing.assert_close(y, adapter.adapt_tokens(1, x.bfloat16().float()))
+    torch.testing.assert_close(y, adapter.visual_edit.parallel(1, x.bfloat16().float()))
 
 
 def test_errors():

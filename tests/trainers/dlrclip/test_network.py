@@ -93,17 +93,17 @@ class TestAgainstNaive:
             handles.append(block.register_forward_hook(add))
 
         for i, block in enumerate(clip_model.transformer.resblocks, start=1):
-            watch(block, "text", i, cma.adapt_text)
+            watch(block, "text", i, cma.text_edit.parallel)
         if kind == "vit":
             for i, block in enumerate(clip_model.visual.transformer.resblocks, start=1):
-                watch(block, "visual", i, cma.adapt_tokens)
+                watch(block, "visual", i, cma.visual_edit.parallel)
         else:
             visual = clip_model.visual
             blocks = [b for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4) for b in stage]
             for i, block in enumerate(blocks, start=1):
 
                 def add(_module, _inputs, out, i=i):
-                    y = cma.adapt_map(i, out)
+                    y = cma.visual_edit.parallel(i, out)
                     return out if y is None else out + y
 
                 handles.append(block.register_forward_hook(add))
@@ -296,10 +296,10 @@ class TestEvaluation:
         calls = []
         suffix = network.clip.text.suffix
 
-        def count(state, start, adapter=None, **options):
-            if adapter is not None:  # the zero-shot weights run without one
+        def count(state, start, edits=(), *options):
+            if edits:  # the zero-shot weights run without any
                 calls.append(start)
-            return suffix(state, start, adapter, **options)
+            return suffix(state, start, edits, *options)
 
         monkeypatch.setattr(network.clip.text, "suffix", count)
         first = network(images)["cma"]

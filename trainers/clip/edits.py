@@ -1,0 +1,235 @@
+"""Edits of CLIP's blocks: what methods insert into a tower, replace in it, or add to what its blocks compute.
+
+A transformer block with every edit, for the tokens x that would enter it:
+
+    x   <- tokens(x)
+    n    = ln_1(x)                                        gain and bias from norm
+    x'   = x + attention(q + project("q", n), k + project("k", n), v + project("v", n))
+    h    = x' + mlp(ln_2(x')) + beside_mlp(x') + parallel(n)
+    out  = h + after(h)
+
+Legend: B images or N prompts, L tokens, D width of a block, C channels of a ResNet's block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+KINDS = ("tokens", "project", "parallel", "beside_mlp", "after", "norm")
+"""The methods of a BlockEdit that a tower may ask."""
+
+INSIDE = ("tokens", "project", "beside_mlp", "norm")
+"""Those that change what a transformer block computes; the others only add to its output."""
+
+
+class BlockEdit:
+    """Change what blocks see or give; every method does nothing unless a subclass overrides it.
+
+    A subclass may be an ``nn.Module`` too. Blocks are numbered from 1. A tower calls the methods that a class overrides
+    for every block that it runs; for blocks that the edit leaves alone they return what the methods here return.
+    Several edits apply in the order of their list: ``tokens`` and ``after`` see what the edits before them made, the
+    other methods do not. What is added has any floating dtype, and the shape of what the method was given.
+
+    With checkpointing a block is computed twice, so that its edits must give the same both times.
+
+    Attributes:
+        first_block: the first block that the edit changes. Callers compute once what comes before it.
+        leading: says of ``tokens`` in the text tower that it changes the first ``leading`` positions at most, in the
+            same way in every prompt, so that prompts go on sharing their beginning (see text.py). None: it may change
+            any position of any prompt.
+    """
+
+    first_block: int = 1
+    leading: int | None = None
+
+    def tokens(self, number: int, x: Tensor) -> Tensor:
+        """Return the tokens that enter a block in the place of ``x``: some inserted or replaced.
+
+        Args:
+            number: of the block.
+            x: [B, L, D]. Image tower: the class token is first and has to stay there. Text tower: whole prompts
+                (with ``leading``: their shared tokens alone, as one prompt); tokens are inserted behind the start of
+                text and before every end of text, the same number in all prompts.
+
+        Returns:
+            [B, L', D]; ``x`` itself where nothing is changed. Before block 1, ``x`` has its position embeddings already
+            and has been through ln_pre; an edit that wants this for its own tokens does it itself (``layer_norm``).
+        """
+        return x
+
+    def project(self, number: int, which: str, x: Tensor) -> Tensor | None:
+        """Return what is added to the queries ("q"), keys ("k") or values ("v") of a block; None: nothing.
+
+        Args:
+            number: of the block.
+            which: "q", "k" or "v".
+            x: ln_1 of the tokens [B, L, D], or of any subset of them: it has to work token by token.
+        """
+        return None
+
+    def parallel(self, number: int, x: Tensor) -> Tensor | None:
+        """Return what is added to a block's output, made from what enters the block; None: nothing.
+
+        Args:
+            number: of the block.
+            x: ln_1 of the tokens [B, L, D], or of any subset of them. ResNet: the block's output [B, C, H, W].
+        """
+        return None
+
+    def beside_mlp(self, number: int, x: Tensor) -> Tensor | None:
+        """Return what is added to a block's output, made from what enters its MLP; None: nothing.
+
+        Args:
+            number: of the block.
+            x: what enters ln_2, [B, L, D], for any subset of the tokens. ResNet: as for ``after``.
+        """
+        return None
+
+    def after(self, number: int, h: Tensor) -> Tensor | None:
+        """Return what is added to a block's output, made from this output; None: nothing.
+
+        Args:
+            number: of the block.
+            h: the output [B, L, D], for any subset of the tokens. ResNet: [B, C, H, W].
+        """
+        return None
+
+    def norm(self, number: int, which: str, norm: nn.LayerNorm) -> tuple[Tensor, Tensor] | None:
+        """Return the gain and the bias [D] that a LayerNorm has instead of its own; None: its own.
+
+        Of several edits that replace the same, the last counts.
+
+        Args:
+            number: of the block; 0 for "ln_pre", and one behind the last block for "ln_post" and "ln_final".
+            which: "ln_1" or "ln_2" of a block, "ln_pre" or "ln_post" of the image tower, "ln_final" of the text tower.
+            norm: the LayerNorm.
+        """
+        return None
+
+
+def kinds(edit: BlockEdit) -> frozenset[str]:
+    """Return the names of the methods that an edit overrides, out of KINDS."""
+    return frozenset(name for name in KINDS if getattr(type(edit), name) is not getattr(BlockEdit, name))
+
+
+class Edits:
+    """Sort a list of edits by the methods that they override, and apply them.
+
+    Args:
+        edits: in the order in which they apply.
+
+    Raises:
+        ValueError: something that is no BlockEdit, or no list.
+    """
+
+    def __init__(self, edits: Sequence[BlockEdit] = ()) -> None:
+        if isinstance(edits, BlockEdit):
+            raise ValueError(f"Expected a list of edits but got one edit, {type(edits).__name__}, that is in no list")
+        self.edits = tuple(edits)
+        for edit in self.edits:
+            if not isinstance(edit, BlockEdit):
+                raise ValueError(f"Expected every edit to be a BlockEdit but got {type(edit).__name__}")
+        self.tokens = self._overriding("tokens")
+        self._project = self._overriding("project")
+        self._parallel = self._overriding("parallel")
+        self._beside_mlp = self._overriding("beside_mlp")
+        self._after = self._overriding("after")
+        self._norm = self._overriding("norm")
+
+    def _overriding(self, kind: str) -> list[BlockEdit]:
+        return [edit for edit in self.edits if kind in kinds(edit)]
+
+    def enter(self, number: int, x: Tensor) -> Tensor:
+        """Return what enters a block in the place of the tokens x [B, L, D]: [B, L', D]."""
+        for edit in self.tokens:
+            x = edit_tokens(edit, number, x)
+        return x
+
+    def normalise(self, norm: nn.Module, x: Tensor, number: int, which: str) -> Tensor:
+        """Apply a LayerNorm with the gain and bias that the edits give it; see ``layer_norm``."""
+        if not self._norm or not isinstance(norm, nn.LayerNorm):
+            return layer_norm(norm, x)
+        given: tuple[Tensor, ...] = ()
+        for edit in self._norm:
+            replacement = edit.norm(number, which, norm)
+            given = given if replacement is None else replacement
+        return layer_norm(norm, x, *given)
+
+    def project(self, out: Tensor, number: int, which: str, x: Tensor) -> Tensor:
+        """Return the queries, keys or values ``out`` of the tokens x, both [B, L, D], with what edits add."""
+        for edit in self._project:
+            out = _add(out, edit.project(number, which, x), edit, "project", number)
+        return out
+
+    def beside_mlp(self, out: Tensor, number: int, x: Tensor) -> Tensor:
+        """Return a block's output with what edits make of the x that enters ln_2."""
+        for edit in self._beside_mlp:
+            out = _add(out, edit.beside_mlp(number, x), edit, "beside_mlp", number)
+        return out
+
+    def parallel(self, out: Tensor, number: int, x: Tensor) -> Tensor:
+        """Return a block's output with what edits make of x: ln_1 of the tokens, or a ResNet's output."""
+        for edit in self._parallel:
+            out = _add(out, edit.parallel(number, x), edit, "parallel", number)
+        return out
+
+    def after(self, out: Tensor, number: int) -> Tensor:
+        """Return a block's output with what edits make of it."""
+        for edit in self._after:
+            out = _add(out, edit.after(number, out), edit, "after", number)
+        return out
+
+    def check_outside(self, inside: Sequence[str]) -> None:
+        """Refuse edits of a block that ran without edits, so that only its output can be edited.
+
+        Args:
+            inside: names of the methods that such an edit must not override.
+        """
+        found = self.making(inside)
+        if found:
+            raise ValueError(f"Expected edits beside or behind a block that was entered without edits but got {found}")
+
+    def making(self, names: Sequence[str]) -> str:
+        """Return which edits override one of these methods, for a message: "A (tokens), B (tokens, norm)" or ""."""
+        found = [(edit, [name for name in names if name in kinds(edit)]) for edit in self.edits]
+        return ", ".join(f"{type(edit).__name__} ({', '.join(own)})" for edit, own in found if own)
+
+
+def edit_tokens(edit: BlockEdit, number: int, x: Tensor) -> Tensor:
+    """Return what one edit makes of the tokens x [B, L, D] before a block, in x's dtype; x itself if nothing."""
+    out = edit.tokens(number, x)
+    if not isinstance(out, Tensor) or out.ndim != 3 or (out.shape[0], out.shape[2]) != (x.shape[0], x.shape[2]):
+        came = tuple(out.shape) if isinstance(out, Tensor) else out
+        raise ValueError(
+            f"Expected {type(edit).__name__}.tokens to return shape ({x.shape[0]}, any, {x.shape[2]}) before block "
+            f"{number} but got {came}"
+        )
+    return out.to(x.dtype)
+
+
+def layer_norm(norm: nn.Module, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Apply a LayerNorm in its weights' dtype (fp32 in a half-precision backbone) and return ``x``'s dtype.
+
+    Args:
+        norm: the LayerNorm.
+        x: [..., D].
+        weight, bias: [D], in the place of the LayerNorm's own; None: these.
+    """
+    if not isinstance(norm, nn.LayerNorm):  # nn.Identity where an architecture leaves the norm out
+        return norm(x)
+    weight, bias = norm.weight if weight is None else weight, norm.bias if bias is None else bias
+    return F.layer_norm(x.to(weight.dtype), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
+
+
+def _add(out: Tensor, extra: Tensor | None, edit: BlockEdit, kind: str, number: int) -> Tensor:
+    if extra is None:
+        return out
+    if extra.shape != out.shape:
+        raise ValueError(
+            f"Expected {type(edit).__name__}.{kind} to return shape {tuple(out.shape)} for block {number} but got "
+            f"{tuple(extra.shape)}"
+        )
+    return out + extra.to(out.dtype)

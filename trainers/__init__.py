@@ -8,12 +8,13 @@ With an upstream Dassl, in one's own train.py:
     dlr_clip.extend_cfg(cfg)
     dlr_clip.merge_from_file(cfg, dlr_clip.find_config("DLRCLIP", "rn50"))  # upstream's own does not know _BASE_
 
-A new method is one file or folder here with a class under `@TRAINER_REGISTRY.register()` and one import line below;
-its keys come from the class's static `add_config(cfg)`.
+A new method is one file or folder here, found by being there, with a class under `@TRAINER_REGISTRY.register()`.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Collection
 from typing import Any
 
@@ -26,23 +27,14 @@ from dassl.engine import TRAINER_REGISTRY, TrainerX  # noqa: E402
 be_heard(TrainerX, __name__)
 first_come_first_served(TRAINER_REGISTRY, __name__)  # before the methods below register
 
-from . import (  # noqa: E402
-    clap,
-    clip_adapter,
-    cliplora,
-    cocoop,
-    coop,
-    cross_modal,
-    dlrclip,
-    em_dirichlet,
-    imo,
-    jclip_adapter,
-    linear_probe,
-    mma,
-    taskres,
-    tip_adapter,
-    zsclip,
+# What lies here and is no method.
+ROOMS = frozenset(
+    ("app", "base", "clip", "compat", "configs", "datasets", "features", "files", "modules", "portable", "scripts")
 )
+for _found in pkgutil.iter_modules(__path__):
+    if _found.name not in ROOMS and not _found.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_found.name}")
+
 from .base import CLIPTrainer  # noqa: E402
 from .clip import add_clip_config, complete_input  # noqa: E402
 from .configs import find_config, warn_if_for_another  # noqa: E402
@@ -79,29 +71,7 @@ ALIASES = {
     "IntraModalOverlap": "IMO",
 }
 
-__all__ = [
-    "ALIASES",
-    "clap",
-    "clip_adapter",
-    "cliplora",
-    "cocoop",
-    "complete_cfg",
-    "coop",
-    "cross_modal",
-    "dlrclip",
-    "em_dirichlet",
-    "extend_cfg",
-    "find_config",
-    "imo",
-    "jclip_adapter",
-    "linear_probe",
-    "merge_from_file",
-    "mma",
-    "taskres",
-    "tip_adapter",
-    "warn_if_for_another",
-    "zsclip",
-]
+__all__ = ["ALIASES", "complete_cfg", "extend_cfg", "find_config", "merge_from_file", "warn_if_for_another"]
 
 
 def extend_cfg(cfg: Any) -> None:

@@ -49,7 +49,7 @@ def recorded_test(test: Any) -> Any:
         result = test(self, *args, **kwargs)
         if self.evaluation is before:
             split = kwargs.get("split") or (args[0] if args else None) or self.cfg.TEST.SPLIT
-            self.evaluation = of_own_test(split, result, getattr(self, "evaluator", None))
+            self.evaluation = of_own_test(split, result, self.evaluator)
             if alone:
                 self.call_hooks("start")
                 self.call_hooks("finish")

@@ -7,7 +7,7 @@ scaling, evaluation of several heads in one pass): where that is present it is u
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,12 +40,12 @@ class GivenImages(NamedTuple):
     Attributes:
         images: [B, 3, H, W].
         features: [B, E], or None where they are not known.
-        keep: where features are not known but wanted, the function to hand them to; else None.
+        place: where features are not known but wanted, which they are: see KnownFeatures; else None.
     """
 
     images: Tensor
     features: Tensor | None = None
-    keep: Callable[[Tensor], None] | None = None
+    place: tuple[str, int] | None = None
 
 
 @TRAINER_REGISTRY.register()
@@ -104,13 +104,15 @@ class DLRCLIP(LearnerTrainer):
     def _share_features(self, clip: CLIP) -> None:
         """Let validation and test loaders read zero-shot features from the cache on disk, or fill it."""
         encoder = self._encoder = ImageEncoder(clip, self.settings.prec, self._autocast)
+        self._known: dict[str, KnownFeatures] = {}  # loaders that want features, by their names
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return  # each process then has only a part of the images
         for split in ("val", "test"):
             loader = getattr(self, f"{split}_loader")
             slot = feature_slot(self.cfg, encoder, loader, split)
             if slot is not None:
-                setattr(self, f"{split}_loader", KnownFeatures(loader, slot))
+                self._known[split] = KnownFeatures(loader, slot, split)
+                setattr(self, f"{split}_loader", self._known[split])
 
     def _frozen_part(self, images: Tensor) -> FrozenPart:
         with self._autocast():
@@ -175,7 +177,7 @@ class DLRCLIP(LearnerTrainer):
     def parse_batch_test(self, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
         """Return images [B, 3, H, W], with what is known of their features, and labels [B], on the device."""
         images, labels = super().parse_batch_test(batch)
-        return GivenImages(images, batch.get("feature"), batch.get("keep")), labels
+        return GivenImages(images, batch.get("feature"), batch.get("place")), labels
 
     def model_heads(self, input: Tensor | GivenImages) -> dict[str, Tensor]:
         """Return logits [B, C] of all heads for images [B, 3, H, W]."""
@@ -186,8 +188,9 @@ class DLRCLIP(LearnerTrainer):
         given = GivenImages(input) if isinstance(input, Tensor) else input
         with self._autocast():
             report = self.network.report(given.images, given.features)
-        if given.keep is not None:
-            given.keep(report["features"]["clip"])
+        if given.place is not None:
+            split, start = given.place
+            self._known[split].keep(start, report["features"]["clip"])
         return report
 
     def bind_classes(self, classnames: Sequence[str], class_indices: Sequence[int] | None = None) -> bool:

@@ -127,36 +127,45 @@ class FeatureLoader:
 
 
 class KnownFeatures:
-    """The batches of a loader of images, with the features beside the images where the features are known.
+    """Hand out the batches of a loader of images, with their features beside them where those are known.
 
-    This is for methods that need the images too, and compute the features on the way. Where the features are not known,
-    each batch has a function "keep"; the method hands it the features of the batch. After a pass in which all batches
-    were handed over, the features are in the slot.
+    This is for methods that need the images too, and compute the features on the way. Where features are not known, a
+    batch says its place: "place" = (name of the loader, number of its first image). The method gives the features to
+    `keep` with that number. After a pass in which it gave those of every batch, they are in the slot.
 
     Args:
-        loader: gives batches with "img", always in the same order.
+        loader: batches with "img", always in the same order.
         slot: where the features of these images are kept between runs.
+        name: of the loader.
     """
 
-    def __init__(self, loader: Any, slot: Slot) -> None:
+    def __init__(self, loader: Any, slot: Slot, name: str) -> None:
         self.loader = loader
         self.dataset: Sized = loader.dataset
         self.slot = slot
+        self.name = name
         self._known: FeatureSet | None = None
+        self._kept: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.loader)
+
+    def keep(self, start: int, features: Tensor) -> None:
+        """Keep features [B, E] of the images from number `start` on."""
+        self._kept[start] = features
 
     def __iter__(self) -> Iterator[Batch]:
         if self._known is None:
             self._known = self.slot.load()
         known, done = self._known, 0
-        kept: list[Tensor] = []
+        self._kept = {}
         for batch in self.loader:
             size = len(batch["img"])
-            extra = {"keep": kept.append} if known is None else {"feature": known.values[0, done : done + size]}
+            extra = {"place": (self.name, done)} if known is None else {"feature": known.values[0, done : done + size]}
             done += size
             yield {**batch, **extra}
+        kept = [self._kept[start] for start in sorted(self._kept)]
+        self._kept = {}
         if known is None and sum(map(len, kept)) == done:
             self.slot.save(torch.cat(kept)[None])
 

@@ -102,19 +102,21 @@ class Memory:
 
 def test_images_with_known_features():
     slot = Memory()
-    loader = KnownFeatures(DataLoader(Images(), batch_size=3), slot)
+    loader = KnownFeatures(DataLoader(Images(), batch_size=3), slot, "test")
     for batch in loader:  # whoever stops half-way leaves nothing
-        batch["keep"](encode(batch["img"]))
+        assert batch["place"][0] == "test"
+        loader.keep(batch["place"][1], encode(batch["img"]))
         break
     for batch in loader:  # nor who computes none
         assert "feature" not in batch
     assert slot.known is None
     for batch in loader:
-        batch["keep"](encode(batch["img"]))
+        assert batch["place"][0] == "test"
+        loader.keep(batch["place"][1], encode(batch["img"]))
     assert slot.known is not None
-    for again in (loader, KnownFeatures(loader.loader, slot)):
+    for again in (loader, KnownFeatures(loader.loader, slot, "test")):
         for batch, plain in zip(again, loader.loader, strict=True):
-            assert torch.equal(batch["img"], plain["img"]) and "keep" not in batch
+            assert torch.equal(batch["img"], plain["img"]) and "place" not in batch
             assert torch.equal(batch["feature"], encode(plain["img"]))
 
 

@@ -54,7 +54,7 @@ def names(text: str) -> list[str]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; --dataset and --source are one thing, of which transfer protocols take one."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of all protocols
+    parser = Parser(add_help=False)  # of all protocols
     parser.add_argument("--trainers", default="", help="TRAINER[:CONFIG][@VARIANT], separated by commas")
     parser.add_argument("--config", default="tiny", help="name of the configs in configs/trainers/*/ (default: tiny)")
     parser.add_argument("--dataset", "--source", type=names, default=[], help="configs/datasets/*.yaml")

@@ -6,6 +6,7 @@ python examples/class_shift.py --trainer ClassShift --config-file examples/class
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,8 @@ class ClassShift(FeatureTrainer):
 
     def loss(self, outputs, labels):
         """Return the named losses of a step."""
-        penalty = self.network.learner.shift.square().sum(dim=1).mean()
+        learner: Any = self.network.learner
+        penalty = learner.shift.square().sum(dim=1).mean()
         return {"ce": F.cross_entropy(outputs, labels), "pull": self.settings.pull * penalty}
 
 

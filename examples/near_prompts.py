@@ -39,6 +39,8 @@ class NearPromptsLearner(Learner):
 class NearPromptsClassifier(Classifier):
     """Classify images by learnt prompts; `text_features` keeps them while nothing is learnt."""
 
+    learner: NearPromptsLearner
+
     def compute_text(self):
         """Return the text features [C, E] of the prompts."""
         state = self.learner.prompts.state(self.clip.text, self.learner.context)

@@ -53,8 +53,9 @@ class Known:
         self.by_path: dict[str, list[Tensor]] = {}
 
     @torch.no_grad()
-    def of(self, cfg: Any, items: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor]:
+    def of(self, cfg: Any, items: Sequence[Any] | None) -> tuple[dict[str, Tensor], Tensor]:
         """Return normalized features [n, E] by name, and labels [n]."""
+        assert items is not None  # the sets of SOURCES have what is asked for
         new = [item for item in items if item.impath not in self.by_path]
         if new:
             data = DatasetWrapper(cfg, new, transform=build_transform(cfg, is_train=False))

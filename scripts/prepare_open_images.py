@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> str:
     if not images.is_dir():
         raise InputError(f"Expected the images in {images} but there is no such folder: --images-path names another")
     there = open_images.find_images(images)
-    names = dict(rows_of(args.classes, ("LabelName", "DisplayName")))
+    names = {label: name for label, name in rows_of(args.classes, ("LabelName", "DisplayName"))}
     confirmed: dict[str, list[str]] = {}
     for key, label, confidence in rows_of(args.labels, ("ImageID", "LabelName", "Confidence")):
         if key in there and label in names and float(confidence or 0) == 1:

@@ -54,7 +54,7 @@ def names(text: str) -> list[str]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; --source is another name of --dataset, of which cross-dataset and ood take one."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the flags of every protocol
+    parser = Parser(add_help=False)  # the flags of every protocol
     parser.add_argument("--trainers", default="", help="TRAINER[:CONFIG][@VARIANT], separated by commas")
     parser.add_argument("--config", default="tiny", help="name of the configs in configs/trainers/*/ (default: tiny)")
     parser.add_argument("--dataset", "--source", type=names, default=[], help="configs/datasets/*.yaml")

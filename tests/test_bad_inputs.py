@@ -109,8 +109,9 @@ def with_split(place: Place, change: Callable[[dict], object]) -> list[str]:
     return place.train(root=photos)
 
 
-def swap(item: list, position: int, value: object) -> None:
+def swap(item: list, position: int, value: object) -> list:
     item[position] = value
+    return item
 
 
 def with_file(place: Place, name: str, content: str) -> list[str]:

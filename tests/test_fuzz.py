@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,7 +191,7 @@ def test_json_files(write, content):
 
 # ------------------------------------------------------------------------------------------------ data and classes
 
-VALID_SPLIT = {
+VALID_SPLIT: dict[str, list[list[Any]]] = {
     "train": [["cat/1.jpg", 0, "cat"], ["dog/1.jpg", 1, "dog"]],
     "val": [["cat/2.jpg", 0, "cat"]],
     "test": [["dog/2.jpg", 1, "dog"]],

@@ -393,10 +393,10 @@ def told_of_a_file(self):
 
 
 BUGS = [
-    (KeyError, lambda self: {}["CTX"]),
+    (KeyError, lambda self: {}["CTX"]),  # type: ignore[index]  # a bug on purpose
     (IndexError, lambda self: [][3]),
     (AttributeError, lambda self: self.no_such_thing),
-    (TypeError, lambda self: len(3)),
+    (TypeError, lambda self: len(3)),  # type: ignore[arg-type]  # a bug on purpose
     (ValueError, lambda self: int("many")),
     (json.JSONDecodeError, lambda self: json.loads("{")),  # raised on purpose, but by a library
     (OSError, lambda self: (_ for _ in ()).throw(OSError("bad luck"))),

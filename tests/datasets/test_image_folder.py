@@ -52,7 +52,8 @@ def paths(dataset: ImageFolder, part: str) -> list[str]:
 
 
 def sizes(dataset: ImageFolder) -> tuple[int, int, int]:
-    return tuple(len(getattr(dataset, part) or []) for part in ("train_x", "val", "test"))
+    train, val, test = (len(getattr(dataset, part) or []) for part in ("train_x", "val", "test"))
+    return train, val, test
 
 
 # -------------------------------------------------------------------------------------------------------- folders

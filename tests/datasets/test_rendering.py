@@ -134,6 +134,7 @@ def test_shifted_sets_say_which_classes_of_shapes_they_hold() -> None:
 def test_shapes_has_forty_classes_in_the_order_of_the_table() -> None:
     dataset = shapes.Shapes(_cfg("Shapes", NUM_SHOTS=2))
     assert dataset.classnames == list(SHAPE_CLASSES)
+    assert dataset.val is not None and dataset.test is not None
     assert (len(dataset.train_x), len(dataset.val), len(dataset.test)) == (80, 80, 1200)
     with Image.open(dataset.test[0].impath) as image:
         assert image.size == (64, 64) and image.mode == "RGB"

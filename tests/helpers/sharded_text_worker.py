@@ -30,7 +30,7 @@ def gradients(rank, processes):
     labels = torch.arange(IMAGES)
     share = slice(rank * IMAGES // processes, (rank + 1) * IMAGES // processes)
     losses = network.losses(network(images[share]), labels[share])
-    sum(losses.values()).backward()
+    sum(losses.values(), torch.zeros(())).backward()
     return {name: parameter.grad for name, parameter in network.learner.named_parameters()}
 
 

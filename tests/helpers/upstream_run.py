@@ -25,7 +25,7 @@ MISSING = [name for name in ("gdown", "wilds", "pandas") if importlib.util.find_
 for missing in MISSING:
     stand_in = types.ModuleType(missing)
     stand_in.__spec__ = importlib.machinery.ModuleSpec(missing, None)
-    stand_in.get_dataset = None
+    stand_in.get_dataset = None  # type: ignore[attr-defined]  # what upstream imports from wilds
     sys.modules[missing] = stand_in
 
 import numpy as np  # noqa: E402

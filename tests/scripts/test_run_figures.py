@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from dassl.evaluation.predictions import load_predictions
@@ -158,12 +159,12 @@ def test_each_figure_shows_its_series_and_plain_names(predictions) -> None:
     gates = gates_figure(predictions)
     assert [axes.get_xlabel() for axes in gates.axes] == ["gate α", "fusion weight w"]
     for axes in gates.axes:  # the bars of each kind of image add up to 100 %
-        filled = sum(patch.get_height() for patch in axes.patches if type(patch).__name__ == "Rectangle")
+        filled = sum(patch.get_height() for patch in axes.patches if type(patch) is Rectangle)
         assert filled == pytest.approx(100 if predictions.correct("final").any() else 0, abs=0.01)
     features = features_figure(predictions)
     assert [axes.get_title().partition(":")[0] for axes in features.axes] == ["clip", "cma"]
     for axes in features.axes:
-        assert sum(len(points.get_offsets()) for points in axes.collections) == 24
+        assert sum(len(np.asarray(points.get_offsets())) for points in axes.collections) == 24
     texts = {label.get_text() for label in features.legends[0].get_texts()}
     assert texts == {readable(name, 22) for name in NAMES} and "<b>bold<" in texts
     for text in features.legends[0].get_texts():

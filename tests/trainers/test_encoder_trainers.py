@@ -159,7 +159,7 @@ def test_wrong_precision_and_missing_node(name, make_cfg, monkeypatch):
 
 
 # fmt: off
-WRONG = {
+WRONG: dict[str, list[tuple[str, object]]] = {
     "CoOp": [("COOP.N_CTX", 0), ("COOP.CSC", "yes"), ("COOP.CTX_INIT", "a {}"), ("COOP.CLASS_TOKEN_POSITION", "back")],
     "CLIPLoRA": [
         ("CLIPLORA.RANK", 0), ("CLIPLORA.ALPHA", 0.0), ("CLIPLORA.DROPOUT", 1.0), ("CLIPLORA.N_ITERS", -1),

@@ -58,7 +58,7 @@ class Noisy(TrainerX):
         self.memory = state["memory"]
 
 
-class NoisyXU(TrainerXU, Noisy):
+class NoisyXU(TrainerXU, Noisy):  # type: ignore[misc]  # upstream's signatures of parse_batch_train
     """The same on pairs of batches; the unlabelled images last for less than an epoch."""
 
 
@@ -326,7 +326,8 @@ class Faults:
     """Lets one operation on files fail: opening to write, a first write (half of it is done), syncing, or renaming."""
 
     def __init__(self, monkeypatch, at: int | None) -> None:
-        self.at, self.seen = at, []
+        self.at = at
+        self.seen: list[str] = []
         self._replace = os.replace
         monkeypatch.setattr(files, "open", self.open, raising=False)
         monkeypatch.setattr(os, "fsync", lambda handle: self.operation("sync", errno.ENOSPC))

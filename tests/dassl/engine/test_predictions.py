@@ -165,7 +165,7 @@ def test_a_run_leaves_its_last_test(build, tmp_path) -> None:
 
 
 def test_a_method_may_tell_more(build, tmp_path, monkeypatch) -> None:
-    class Telling(TRAINER_REGISTRY.get("TwoHeads")):
+    class Telling(TRAINER_REGISTRY.get("TwoHeads")):  # type: ignore[misc]  # known by its name only
         def model_report(self, input):
             features = input.mean(dim=(2, 3))
             return {"heads": self.model_heads(input), "values": {"alpha": features[:, 0]}, "features": {"x": features}}

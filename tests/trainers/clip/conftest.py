@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from trainers.clip import BlockEdit, save_tiny
 
-VIT = {"layers": 4, "width": 64, "head_width": 16, "patch_size": 16, "image_size": 64}
-RESNET = {"layers": [1, 2, 2, 1], "width": 16, "head_width": 32, "image_size": 64}
+VIT: dict[str, Any] = {"layers": 4, "width": 64, "head_width": 16, "patch_size": 16, "image_size": 64}
+RESNET: dict[str, Any] = {"layers": [1, 2, 2, 1], "width": 16, "head_width": 32, "image_size": 64}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 4}
 PROMPTS = ["a photo of a cat.", "a photo of a very large hot air balloon.", "a photo of an ox."]
 
@@ -44,8 +44,9 @@ class Adapters(BlockEdit, nn.Module):
     def __init__(self, widths: dict[int, int], blocks: tuple[int, ...]) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(2)
-        self.maps = nn.ModuleDict({str(i): nn.Linear(widths[i], widths[i]) for i in blocks})
-        for layer in self.maps.values():
+        layers = {str(i): nn.Linear(widths[i], widths[i]) for i in blocks}
+        self.maps = nn.ModuleDict(layers)
+        for layer in layers.values():
             nn.init.normal_(layer.weight, std=0.05, generator=generator)
             nn.init.normal_(layer.bias, std=0.05, generator=generator)
         self.seen: list[tuple[int, tuple[int, ...]]] = []

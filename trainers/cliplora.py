@@ -1,8 +1,8 @@
 """CLIP-LoRA: low-rank updates of the query, key and value projections of every block of both encoders.
 
 Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, 2024. One recipe for all datasets: rank 2,
-500 x shots steps, the dataset's prompt, no validation set. The weights of CLIP are not touched: a block's projection of
-its tokens x gets  alpha / sqrt(r) * B A dropout(x)  added.
+500 x shots steps, the dataset's prompt, no validation set. The weights of CLIP are not touched: to each projection of a
+block's tokens x,  alpha / sqrt(r) * B A dropout(x)  is added.
 
 Legend: B images, C classes, D width of a block, r rank.
 """
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class LoRALearner(Learner):
-    """The low-rank updates of all blocks of both encoders: `visual` and `text`, by block, by projection.
+    """The low-rank updates of both encoders: `visual` and `text`, each by block and by projection.
 
     Args:
         clip: the frozen CLIP.
@@ -51,7 +51,7 @@ class LoRALearner(Learner):
         clip.visual.check_edits([self.visual], "CLIPLoRA")
 
     def seed_dropout(self, seed: int, device: torch.device) -> None:
-        """From now on what is dropped follows from `seed` alone."""
+        """Seed the dropout: from now on, `seed` alone decides what is dropped."""
         generator = self.visual.generator
         if generator is None:
             generator = self.visual.generator = self.text.generator = torch.Generator(device)
@@ -73,7 +73,7 @@ class LoRAClassifier(Classifier):
         self._tokens = clip.text.tokenise([fill_template(templates[0], name) for name in classnames])
 
     def compute_text(self) -> Tensor:
-        """Text features [C, E], normalised, fp32."""
+        """Return the updated encoder's text features [C, E], normalized, fp32."""
         text, learner, tokens = self.clip.text, self.learner, self._tokens
         if learner.training and learner.dropout > 0:
             # Each prompt drops entries of its own, also of the tokens that all prompts begin with: nothing is shared.
@@ -82,13 +82,13 @@ class LoRAClassifier(Classifier):
         return F.normalize(features.float(), dim=-1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> logits [B, C]."""
+        """Return logits [B, C] for images [B, 3, H, W]."""
         visual = self.clip.visual
         features = visual.suffix(visual.prefix(images, 0), 1, [self.learner.visual])
         return self.logits(features, self.text_features())
 
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> zero-shot logits and those of the updated encoders."""
+        """Return the logits of zero-shot CLIP and of the updated encoders, [B, C] each, for images [B, 3, H, W]."""
         return self.logits(self.clip.encode_image(images), self.zeroshot), self(images)
 
 
@@ -106,7 +106,7 @@ class CLIPLoRAConfig(MethodConfig):
 
 @TRAINER_REGISTRY.register()
 class CLIPLoRA(EncoderTrainer):
-    """Low-rank few-shot adaptation. Training is counted in steps: the number of epochs follows from it."""
+    """Low-rank few-shot adaptation. Training is counted in steps, whose number gives that of epochs."""
 
     recipe = 2
     node_name = "CLIPLORA"
@@ -120,11 +120,11 @@ class CLIPLoRA(EncoderTrainer):
     network: LoRAClassifier
 
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> LoRAClassifier:
-        """CLIP with low-rank updates."""
+        """Build CLIP with low-rank updates."""
         return LoRAClassifier(clip, classnames, templates, LoRALearner(clip, classnames, self.settings))
 
     def build_schedule(self, optim: Any) -> Any:
-        """The schedule per step; the number of steps, and with it that of epochs, is settled here."""
+        """Build the schedule per step, and settle the number of steps and, with it, that of epochs."""
         settings, num_batches = self.settings, len(self.train_loader_x)
         self._summary: dict[str, float] = {}
         self.total_steps = self.cfg.OPTIM.MAX_EPOCH * num_batches
@@ -140,11 +140,16 @@ class CLIPLoRA(EncoderTrainer):
         return torch.optim.lr_scheduler.CosineAnnealingLR(optim, max(1, self.total_steps), eta_min=settings.lr_min)
 
     def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """One step; none for the batches of the last epoch that are beyond the number of steps."""
+        """Make one step, but none for the batches of the last epoch that are beyond the number of steps.
+
+        Returns:
+            What to show of the step; for a batch without a step, that of the last step that changed the model.
+        """
         step = self.epoch * self.num_batches + self.batch_idx
         if step < self.total_steps:
             seed = self.cfg.SEED if self.cfg.SEED >= 0 else torch.initial_seed()
-            # Of the step, not of what was drawn before it: a resumed run drops what an uninterrupted one does.
+            # The seed follows from the step, not from what was drawn before it: a resumed run drops what an
+            # uninterrupted one does.
             rank = 0 if self.share is None else self.share.rank  # each process drops entries of its own images
             self.network.learner.seed_dropout((1_000_003 * seed + step + (rank << 48)) % 2**63, self.device)
             summary = super().forward_backward(batch)

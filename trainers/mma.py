@@ -68,7 +68,7 @@ class MMAClassifier(Classifier):
             self._text_state = clip.text.prefix(clip.text.tokenise(prompts), self._text_start - 1)
 
     def compute_text(self) -> Tensor:
-        """Text features [C, E], normalised, fp32."""
+        """Return the adapted encoder's text features [C, E], normalized, fp32."""
         features = self.clip.text.suffix(self._text_state, self._text_start, [self.learner.cma.text_edit])
         return F.normalize(features.float(), dim=-1)
 
@@ -81,11 +81,11 @@ class MMAClassifier(Classifier):
         return self.logits(self.clip.visual.suffix(hidden, self._visual_start, edits), self.text_features())
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> logits [B, C]."""
+        """Return logits [B, C] for images [B, 3, H, W]."""
         return self._adapted(self._prefix(images))
 
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> zero-shot logits and those of the adapted encoders."""
+        """Return the logits of zero-shot CLIP and of the adapted encoders, [B, C] each, for images [B, 3, H, W]."""
         hidden = self._prefix(images)
         plain = self.clip.visual.suffix(hidden, self._visual_start)
         return self.logits(plain, self.zeroshot), self._adapted(hidden)
@@ -95,7 +95,7 @@ class MMAClassifier(Classifier):
 class MMAConfig(MethodConfig):
     """Settings of MMA.
 
-    The defaults are those of the source's train.py, so that its own YAML files mean here what they mean there. Its
+    The defaults are those of the source's train.py, so that the source's YAML files mean here what they mean there. Its
     experiments set other values in these files: ADAPTER_START 5, ADAPTER_SCALE 0.001 (configs/trainers/mma).
     """
 
@@ -125,5 +125,5 @@ class MMA(EncoderTrainer):
     main_head = "mma"
 
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> MMAClassifier:
-        """CLIP with adapters."""
+        """Build CLIP with adapters in both encoders."""
         return MMAClassifier(clip, classnames, templates, self.settings)

@@ -1,6 +1,6 @@
-"""The one place that knows CLIP: weights, tokens, prompts, and running its blocks, with a method's edits.
+"""The one place that knows CLIP: weights, tokens, prompts, and running the blocks with a method's edits.
 
-Plain torch over open_clip's modules; it knows neither the toolbox nor the datasets.
+This package is plain torch over open_clip's modules; it knows neither the toolbox nor the datasets.
 """
 
 from .backbones import BACKBONES, check_backbone

@@ -1,4 +1,4 @@
-"""Which backbones there are, how they are built and who offers their weights."""
+"""Look backbones up: which there are, how they are built and who offers their weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ OPENAI = ("RN50", "RN101", "ViT-B/32", "ViT-B/16", "ViT-L/14")
 BACKBONES = (*OPENAI, "tiny")
 OPEN_CLIP_PREFIX = "open_clip:"
 
-_VOCABULARY = 49408  # rows of CLIP's byte-pair vocabulary, the only one spoken here
-# What of open_clip's architectures our towers run; the rest (timm and Hugging Face towers, other pooling) is refused.
+_VOCABULARY = 49408  # rows of CLIP's byte-pair vocabulary, the only one supported
+# The keys of open_clip's architectures that our towers can run. An architecture with any other key (timm and Hugging
+# Face towers, other pooling) is refused.
 _VISION_KEYS = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "ls_init_value", "no_ln_pre",
                 "act_kwargs", "norm_kwargs"}  # fmt: skip
 _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "ls_init_value", "act_kwargs",
@@ -37,7 +38,7 @@ class Backbone:
         name: as given.
         arch: constructor arguments of ``open_clip.CLIP``; empty for "tiny", whose file carries them.
         sources: who offers the weights, in order of preference; empty for "tiny" and where no tag was given.
-        pixel_mean, pixel_std: input normalisation of these weights.
+        pixel_mean, pixel_std: input normalization of these weights.
         interpolation: how images are resized for them.
         squash: whether their authors resize both sides to the model's size instead of cutting out the middle.
     """
@@ -58,7 +59,11 @@ def _did_you_mean(given: str, known: list[str]) -> str:
 
 
 def resolve_backbone(name: str) -> Backbone:
-    """Look a backbone name up; ValueError for an unknown one, saying what is known and what may have been meant."""
+    """Look a backbone up by its name.
+
+    Raises:
+        ValueError: the name is unknown; the message says which names are known and which may have been meant.
+    """
     if name == "tiny":
         return Backbone(name, {})
     if name in OPENAI:
@@ -73,7 +78,17 @@ def resolve_backbone(name: str) -> Backbone:
 
 
 def _from_open_clip(name: str, model: str, tag: str, url_first: bool) -> Backbone:
-    """A backbone of open_clip's tables. ``tag`` may be empty: then the weights must be a local file."""
+    """Look a backbone up in open_clip's tables.
+
+    Args:
+        name: the backbone's name as given.
+        model: open_clip's name of the model.
+        tag: open_clip's pretrained tag; if it is empty, the weights must be a local file.
+        url_first: whether a URL comes before the Hugging Face hub in the order of sources.
+
+    Raises:
+        ValueError: the model or the tag is unknown, or our towers cannot run the architecture.
+    """
     arch = open_clip.get_model_config(model)
     if arch is None:
         hint = _did_you_mean(model, open_clip.list_models())
@@ -118,16 +133,16 @@ def _check_arch(name: str, arch: Mapping[str, Any]) -> None:
 
 
 def weights_hint(backbone: Backbone) -> str:
-    """What to do where a backbone's weights are neither here nor to be had, in one line."""
+    """Say in one line what to do if a backbone's weights are neither on this machine nor to be had."""
     places = ", or ".join(source.describe() for source in backbone.sources)
     return f"Fetch {places}; or set MODEL.BACKBONE.WEIGHTS to a file of these weights."
 
 
 def check_backbone(name: str, weights: str | os.PathLike[str] | None = None) -> None:
-    """Cheaply check that ``load_clip(name, weights)`` has a chance, before any long work.
+    """Check cheaply that ``load_clip(name, weights)`` has a chance, before any long work.
 
-    Reads no tensors and downloads nothing; where the weights are not on this machine it asks their servers whether
-    they answer (a few seconds at most).
+    The check reads no tensors and downloads nothing. If the weights are not on this machine, it asks their servers
+    whether they answer (a few seconds at most).
 
     Args:
         name: one of ``BACKBONES`` or ``open_clip:<model>/<pretrained tag>``.
@@ -135,8 +150,8 @@ def check_backbone(name: str, weights: str | os.PathLike[str] | None = None) -> 
 
     Raises:
         ValueError: unknown name, or ``weights`` is no checkpoint.
-        FileNotFoundError: a file that is needed is not there and cannot be fetched; says which file to fetch, from
-            where, its checksum, and where to put it.
+        FileNotFoundError: a file that is needed is not there and cannot be fetched; the message says which file to
+            fetch, from where, its checksum, and where to put it.
     """
     backbone = resolve_backbone(name)
     if name == "tiny":

@@ -1,7 +1,7 @@
-"""Forward of CLIP's residual attention block over open_clip's parameters, with room for edits (edits.py).
+"""Run CLIP's residual attention block over open_clip's parameters, with room for edits (edits.py).
 
-open_clip's own block forward always computes every token. Here attention is split into projection, mixing and the
-rest of the block, so that callers can reuse keys and values of tokens that are shared, or read out a single token.
+open_clip's own block forward always computes every token. Here the block is split into projection, mixing of tokens
+and the rest, so that callers can reuse keys and values of tokens that are shared, or read out a single token.
 
 Legend: B sequences, L tokens, M key tokens, D width, H heads, d = D / H.
 """
@@ -26,7 +26,7 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def project_qkv(attn: nn.MultiheadAttention, x: Tensor, number: int, edits: Edits) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, H, L, d] of all tokens of ``x`` [B, L, D], in block ``number``."""
+    """Return queries, keys and values, [B, H, L, d] each, of all tokens of ``x`` [B, L, D] in block ``number``."""
     q, k, v = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
     q = _split_heads(edits.project(q, number, "q", x), attn.num_heads)
     k = _split_heads(edits.project(k, number, "k", x), attn.num_heads)
@@ -34,14 +34,14 @@ def project_qkv(attn: nn.MultiheadAttention, x: Tensor, number: int, edits: Edit
 
 
 def project_q(attn: nn.MultiheadAttention, x: Tensor, number: int, edits: Edits) -> Tensor:
-    """Queries only, [B, H, L, d]."""
+    """Return the queries alone, [B, H, L, d], of all tokens of ``x`` [B, L, D] in block ``number``."""
     width = attn.embed_dim
     q = F.linear(x, attn.in_proj_weight[:width], attn.in_proj_bias[:width])
     return _split_heads(edits.project(q, number, "q", x), attn.num_heads)
 
 
 def project_kv(attn: nn.MultiheadAttention, x: Tensor, number: int, edits: Edits) -> tuple[Tensor, Tensor]:
-    """Keys and values only, [B, H, L, d] each."""
+    """Return keys and values alone, [B, H, L, d] each, of all tokens of ``x`` [B, L, D] in block ``number``."""
     width = attn.embed_dim
     k, v = F.linear(x, attn.in_proj_weight[width:], attn.in_proj_bias[width:]).chunk(2, dim=-1)
     k = _split_heads(edits.project(k, number, "k", x), attn.num_heads)
@@ -51,13 +51,13 @@ def project_kv(attn: nn.MultiheadAttention, x: Tensor, number: int, edits: Edits
 def mix(
     attn: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """Scaled dot-product attention and output projection.
+    """Apply scaled dot-product attention and the output projection.
 
     Args:
         q: queries [B, H, L, d].
         k, v: keys and values [B, H, M, d].
-        mask: bool, broadcastable to [B, H, L, M], True where a query may look; None = everywhere.
-        causal: lower-triangular mask instead (needs L = M).
+        mask: bool, broadcastable to [B, H, L, M], True where a query may look; None: everywhere.
+        causal: use a lower-triangular mask instead of ``mask`` (needs L = M).
 
     Returns:
         [B, L, D].
@@ -70,8 +70,8 @@ def mix(
 class _QuickGELU(Function):
     """z * sigmoid(1.702 z), as silu(1.702 z) / 1.702.
 
-    Autograd then keeps one tensor of the MLP's hidden layer [..., 4 D] and not two, and goes over it once backward:
-    the two factors cancel in the derivative, silu'(1.702 z).
+    In this form autograd keeps one tensor of the MLP's hidden layer [..., 4 D] instead of two, and the backward pass
+    reads that tensor once: the two factors cancel in the derivative, silu'(1.702 z).
     """
 
     @staticmethod
@@ -87,7 +87,7 @@ class _QuickGELU(Function):
 
 
 def feed_forward(mlp: Any, x: Tensor) -> Tensor:
-    """A block's MLP [..., D] -> [..., D]."""
+    """Apply a block's MLP to x [..., D] and return [..., D]."""
     if not isinstance(mlp.gelu, QuickGELU):
         return mlp(x)
     hidden = mlp.c_fc(x)  # [..., 4 D]
@@ -97,13 +97,15 @@ def feed_forward(mlp: Any, x: Tensor) -> Tensor:
 
 
 def finish_block(block: Any, x: Tensor, attended: Tensor, number: int, edits: Edits) -> Tensor:
-    """A block after its attention, ``x' = x + attn``, ``x' + mlp(ln_2(x'))``; of the edits, what is beside the MLP.
+    """Run the rest of a block after its attention: ``x' = x + attn``, then ``x' + mlp(ln_2(x'))``.
+
+    Of the edits, ``norm`` of ln_2 and ``beside_mlp`` are applied here.
 
     Args:
         block: open_clip's ResidualAttentionBlock.
         x: tokens entering the block [B, L, D].
         attended: attention's output for the same tokens [B, L, D].
-        number: of the block.
+        number: number of the block.
         edits: see edits.py.
     """
     x = x + block.ls_1(attended)
@@ -112,12 +114,15 @@ def finish_block(block: Any, x: Tensor, attended: Tensor, number: int, edits: Ed
 
 
 def pick_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Token ``index[b]`` of each sequence: [B, L, D], [B] -> [B, 1, D]."""
+    """Return token ``index[b]`` of each sequence b, [B, 1, D], for x [B, L, D] and index [B]."""
     return x[torch.arange(x.shape[0], device=x.device), index].unsqueeze(1)
 
 
 def recompute(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``, keeping only its tensor arguments for the backward pass, which computes the rest again."""
+    """Call ``function(*args)`` and keep only its tensor arguments for the backward pass.
+
+    The backward pass computes everything else again.
+    """
     if not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in CLIP is random

@@ -1,4 +1,4 @@
-"""Reading CLIP checkpoints of every form in circulation, admitting nothing but tensors.
+"""Read CLIP checkpoints of every form in circulation, admitting nothing but tensors.
 
 Forms: safetensors; a torch file holding a state dict (bare, or under "state_dict" as open_clip's training saves it);
 OpenAI's TorchScript archive, from which only the state dict is taken.
@@ -23,11 +23,13 @@ _SHOWN = 3  # how many offending keys an error lists
 
 
 def checkpoint_form(path: Path) -> str:
-    """Which form a file has, from its first bytes and its zip listing: "safetensors", "torchscript" or "torch".
+    """Tell which form a checkpoint file has: "safetensors", "torchscript" or "torch".
+
+    Only the file's first bytes and its zip listing are read.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: none of the forms.
+        ValueError: the file has none of these forms.
     """
     if not path.is_file():
         raise FileNotFoundError(f"Expected the checkpoint {path} to be a file, but there is none")
@@ -55,11 +57,11 @@ def checkpoint_form(path: Path) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """State dict of a checkpoint on the CPU, keys as ``open_clip.CLIP`` names them.
+    """Read a checkpoint's state dict onto the CPU, with keys as ``open_clip.CLIP`` names them.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint, damaged, or holding anything but tensors where tensors belong.
+        ValueError: the file is no checkpoint, is damaged, or holds anything but tensors where tensors belong.
     """
     form = checkpoint_form(path)
     try:
@@ -69,9 +71,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             content = _read_torchscript(path)
         else:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Detected pickle protocol")  # of a file that is refused
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")  # comes with a refusal
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own text advises to load the file unsafely: not repeated
+    except pickle.UnpicklingError as error:  # torch's text advises to load the file unsafely: it is not repeated
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         found = f"it asks for {wanted.group(1)}" if wanted else "its pickle is damaged or holds other things"
         raise ValueError(f"Expected {path} to hold nothing but tensors, but {found}; it was not loaded") from error
@@ -88,13 +90,17 @@ def _read_torchscript(path: Path) -> Mapping[str, Tensor]:
     if not hasattr(torch.jit, "load"):
         raise ValueError("a TorchScript archive, which this torch no longer reads; convert it to .safetensors")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # the files are what they are
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # nobody can change the files
         warnings.filterwarnings("ignore", category=FutureWarning)
         return torch.jit.load(str(path), map_location="cpu").state_dict()
 
 
 def clean_state(content: Any, path: Path) -> dict[str, Tensor]:
-    """Unwrap and rename a loaded checkpoint to the plain state dict of an ``open_clip.CLIP``."""
+    """Convert a loaded checkpoint to the plain state dict of an ``open_clip.CLIP``: unwrap it and rename its keys.
+
+    Raises:
+        ValueError: there is no state dict, an empty one, or one with a value that is no tensor.
+    """
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:
@@ -114,9 +120,9 @@ def clean_state(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def build_open_clip(arch: Mapping[str, Any], state: Mapping[str, Tensor], what: str) -> open_clip.CLIP:
-    """An ``open_clip.CLIP`` in fp32 holding exactly these weights.
+    """Build an ``open_clip.CLIP`` in fp32 that holds exactly these weights.
 
-    Built without initialising parameters, so it costs no time and draws no random numbers.
+    Parameters are not initialized first, so building costs no time and draws no random numbers.
 
     Args:
         arch: constructor arguments of ``open_clip.CLIP``.

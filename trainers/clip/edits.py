@@ -19,91 +19,91 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 KINDS = ("tokens", "project", "parallel", "beside_mlp", "after", "norm")
-"""The methods of a BlockEdit that a tower may ask."""
+"""Names of the methods of a BlockEdit that a tower may call."""
 
 INSIDE = ("tokens", "project", "beside_mlp", "norm")
-"""Those that change what a transformer block computes; the others only add to its output."""
+"""Those of KINDS that change what a transformer block computes; the others only add to the block's output."""
 
 
 class BlockEdit:
     """Change what blocks see or give; every method does nothing unless a subclass overrides it.
 
     A subclass may be an ``nn.Module`` too. Blocks are numbered from 1. A tower calls the methods that a class overrides
-    for every block that it runs; for blocks that the edit leaves alone they return what the methods here return.
+    for every block that the tower runs. For a block that the edit leaves alone, they return what they return here.
     Several edits apply in the order of their list: ``tokens`` and ``after`` see what the edits before them made, the
     other methods do not. What is added has any floating dtype, and the shape of what the method was given.
 
-    With checkpointing a block is computed twice, so that its edits must give the same both times.
+    With checkpointing a block is computed twice, so its edits must return the same both times.
 
     Attributes:
         first_block: the first block that the edit changes. Callers compute once what comes before it.
-        leading: says of ``tokens`` in the text tower that it changes the first ``leading`` positions at most, in the
-            same way in every prompt, so that prompts go on sharing their beginning (see text.py). None: it may change
-            any position of any prompt.
+        leading: for the text tower: ``tokens`` changes at most the first ``leading`` positions, in the same way in
+            every prompt, so that prompts go on sharing their beginning (see text.py). None: ``tokens`` may change any
+            position of any prompt.
     """
 
     first_block: int = 1
     leading: int | None = None
 
     def tokens(self, number: int, x: Tensor) -> Tensor:
-        """Return the tokens that enter a block in the place of ``x``: some inserted or replaced.
+        """Return the tokens that enter a block in place of ``x``, with some inserted or replaced.
 
         Args:
-            number: of the block.
+            number: number of the block.
             x: [B, L, D]. Image tower: the class token is first and has to stay there. Text tower: whole prompts
-                (with ``leading``: their shared tokens alone, as one prompt); tokens are inserted behind the start of
-                text and before every end of text, the same number in all prompts.
+                (with ``leading``: their shared tokens alone, as one prompt). There, tokens are to be inserted behind
+                the start of text and before every end of text, the same number in all prompts.
 
         Returns:
-            [B, L', D]; ``x`` itself where nothing is changed. Before block 1, ``x`` has its position embeddings already
-            and has been through ln_pre; an edit that wants this for its own tokens does it itself (``layer_norm``).
+            [B, L', D]; ``x`` itself if nothing is changed. Before block 1, ``x`` already has its position embeddings
+            and has been through ln_pre. An edit that wants this for its own tokens has to do it (``layer_norm``).
         """
         return x
 
     def project(self, number: int, which: str, x: Tensor) -> Tensor | None:
-        """Return what is added to the queries ("q"), keys ("k") or values ("v") of a block; None: nothing.
+        """Return what to add to the queries ("q"), keys ("k") or values ("v") of a block; None adds nothing.
 
         Args:
-            number: of the block.
+            number: number of the block.
             which: "q", "k" or "v".
-            x: ln_1 of the tokens [B, L, D], or of any subset of them: it has to work token by token.
+            x: ln_1 of the tokens [B, L, D], or of any subset of them: the method has to work token by token.
         """
         return None
 
     def parallel(self, number: int, x: Tensor) -> Tensor | None:
-        """Return what is added to a block's output, made from what enters the block; None: nothing.
+        """Return what to add to a block's output, computed from what enters the block; None adds nothing.
 
         Args:
-            number: of the block.
+            number: number of the block.
             x: ln_1 of the tokens [B, L, D], or of any subset of them. ResNet: the block's output [B, C, H, W].
         """
         return None
 
     def beside_mlp(self, number: int, x: Tensor) -> Tensor | None:
-        """Return what is added to a block's output, made from what enters its MLP; None: nothing.
+        """Return what to add to a block's output, computed from what enters the block's MLP; None adds nothing.
 
         Args:
-            number: of the block.
+            number: number of the block.
             x: what enters ln_2, [B, L, D], for any subset of the tokens. ResNet: as for ``after``.
         """
         return None
 
     def after(self, number: int, h: Tensor) -> Tensor | None:
-        """Return what is added to a block's output, made from this output; None: nothing.
+        """Return what to add to a block's output, computed from this output; None adds nothing.
 
         Args:
-            number: of the block.
+            number: number of the block.
             h: the output [B, L, D], for any subset of the tokens. ResNet: [B, C, H, W].
         """
         return None
 
     def norm(self, number: int, which: str, norm: nn.LayerNorm) -> tuple[Tensor, Tensor] | None:
-        """Return the gain and the bias [D] that a LayerNorm has instead of its own; None: its own.
+        """Return the gain and the bias [D] that replace those of a LayerNorm; None keeps its own.
 
-        Of several edits that replace the same, the last counts.
+        If several edits replace those of the same LayerNorm, the last one counts.
 
         Args:
-            number: of the block; 0 for "ln_pre", and one behind the last block for "ln_post" and "ln_final".
+            number: number of the block; 0 for "ln_pre", and that of the last block + 1 for "ln_post" and "ln_final".
             which: "ln_1" or "ln_2" of a block, "ln_pre" or "ln_post" of the image tower, "ln_final" of the text tower.
             norm: the LayerNorm.
         """
@@ -111,7 +111,7 @@ class BlockEdit:
 
 
 def kinds(edit: BlockEdit) -> frozenset[str]:
-    """Return the names of the methods that an edit overrides, out of KINDS."""
+    """Return the names of the methods in KINDS that an edit overrides."""
     return frozenset(name for name in KINDS if getattr(type(edit), name) is not getattr(BlockEdit, name))
 
 
@@ -122,7 +122,7 @@ class Edits:
         edits: in the order in which they apply.
 
     Raises:
-        ValueError: something that is no BlockEdit, or no list.
+        ValueError: ``edits`` is a single edit instead of a list, or holds something that is no BlockEdit.
     """
 
     def __init__(self, edits: Sequence[BlockEdit] = ()) -> None:
@@ -143,13 +143,13 @@ class Edits:
         return [edit for edit in self.edits if kind in kinds(edit)]
 
     def enter(self, number: int, x: Tensor) -> Tensor:
-        """Return what enters a block in the place of the tokens x [B, L, D]: [B, L', D]."""
+        """Return the tokens [B, L', D] that enter a block after the edits have changed x [B, L, D]."""
         for edit in self.tokens:
             x = edit_tokens(edit, number, x)
         return x
 
     def normalise(self, norm: nn.Module, x: Tensor, number: int, which: str) -> Tensor:
-        """Apply a LayerNorm with the gain and bias that the edits give it; see ``layer_norm``."""
+        """Apply a LayerNorm to x with the gain and bias that the edits give the LayerNorm; see ``layer_norm``."""
         if not self._norm or not isinstance(norm, nn.LayerNorm):
             return layer_norm(norm, x)
         given: tuple[Tensor, ...] = ()
@@ -159,47 +159,58 @@ class Edits:
         return layer_norm(norm, x, *given)
 
     def project(self, out: Tensor, number: int, which: str, x: Tensor) -> Tensor:
-        """Return the queries, keys or values ``out`` of the tokens x, both [B, L, D], with what edits add."""
+        """Return ``out``, the queries, keys or values of the tokens x, plus what edits add; all are [B, L, D]."""
         for edit in self._project:
             out = _add(out, edit.project(number, which, x), edit, "project", number)
         return out
 
     def beside_mlp(self, out: Tensor, number: int, x: Tensor) -> Tensor:
-        """Return a block's output with what edits make of the x that enters ln_2."""
+        """Return a block's output plus what edits compute from x, which enters ln_2."""
         for edit in self._beside_mlp:
             out = _add(out, edit.beside_mlp(number, x), edit, "beside_mlp", number)
         return out
 
     def parallel(self, out: Tensor, number: int, x: Tensor) -> Tensor:
-        """Return a block's output with what edits make of x: ln_1 of the tokens, or a ResNet's output."""
+        """Return a block's output plus what edits compute from x: ln_1 of the tokens, or a ResNet block's output."""
         for edit in self._parallel:
             out = _add(out, edit.parallel(number, x), edit, "parallel", number)
         return out
 
     def after(self, out: Tensor, number: int) -> Tensor:
-        """Return a block's output with what edits make of it."""
+        """Return a block's output plus what edits compute from the output."""
         for edit in self._after:
             out = _add(out, edit.after(number, out), edit, "after", number)
         return out
 
     def check_outside(self, inside: Sequence[str]) -> None:
-        """Refuse edits of a block that ran without edits, so that only its output can be edited.
+        """Refuse edits inside a block that has already run without edits.
+
+        Only the output of such a block can still be edited.
 
         Args:
-            inside: names of the methods that such an edit must not override.
+            inside: names of the methods that no edit may override here.
+
+        Raises:
+            ValueError: an edit overrides one of these methods.
         """
         found = self.making(inside)
         if found:
             raise ValueError(f"Expected edits beside or behind a block that was entered without edits but got {found}")
 
     def making(self, names: Sequence[str]) -> str:
-        """Return which edits override one of these methods, for a message: "A (tokens), B (tokens, norm)" or ""."""
+        """List for a message which edits override these methods: "A (tokens), B (tokens, norm)", or "" if none does."""
         found = [(edit, [name for name in names if name in kinds(edit)]) for edit in self.edits]
         return ", ".join(f"{type(edit).__name__} ({', '.join(own)})" for edit, own in found if own)
 
 
 def edit_tokens(edit: BlockEdit, number: int, x: Tensor) -> Tensor:
-    """Return what one edit makes of the tokens x [B, L, D] before a block, in x's dtype; x itself if nothing."""
+    """Return the tokens that one edit makes of x [B, L, D] before a block, in x's dtype.
+
+    The result is x itself if the edit changes nothing.
+
+    Raises:
+        ValueError: the edit returns no tensor, or one whose shape differs from x's in more than L.
+    """
     out = edit.tokens(number, x)
     if not isinstance(out, Tensor) or out.ndim != 3 or (out.shape[0], out.shape[2]) != (x.shape[0], x.shape[2]):
         came = tuple(out.shape) if isinstance(out, Tensor) else out
@@ -216,9 +227,9 @@ def layer_norm(norm: nn.Module, x: Tensor, weight: Tensor | None = None, bias: T
     Args:
         norm: the LayerNorm.
         x: [..., D].
-        weight, bias: [D], in the place of the LayerNorm's own; None: these.
+        weight, bias: [D], used instead of the LayerNorm's own; None: the LayerNorm's own.
     """
-    if not isinstance(norm, nn.LayerNorm):  # nn.Identity where an architecture leaves the norm out
+    if not isinstance(norm, nn.LayerNorm):  # nn.Identity if an architecture leaves the norm out
         return norm(x)
     weight, bias = norm.weight if weight is None else weight, norm.bias if bias is None else bias
     return F.layer_norm(x.to(weight.dtype), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)

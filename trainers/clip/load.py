@@ -1,4 +1,4 @@
-"""From a backbone's name to a frozen CLIP."""
+"""Load a frozen CLIP by its backbone's name."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def load_clip(
     precision: str = "fp32",
     device: str | torch.device = "cpu",
 ) -> CLIP:
-    """Build a CLIP with its weights: frozen, in eval mode.
+    """Build a CLIP with its weights, frozen and in eval mode.
 
     Args:
         name: one of ``BACKBONES`` (OpenAI's quick-GELU models and the bundled "tiny") or
             ``open_clip:<model>/<pretrained tag>``.
         weights: a local checkpoint of that architecture (OpenAI's archive or state dict, open_clip's .pt or
-            .safetensors); for "tiny" the folder or .safetensors file of another tiny CLIP; None or "" = the backbone's
+            .safetensors); for "tiny" the folder or .safetensors file of another tiny CLIP; None or "": the backbone's
             own weights, from the cache or downloaded once.
         precision: "fp32", "fp16", "bf16" (weights cast) or "amp" (fp32 weights; the engine autocasts).
         device: where the model goes.
@@ -41,7 +41,7 @@ def load_clip(
     Raises:
         ValueError: unknown name or precision; a checkpoint that is damaged, is of another architecture, holds anything
             but tensors, or has the wrong checksum.
-        FileNotFoundError: the weights are not here and cannot be fetched; says what to fetch by hand.
+        FileNotFoundError: the weights are not here and cannot be fetched; the message says what to fetch by hand.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"Expected precision to be one of {', '.join(PRECISIONS)} but got {precision!r}")
@@ -63,7 +63,10 @@ def load_clip(
 
 
 def _check_activation(name: str, path: Path, quick: bool) -> None:
-    """Warn where a file's origin speaks for the other activation: no tensor tells it, and features would be wrong."""
+    """Warn if a file's origin speaks for another activation than the backbone's.
+
+    No tensor tells which activation the weights were trained with, and with the wrong one features would be wrong.
+    """
     trained, origin = activation_of_origin(path)
     if trained is not None and trained != quick:
         logger.warning(
@@ -77,10 +80,10 @@ def _check_activation(name: str, path: Path, quick: bool) -> None:
 
 
 def activation_of_origin(path: Path) -> tuple[bool | None, str]:
-    """Return (whether a checkpoint's origin speaks for quick-GELU, a sentence that says why); None: nothing speaks.
+    """Return (whether a checkpoint's origin speaks for quick-GELU, a clause that says why).
 
-    OpenAI's archives are TorchScript programs, which nobody else's are; the others are known by the tag of open_clip's
-    tables in their path, such as "laion2b_s34b_b79k", however it is spelt.
+    Only OpenAI's archives are TorchScript programs. Any other file is known by a tag of open_clip's tables in its path,
+    such as "laion2b_s34b_b79k", however the tag is spelled. The first value is None if the origin does not decide.
     """
     if checkpoint_form(path) == "torchscript":
         return True, f"{path} is an archive of OpenAI's"
@@ -110,7 +113,11 @@ def _letters(text: str) -> str:
 
 
 def _obtain(backbone: Backbone) -> Path:
-    """The backbone's own weights: from any cache, else from the first source that delivers."""
+    """Return the file of the backbone's own weights: from any cache, else from the first source that delivers.
+
+    Raises:
+        FileNotFoundError: no source delivers.
+    """
     for source in backbone.sources:
         if source.cached() is not None:
             try:

@@ -24,8 +24,8 @@ class CLIP(nn.Module):
         visual: image tower. text: text tower.
         name: backbone name as configured.
         embed_dim: E. image_size: input side length in pixels.
-        logit_scale: exp of CLIP's learnt log-temperature (about 100 for OpenAI's weights).
-        pixel_mean, pixel_std: input normalisation the weights were trained with, per RGB channel, for pixels in 0..1.
+        logit_scale: exp of CLIP's learned log-temperature (about 100 for OpenAI's weights).
+        pixel_mean, pixel_std: input normalization the weights were trained with, per RGB channel, for pixels in 0..1.
         weights_digest: sha256 (hex) of the weights' fp32 values: the same for every file format and precision.
     """
 
@@ -42,7 +42,7 @@ class CLIP(nn.Module):
         Args:
             model: an ``open_clip.CLIP`` with fp32 weights.
             precision: "fp32" and "amp" keep fp32 weights (amp: the engine autocasts); "fp16" and "bf16" cast the
-                weights except embeddings and normalisation layers, which stay fp32.
+                weights except embeddings and normalization layers, which stay fp32.
         """
         super().__init__()
         if precision not in PRECISIONS:
@@ -87,13 +87,16 @@ class CLIP(nn.Module):
         return digest.hexdigest()
 
     def train(self, mode: bool = True) -> CLIP:
-        """Stays in eval mode, whatever the module around it does: a frozen backbone's batch statistics never move."""
+        """Keep eval mode, whatever ``mode`` the module around this one asks for.
+
+        A frozen backbone's batch statistics never move.
+        """
         return super().train(False)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Image features [B, E] of normalised images [B, 3, S, S]; not L2-normalised."""
+        """Return image features [B, E], not L2-normalized, for normalized images [B, 3, S, S]."""
         return self.visual(images)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Text features [N, E] of N prompts; not L2-normalised."""
+        """Return text features [N, E], not L2-normalized, for N prompts."""
         return self.text(prompts)

@@ -1,4 +1,4 @@
-"""What a backbone's weights want of images: size, interpolation, mean and standard deviation."""
+"""Find how a backbone's weights want images: size, interpolation, mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Preprocessing(NamedTuple):
-    """Images as the weights have seen them in pretraining; the fields' names are those of the node INPUT."""
+    """How images were prepared when the weights were pretrained; the fields are named as in the node INPUT."""
 
     SIZE: tuple[int, int]  # height, width in pixels
     INTERPOLATION: str
@@ -42,18 +42,19 @@ def _of(backbone: Backbone, size: int | list[int]) -> Preprocessing:
 
 
 def complete_input(cfg: Any, given: Collection[str]) -> None:
-    """Fill what the configuration leaves open of the node INPUT with the backbone's own values, in place.
+    """Fill the keys of the node INPUT that were not given with the backbone's own values, in place.
 
-    Where nothing says which transforms training takes, images are at least normalized.
+    If nothing says which transforms training takes, images are at least normalized. If the backbone
+    is unknown, or the record of a tiny CLIP is damaged or missing, nothing is filled.
 
     Args:
         cfg: an unfrozen configuration.
-        given: keys that were given for this backbone, such as "INPUT.SIZE"; they stay.
+        given: keys that were given for this backbone, such as "INPUT.SIZE"; they stay as they are.
     """
     try:
         own = preprocessing_of(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS)
     except (ValueError, FileNotFoundError):
-        return  # the check of the backbone says so, with what it expects
+        return  # the check of the backbone reports this error
     for key, value in own._asdict().items():
         if f"INPUT.{key}" not in given:
             cfg.INPUT[key] = type(cfg.INPUT[key])(value)
@@ -62,7 +63,7 @@ def complete_input(cfg: Any, given: Collection[str]) -> None:
 
 
 def tell_preprocessing(cfg: Any) -> None:
-    """Log how images are prepared, and warn where that is not what the backbone's weights want."""
+    """Log how images are prepared, and warn if that is not what the backbone's weights want."""
     node, name = cfg.INPUT, cfg.MODEL.BACKBONE.NAME
     own = preprocessing_of(name, cfg.MODEL.BACKBONE.WEIGHTS)
     other = [

@@ -1,6 +1,6 @@
 """Where a backbone's weights come from: a URL with a checksum, or a repository of the Hugging Face hub.
 
-Neither is touched when the file already lies in the cache. A download goes to a temporary name and takes its real
+Neither is contacted if the file already lies in the cache. A download goes to a temporary name and takes its real
 name only when it is complete and its checksum is right.
 """
 
@@ -34,29 +34,35 @@ class Source(Protocol):
     """One place that offers a backbone's weights."""
 
     def cached(self) -> Path | None:
-        """The file, if it is already on this machine."""
+        """Return the file if it is already on this machine, else None."""
 
     def reachable(self) -> bool:
-        """Whether the place answers; a cheap question, nothing is downloaded."""
+        """Tell whether the place answers; this is cheap and downloads nothing."""
 
     def fetch(self) -> Path:
-        """The file, downloaded if need be. OSError when it cannot be had, ValueError when its checksum is wrong."""
+        """Return the file, downloaded if need be.
+
+        Raises:
+            OSError: the file cannot be had.
+            ValueError: the file's checksum is wrong.
+        """
 
     def describe(self) -> str:
-        """What to fetch by hand, its checksum, and where to put it."""
+        """Say what to fetch by hand, its checksum, and where to put it."""
 
 
 def cache_folders() -> list[Path]:
-    """Folders searched for downloaded weights; the first is the one written to.
+    """List the folders searched for downloaded weights; the first is the one written to.
 
-    ``$DLR_CLIP_CACHE/clip`` when that variable is set, then ``~/.cache/clip``, which other CLIP programs use too.
+    ``$DLR_CLIP_CACHE/clip`` comes first if that variable is set; then ``~/.cache/clip``, which other CLIP programs
+    use too.
     """
     own = os.environ.get("DLR_CLIP_CACHE")
     return [*([Path(own).expanduser() / "clip"] if own else []), Path.home() / ".cache" / "clip"]
 
 
 def offline() -> bool:
-    """Whether the user forbids network access (HF_HUB_OFFLINE, the hub library's own switch)."""
+    """Tell whether the user forbids network access (HF_HUB_OFFLINE, the hub library's own switch)."""
     return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("1", "true", "yes", "on")
 
 
@@ -71,7 +77,7 @@ def _answers(url: str) -> bool:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 (hex) of a file."""
+    """Return the sha256 (hex) of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -81,14 +87,22 @@ def file_digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class UrlSource:
-    """A file at a URL. ``sha256``: its checksum or the beginning of it; "" when none is published."""
+    """A file at a URL.
+
+    Attributes:
+        url: where the file is.
+        sha256: the file's checksum or the beginning of it; "" if none is published.
+    """
 
     url: str
     sha256: str
 
     @classmethod
     def from_url(cls, url: str) -> UrlSource:
-        """Take the checksum from the URL: a path component (OpenAI) or the end of the file's stem (open_clip)."""
+        """Build a source from a URL, and take the checksum from the URL.
+
+        The checksum is a path component (OpenAI) or the end of the file's stem (open_clip); "" if there is none.
+        """
         found = re.search(r"/([0-9a-f]{64})/", url) or re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
         return cls(url, found.group(1) if found else "")
 
@@ -141,7 +155,7 @@ class HubSource:
         path = self.cached()
         if path is None and offline():
             raise OSError(_OFFLINE)
-        if path is None and not self.reachable():  # the hub library would ask for most of a minute
+        if path is None and not self.reachable():  # the hub library would keep trying for most of a minute
             raise OSError(f"no answer for {self.repo} on the Hugging Face hub")
         return path or Path(download_pretrained_from_hf(self.repo))
 
@@ -151,10 +165,15 @@ class HubSource:
 
 
 def download(url: str, target: Path, sha256: str) -> None:
-    """Download to ``target`` by way of a temporary file in the same folder.
+    """Download ``url`` to ``target`` by way of a temporary file in the same folder.
+
+    Args:
+        url: where the file is.
+        target: the file to write; its folder is created if missing.
+        sha256: the expected checksum or the beginning of it; "" accepts any.
 
     Raises:
-        OSError: no connection, or the connection broke off.
+        OSError: there is no connection, or the connection broke off.
         ValueError: the checksum is not the expected one; nothing is kept.
     """
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Prompt templates per dataset and zero-shot weights.
 
 The templates are those of the few-shot CLIP literature (CoOp's zero-shot CLIP; Tip-Adapter uses the same strings). On
-ImageNet and its shifted test sets methods differ; each trainer says which it takes (`imagenet_templates`).
+ImageNet and its shifted test sets methods differ; each trainer says which templates it takes (`imagenet_templates`).
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ IMAGENET_TEMPLATES_SELECT: tuple[str, ...] = (
     "a photo of the small {}.",
 )
 
-# These and the usual one, as TaskRes and CLAP take them.
+# These seven and the default template, as TaskRes and CLAP take them.
 IMAGENET_TEMPLATES_SELECT_OWN: tuple[str, ...] = (*IMAGENET_TEMPLATES_SELECT, DEFAULT_TEMPLATE)
 
-# All eighty of them.
+# All eighty of OpenAI's ImageNet templates.
 IMAGENET_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
 
 IMAGENET_FAMILY = ("ImageNet", "ImageNetV2", "ImageNetSketch", "ImageNetA", "ImageNetR")
@@ -66,12 +66,16 @@ _CHUNK = 512  # prompts encoded at once: bounds memory at thousands of classes
 
 
 def clean_classname(name: str) -> str:
-    """Class name as it appears in a prompt: underscores become spaces, nothing else changes."""
+    """Return a class name as it appears in a prompt: underscores become spaces, nothing else changes."""
     return name.replace("_", " ")
 
 
 def fill_template(template: str, classname: str) -> str:
-    """The template's prompt for one class; ValueError unless the template has exactly one ``{}``."""
+    """Return the template's prompt for one class.
+
+    Raises:
+        ValueError: the template does not have exactly one ``{}``, or has other braces.
+    """
     if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
         raise ValueError(f"Expected a prompt template to contain {{}} exactly once but got {template!r}")
     return template.replace("{}", clean_classname(classname))
@@ -80,8 +84,10 @@ def fill_template(template: str, classname: str) -> str:
 def parse_templates(value: Any) -> list[str]:
     """Return the templates that DATASET.TEMPLATE gives: a text, a list of texts, or such a list written as a text.
 
+    An empty text gives an empty list.
+
     Raises:
-        ValueError: anything else, or a template without exactly one ``{}``.
+        ValueError: the value is anything else, or a template does not have exactly one ``{}``.
     """
     given = value
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "("):
@@ -104,8 +110,8 @@ def templates_for(dataset_name: str, override: Any = "", imagenet: Sequence[str]
 
     Args:
         dataset_name: the dataset's registry name; an unknown one gets the general template.
-        override: used instead when not empty (DATASET.TEMPLATE): see `parse_templates`.
-        imagenet: those that a method takes on ImageNet and its shifted test sets.
+        override: DATASET.TEMPLATE; used instead if not empty (see `parse_templates`).
+        imagenet: the templates that a method takes on ImageNet and its shifted test sets.
     """
     own = imagenet if dataset_name in IMAGENET_FAMILY else [TEMPLATES.get(dataset_name, DEFAULT_TEMPLATE)]
     return parse_templates(override) or list(own)
@@ -113,15 +119,18 @@ def templates_for(dataset_name: str, override: Any = "", imagenet: Sequence[str]
 
 @torch.no_grad()
 def zeroshot_weights(clip: CLIP, classnames: Sequence[str], templates: Sequence[str], raw_mean: bool = False) -> Tensor:
-    """Zero-shot classifier: each prompt normalised, mean over templates, normalised again.
+    """Build the zero-shot classifier: normalize each prompt's features, average over templates, normalize again.
 
     Args:
         classnames: C names as the dataset spells them.
         templates: at least one template with one ``{}`` each.
-        raw_mean: the mean of several templates is of features as CLIP gives them.
+        raw_mean: average the features of several templates as CLIP gives them, without normalizing them first.
 
     Returns:
         fp32 weights [C, E] with unit rows, on CLIP's device.
+
+    Raises:
+        ValueError: there are no classes or no templates.
     """
     if not classnames or not templates:
         raise ValueError(f"Expected at least one class and one template but got {len(classnames)} and {len(templates)}")
@@ -137,7 +146,10 @@ def zeroshot_weights(clip: CLIP, classnames: Sequence[str], templates: Sequence[
 
 @torch.no_grad()
 def mean_text_features(clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Mean over the templates of each class's text features as CLIP gives them, not normalised: fp32 [C, E]."""
+    """Return the mean over the templates of each class's text features, fp32 [C, E].
+
+    Features are taken as CLIP gives them. Neither they nor the mean are normalized.
+    """
     total = torch.zeros(len(classnames), clip.embed_dim, device=clip.device)
     for template in templates:
         prompts = [fill_template(template, name) for name in classnames]
@@ -147,11 +159,13 @@ def mean_text_features(clip: CLIP, classnames: Sequence[str], templates: Sequenc
 
 
 def ensemble_templates(own: Sequence[str], which: str, dataset: str) -> list[str]:
-    """The templates of the ensemble: ImageNet's, and for any other dataset its own ones, unless they are among them.
+    """Return the templates of the ensemble: ImageNet's, and for any other dataset also its own.
+
+    A template of the dataset that is already among ImageNet's is not repeated.
 
     Args:
         own: the dataset's templates.
-        which: "select": seven of ImageNet's; "all": all eighty.
+        which: "select" for seven of ImageNet's templates, "all" for all eighty.
         dataset: the dataset's name.
     """
     templates = list(IMAGENET_TEMPLATES_SELECT if which == "select" else IMAGENET_TEMPLATES)

@@ -6,8 +6,8 @@ Two savings are exact, because attention is causal and only the end-of-text toke
   block, edits included, so they are computed once and each prompt's own tokens attend to their keys and values.
 
 Edits of tokens end the sharing: the first block whose tokens change, and all blocks behind it, are computed for whole
-prompts. An edit that changes the leading tokens alone, in the same way in every prompt (``BlockEdit.leading``), keeps
-the sharing where all that it changes is shared: it is given the shared tokens once.
+prompts. An edit that changes only leading tokens, in the same way in every prompt (``BlockEdit.leading``), keeps the
+sharing if all the tokens that it changes are shared: the edit then gets the shared tokens once.
 
 Legend: N prompts, L tokens of the longest prompt, P shared leading tokens, D width, E joint embedding.
 """
@@ -31,14 +31,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """Tokenised prompts.
+    """Tokenized prompts.
 
     Attributes:
         ids: token ids [N, L], zero after each prompt's end-of-text token.
         eot: position of each prompt's end-of-text token [N].
         shared: P, how many leading tokens are the same in all prompts; at least 1 (start-of-text) and never reaching
             an end-of-text token, so that every prompt keeps a token of its own to read (also when there is one prompt).
-            It may be replaced by a smaller one: 0 shares nothing.
+            A caller may replace P by a smaller number: 0 shares nothing.
     """
 
     ids: Tensor
@@ -46,7 +46,7 @@ class PromptTokens:
     shared: int
 
     def take(self, rows: Tensor) -> PromptTokens:
-        """These prompts [n] alone, cut at their longest; n at least 1."""
+        """Return the prompts of these rows [n] alone, cut at the longest of them; n is at least 1."""
         eot = self.eot[rows]
         return PromptTokens(self.ids[rows, : int(eot.max()) + 1], eot, self.shared)
 
@@ -86,7 +86,14 @@ class TextTower(nn.Module):
     """
 
     def __init__(self, model: Any) -> None:
-        """Args: model: open_clip's CLIP (the text encoder's parameters lie at its top level)."""
+        """Take over the text encoder of an open_clip CLIP.
+
+        Args:
+            model: open_clip's CLIP (the text encoder's parameters lie at its top level).
+
+        Raises:
+            ValueError: the text encoder is not a plain causal one that is read out at its end-of-text token.
+        """
         super().__init__()
         if model.text_pool_type != "argmax" or not isinstance(model.text_projection, nn.Parameter):
             raise ValueError("Expected a causal text encoder read out at its end-of-text token, with a bias-free head")
@@ -109,9 +116,13 @@ class TextTower(nn.Module):
         return self.text_projection.dtype
 
     def tokenise(self, prompts: Sequence[str]) -> PromptTokens:
-        """Tokenise with CLIP's byte-pair vocabulary, cut at the longest prompt; on the tower's device.
+        """Tokenize prompts with CLIP's byte-pair vocabulary and put them on the tower's device.
 
-        A prompt longer than the context is cut to it (its last token becomes end-of-text) with a warning.
+        The matrix of tokens is cut at the longest prompt. A prompt longer than the context is cut to the context's
+        length (its last token becomes end-of-text) with a warning.
+
+        Raises:
+            ValueError: ``prompts`` is empty, or one text instead of a list.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"Expected prompts to be a non-empty list of strings but got {prompts!r}")
@@ -136,7 +147,7 @@ class TextTower(nn.Module):
         return PromptTokens(ids.to(device), eot.to(device), shared)
 
     def embed(self, tokens: PromptTokens) -> TextState:
-        """Token and position embeddings: what enters block 1."""
+        """Return the token embeddings plus position embeddings, which enter block 1."""
         ids, p = tokens.ids, tokens.shared
         position = self.positional_embedding[: ids.shape[1]].to(self.dtype)  # [L, D]
         shared = self.token_embedding(ids[:1, :p]).to(self.dtype) + position[:p]
@@ -144,30 +155,46 @@ class TextTower(nn.Module):
         return TextState(shared, own, tokens.eot - p, next_block=1)
 
     def prefix(self, tokens: PromptTokens, stop: int) -> TextState:
-        """Run blocks 1..``stop`` (0..depth; 0: embeddings only): what enters block ``stop + 1``."""
+        """Run blocks 1..``stop`` and return what enters block ``stop + 1``.
+
+        Args:
+            tokens: from ``tokenise``.
+            stop: 0..depth (0: the embeddings alone).
+        """
         if not 0 <= stop <= self.depth:
             raise ValueError(f"Expected stop to be in 0..{self.depth} but got {stop}")
         return self._advance(self.embed(tokens), stop, Edits())
 
     def check_edits(self, edits: Sequence[BlockEdit], method: str = "") -> Edits:
-        """Refuse anything but a list of BlockEdits (ValueError); return the edits sorted. See VisionTower."""
+        """Refuse anything but a list of BlockEdits, and return the edits sorted by the methods they override.
+
+        The arguments are those of ``VisionTower.check_edits``; ``method`` is not used here.
+
+        Raises:
+            ValueError: no list of BlockEdits.
+        """
         return Edits(edits)
 
     def enter(self, state: TextState) -> tuple[TextState, TextState]:
-        """Run the next block without edits -> what ``parallel`` of that block sees, and the block's output.
+        """Run the next block without edits, and return what ``parallel`` of that block sees and the block's output.
 
-        ``suffix(join(output, edits, seen), number + 1, edits)`` goes on. In a frozen encoder both are constants of the
-        prompts. The last block is computed for the end-of-text tokens alone: own [N, 1, D], shared [1, 0, D].
+        ``suffix(join(output, edits, seen), number + 1, edits)`` goes on from there. In a frozen encoder, both returned
+        states are constants of the prompts. The last block is computed for the end-of-text tokens alone:
+        own [N, 1, D], shared [1, 0, D].
         """
         if state.next_block > self.depth:
             raise ValueError(f"Expected a state that enters a block but got one behind the last, {self.depth}")
         return self._plain(state, Edits(), state.next_block == self.depth)
 
     def join(self, out: TextState, edits: Sequence[BlockEdit], seen: TextState) -> TextState:
-        """Add to a block's output what edits make beside and behind the block; both from ``enter``.
+        """Add to a block's output what edits compute beside and behind the block.
+
+        Args:
+            out, seen: the block's output and what ``parallel`` sees, both from ``enter``.
+            edits: as for ``suffix``.
 
         Raises:
-            ValueError: edits that change what is inside a block.
+            ValueError: an edit changes what is inside a block.
         """
         planned = self.check_edits(edits)
         planned.check_outside(INSIDE)
@@ -176,18 +203,18 @@ class TextTower(nn.Module):
     def suffix(
         self, state: TextState, start: int, edits: Sequence[BlockEdit] = (), checkpointing: bool = False
     ) -> Tensor:
-        """Run blocks ``start``..depth and the head.
+        """Run blocks ``start``..depth and the head on what enters block ``start``.
 
         Args:
             state: from ``prefix(tokens, start - 1)``.
             start: 1..depth + 1 (depth + 1: the head alone).
-            edits: see edits.py. Each block asks twice, for the shared tokens [1, P, D], where there are any, and for
-                the prompts' own [N, L - P, D]; the last one for the end-of-text tokens alone [N, 1, D], except for
-                tokens and for what is added to keys and values. For tokens, see the head of this file.
-            checkpointing: keep only what enters each block, and compute it again in the backward pass.
+            edits: see edits.py. Each block asks twice: for the shared tokens [1, P, D], if there are any, and for the
+                prompts' own [N, L - P, D]. The last block asks for the end-of-text tokens alone, [N, 1, D], except for
+                ``tokens`` and for what is added to keys and values. For ``tokens``, see the head of this file.
+            checkpointing: keep only what enters each block, and compute the rest again in the backward pass.
 
         Returns:
-            Text features [N, E], not normalised.
+            Text features [N, E], not normalized.
         """
         if start != state.next_block:
             raise ValueError(f"Expected start to be {state.next_block}, the block the state enters, but got {start}")
@@ -197,13 +224,16 @@ class TextTower(nn.Module):
         return planned.normalise(self.ln_final, read, self.depth + 1, "ln_final") @ self.text_projection
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
-        """Text features [N, E], not normalised."""
+        """Return text features [N, E], not normalized, for N prompts."""
         return self.suffix(self.prefix(self.tokenise(prompts), 0), 1)
 
     def _advance(
         self, state: TextState, stop: int, edits: Edits, checkpointing: bool = False, read_out: bool = False
     ) -> TextState:
-        """Run the blocks ``state.next_block``..``stop``; with ``read_out``, the last one for the end-of-text tokens."""
+        """Run the blocks ``state.next_block``..``stop``.
+
+        With ``read_out``, the tower's last block is computed for the end-of-text tokens alone.
+        """
         for number in range(state.next_block, stop + 1):
             arguments = (state, edits, read_out and number == self.depth)
             state = recompute(self._block, *arguments) if checkpointing else self._block(*arguments)
@@ -223,9 +253,10 @@ class TextTower(nn.Module):
         return TextState(shared, close(out.own, seen.own), out.eot, out.next_block)
 
     def _plain(self, state: TextState, edits: Edits, read_out: bool) -> tuple[TextState, TextState]:
-        """Run the next block with the edits inside it, but for tokens -> (ln_1 of what enters it, its output).
+        """Run the next block with the edits inside the block, and return (ln_1 of what enters it, its output).
 
-        With ``read_out`` for the end-of-text tokens alone, as "own" [N, 1, D]: only keys and values need the others.
+        Edits of tokens are not applied here. With ``read_out`` the block is computed for the end-of-text tokens alone,
+        which are then ``own`` [N, 1, D]: only keys and values need the other tokens.
         """
         number, shared, own, eot = state.next_block, state.shared, state.own, state.eot
         block = self.transformer.resblocks[number - 1]
@@ -254,7 +285,11 @@ class TextTower(nn.Module):
 
 
 def _enter(edit: BlockEdit, state: TextState) -> TextState:
-    """Have an edit insert or replace tokens before the next block; the shared ones alone where it touches no others."""
+    """Have an edit insert or replace tokens before the next block.
+
+    If the edit changes only shared tokens, it gets these alone. Otherwise it gets whole prompts; if it changes them,
+    no token is shared any more.
+    """
     number, p = state.next_block, state.shared.shape[1]
     if edit.leading is not None and edit.leading <= p:
         return replace(state, shared=edit_tokens(edit, number, state.shared))
@@ -266,5 +301,9 @@ def _enter(edit: BlockEdit, state: TextState) -> TextState:
 
 
 def _prepend(shared: Tensor, own: Tensor) -> Tensor:
-    """Shared tokens [1, ..., P, d] in front of each prompt's own [N, ..., L - P, d] -> [N, ..., L, d]."""
+    """Put the shared tokens [1, ..., P, d] in front of each prompt's own [N, ..., L - P, d].
+
+    Returns:
+        [N, ..., L, d].
+    """
     return torch.cat([shared.expand(own.shape[0], *shared.shape[1:]), own], dim=-2)

@@ -1,4 +1,4 @@
-"""The bundled tiny CLIP's file format: a JSON with the architecture and how it was made, and half-precision weights.
+"""The bundled tiny CLIP's files: a JSON with the architecture and how the model was made, and half-precision weights.
 
 Only the vocabulary rows that pretraining used are stored: ``token_embedding.weight`` is replaced by
 ``token_embedding.rows`` [V, width] and ``token_embedding.ids`` [V]. A row that is not stored is filled with the mean
@@ -27,14 +27,14 @@ START_OF_TEXT, END_OF_TEXT = 49406, 49407
 
 
 def tiny_files(weights: str | os.PathLike[str] | None = None) -> tuple[Path, Path]:
-    """The (.json, .safetensors) pair of a tiny CLIP.
+    """Find the (.json, .safetensors) pair of files of a tiny CLIP.
 
     Args:
         weights: None for the bundled one, else a folder that holds ``tiny_clip.json`` and ``tiny_clip.safetensors``,
             or a ``.safetensors`` file with its ``.json`` of the same name beside it.
 
     Raises:
-        FileNotFoundError: naming the file that is missing.
+        FileNotFoundError: a file is missing; the message names it.
     """
     if weights is None:
         tensors = ASSETS / f"{STEM}.safetensors"
@@ -50,7 +50,11 @@ def tiny_files(weights: str | os.PathLike[str] | None = None) -> tuple[Path, Pat
 
 
 def read_record(record: Path) -> dict[str, Any]:
-    """The JSON of a tiny CLIP: ``{"arch": ..., "record": ...}``."""
+    """Read the JSON of a tiny CLIP: ``{"arch": ..., "record": ...}``.
+
+    Raises:
+        ValueError: the file cannot be read, is no such JSON, or its "arch" is incomplete.
+    """
     try:
         data = json.loads(record.read_text(encoding="utf-8"))
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(data["arch"])
@@ -62,7 +66,11 @@ def read_record(record: Path) -> dict[str, Any]:
 
 
 def expand_vocabulary(state: Mapping[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
-    """Undo the vocabulary cut of a stored state dict; all tensors fp32."""
+    """Undo the vocabulary cut of a stored state dict, and return all tensors in fp32.
+
+    Raises:
+        ValueError: the stored rows or their ids are missing, or the ids do not fit the rows or the vocabulary.
+    """
     if ROWS not in state or IDS not in state:
         raise ValueError(f"Expected a tiny CLIP's weights to have {ROWS} and {IDS} but got neither or one of them")
     out = {key: value.float() for key, value in state.items() if key not in (ROWS, IDS)}
@@ -84,7 +92,7 @@ def expand_vocabulary(state: Mapping[str, Tensor], vocab_size: int) -> dict[str,
 
 
 def describe_arch(model: Any) -> dict[str, Any]:
-    """The constructor arguments of a ViT-based ``open_clip.CLIP``, read off its modules."""
+    """Read the constructor arguments of a ViT-based ``open_clip.CLIP`` off its modules."""
     visual, text_block, vision_block = (
         model.visual,
         model.transformer.resblocks[0],
@@ -121,8 +129,8 @@ def save_tiny(
     Args:
         clip_model: an ``open_clip.CLIP`` with a vision transformer, in any dtype on any device.
         used_ids: token ids whose embedding rows are kept; start- and end-of-text are kept always.
-        record: anything worth keeping (command, seed, measured accuracy); must be JSON.
-        folder: created when missing.
+        record: anything worth keeping (command, seed, measured accuracy) that JSON can hold.
+        folder: created if missing.
 
     Returns:
         Path of the ``.safetensors`` file.

@@ -35,7 +35,7 @@ class VisionTower(nn.Module):
     adaptable: tuple[int, ...]
     image_size: int
     embed_dim: int
-    _inside: tuple[str, ...] = INSIDE  # edits that change what ``enter`` computes
+    _inside: tuple[str, ...] = INSIDE  # methods of edits that change what ``enter`` computes
 
     @property
     @abstractmethod
@@ -44,25 +44,28 @@ class VisionTower(nn.Module):
 
     @abstractmethod
     def _stem(self, images: Tensor, edits: Edits) -> Tensor:
-        """Images [B, 3, S, S] -> what enters block 1."""
+        """Return what enters block 1 for images [B, 3, S, S]."""
 
     @abstractmethod
     def _plain(self, number: int, hidden: Tensor, edits: Edits, read_out: bool) -> tuple[Tensor, Tensor]:
-        """Run one block with the edits inside it -> what ``parallel`` sees, and the output without it.
+        """Run one block with the edits inside the block, and return what ``parallel`` sees and the block's output.
 
-        With ``read_out`` a ViT's block is computed for the class token alone, [B, 1, D].
+        The output lacks what ``_close`` adds. With ``read_out`` a ViT's block is computed for the class token alone,
+        [B, 1, D].
         """
 
     @abstractmethod
     def _head(self, hidden: Tensor, edits: Edits) -> Tensor:
-        """What leaves the last block -> image features [B, E]."""
+        """Return image features [B, E] for what leaves the last block."""
 
     def check_edits(self, edits: Sequence[BlockEdit], method: str = "") -> Edits:
-        """Refuse edits that this tower cannot make, before anything is computed; return them sorted.
+        """Refuse edits that this tower cannot make, and return the edits sorted by the methods they override.
+
+        The check comes before anything is computed.
 
         Args:
             edits: as for ``suffix``.
-            method: who wants them, for the message.
+            method: who wants the edits, for the error message; "": the message says "these edits".
 
         Raises:
             ValueError: no list of BlockEdits, or, for a ResNet, edits of tokens, projections or LayerNorms.
@@ -70,11 +73,11 @@ class VisionTower(nn.Module):
         return Edits(edits)
 
     def enter(self, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Run block ``number`` without edits -> what ``parallel`` of that block sees, and the block's output.
+        """Run block ``number`` without edits, and return what ``parallel`` of that block sees and the block's output.
 
-        What an edit adds beside or behind the block is only added to the output, so branches that part at this block
-        share all the rest of it: ``suffix(join(output, edits, number, seen), number + 1, edits)`` goes on with edits,
-        ``suffix(output, number + 1)`` without.
+        What an edit makes beside or behind the block is only added to the output. So branches that part at this block
+        share the rest of the block: ``suffix(join(output, edits, number, seen), number + 1, edits)`` goes on with
+        edits, ``suffix(output, number + 1)`` without.
 
         Args:
             hidden: as for ``suffix``.
@@ -84,10 +87,15 @@ class VisionTower(nn.Module):
         return self._plain(number, hidden, Edits(), number == self.depth)
 
     def join(self, out: Tensor, edits: Sequence[BlockEdit], number: int, seen: Tensor) -> Tensor:
-        """Add to a block's output what edits make beside and behind the block; both from ``enter``.
+        """Add to a block's output what edits compute beside and behind the block.
+
+        Args:
+            out, seen: the block's output and what ``parallel`` sees, both from ``enter``.
+            edits: as for ``suffix``.
+            number: number of the block.
 
         Raises:
-            ValueError: edits that change what is inside a block.
+            ValueError: an edit changes what is inside a block.
         """
         planned = self.check_edits(edits)
         planned.check_outside(self._inside)
@@ -101,12 +109,12 @@ class VisionTower(nn.Module):
         Args:
             hidden: from ``prefix(images, start - 1)``: ViT [B, N, D], ResNet [B, C, H, W].
             start: 1..depth + 1 (depth + 1: the head alone).
-            edits: see edits.py. A ViT's last block asks for the class token alone, [B, 1, D], except for tokens and
-                for what is added to keys and values. A ResNet takes parallel, beside_mlp and after.
-            checkpointing: keep only what enters each block, and compute it again in the backward pass.
+            edits: see edits.py. A ViT's last block asks for the class token alone, [B, 1, D], except for ``tokens`` and
+                for what is added to keys and values. A ResNet takes ``parallel``, ``beside_mlp`` and ``after``.
+            checkpointing: keep only what enters each block, and compute the rest again in the backward pass.
 
         Returns:
-            Image features [B, E], not normalised.
+            Image features [B, E], not normalized.
         """
         self._check_start(start, self.depth + 1)
         planned = self.check_edits(edits)
@@ -116,12 +124,12 @@ class VisionTower(nn.Module):
         return self._head(hidden, planned)
 
     def prefix(self, images: Tensor, stop: int, edits: Sequence[BlockEdit] = ()) -> Tensor:
-        """Run the stem and blocks 1..``stop``: what enters block ``stop + 1``, before its tokens are edited.
+        """Run the stem and blocks 1..``stop``, and return what enters block ``stop + 1`` before its tokens are edited.
 
         Args:
-            images: [B, 3, S, S], normalised with CLIP's mean and deviation.
+            images: [B, 3, S, S], normalized with CLIP's mean and standard deviation.
             stop: 0..depth (0: after the stem).
-            edits: as for ``suffix``; where an edit's ``norm`` replaces ln_pre, this is where it does.
+            edits: as for ``suffix``. Only here can an edit's ``norm`` replace ln_pre.
 
         Returns:
             ViT: [B, N, D]; ResNet: [B, C, H, W].
@@ -149,7 +157,7 @@ class VisionTower(nn.Module):
             raise ValueError(f"Expected start to be in 1..{last} but got {start}")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Image features [B, E], not normalised."""
+        """Return image features [B, E], not normalized, for images [B, 3, S, S]."""
         return self.suffix(self.prefix(images, 0), 1)
 
 
@@ -159,7 +167,14 @@ class ViTTower(VisionTower):
     kind = "vit"
 
     def __init__(self, visual: Any) -> None:
-        """Args: visual: open_clip's VisionTransformer with plain blocks and class-token pooling."""
+        """Take over a vision transformer.
+
+        Args:
+            visual: open_clip's VisionTransformer with plain blocks and class-token pooling.
+
+        Raises:
+            ValueError: the blocks or the pooling are others.
+        """
         super().__init__()
         pooled_plainly = visual.attn_pool is None and visual.pool_type == "tok" and not visual.final_ln_after_pool
         if not pooled_plainly or not isinstance(visual.transformer.resblocks[0].attn, nn.MultiheadAttention):
@@ -183,7 +198,7 @@ class ViTTower(VisionTower):
         return edits.normalise(self.visual.ln_pre, x, 0, "ln_pre")
 
     def _plain(self, number: int, hidden: Tensor, edits: Edits, read_out: bool) -> tuple[Tensor, Tensor]:
-        """See VisionTower: ln_1 of the tokens that enter the block, and its output, [B, N, D] each."""
+        """Return ln_1 of the tokens that enter the block, and the block's output, [B, N, D] each (see VisionTower)."""
         block = self.visual.transformer.resblocks[number - 1]
         hidden = edits.enter(number, hidden)
         normed = edits.normalise(block.ln_1, hidden, number, "ln_1")
@@ -206,9 +221,13 @@ class ResNetTower(VisionTower):
     _inside = ()
 
     def __init__(self, visual: Any) -> None:
-        """Args: visual: open_clip's ModifiedResNet."""
+        """Take over a ResNet.
+
+        Args:
+            visual: open_clip's ModifiedResNet.
+        """
         super().__init__()
-        # Channels last: RN50 on a CPU takes a fifth less time so.
+        # With channels last, RN50 on a CPU takes a fifth less time.
         self.visual = visual.to(memory_format=torch.channels_last)
         stages = [list(stage) for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4)]
         self._blocks = [block for stage in stages for block in stage]
@@ -248,7 +267,10 @@ class ResNetTower(VisionTower):
         return self._pool(hidden)
 
     def _pool(self, hidden: Tensor) -> Tensor:
-        """Attention pooling for its one query that is read, the mean over positions: [B, C, H, W] -> [B, E]."""
+        """Pool the positions of ``hidden`` [B, C, H, W] by attention, and return image features [B, E].
+
+        Only one query is computed, the one that is read: the mean over positions.
+        """
         pool = self.visual.attnpool
         x = hidden.flatten(2).transpose(1, 2)  # [B, HW, C]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)  # [B, 1 + HW, C]
@@ -262,7 +284,11 @@ class ResNetTower(VisionTower):
 
 
 def build_vision_tower(visual: nn.Module) -> VisionTower:
-    """The tower for open_clip's image encoder; ValueError for an encoder that is neither CLIP's ViT nor its ResNet."""
+    """Build the tower for open_clip's image encoder.
+
+    Raises:
+        ValueError: the encoder is neither CLIP's ViT nor its ResNet.
+    """
     import open_clip.modified_resnet
     import open_clip.transformer
 

@@ -9,9 +9,10 @@ Legend: B images, C classes, E width of the joint embedding. Logits are fp32, [B
     fused  beta * cma + (1 - beta) * glr, beta one number chosen on validation images after training
     robust r * final + (1 - r) * clip, where asked for; see robust.py
 
-Blocks before the first adapted one see no adapter, and the first adapted one differs by what its adapter adds: images
-run through them once, without autograd, for both branches. What of an image does not depend on what is learnt may be
-given instead: `features`, normalised, of the zero-shot branch, and `hidden`, what enters the first adapted block.
+Blocks before the first adapted one see no adapter, and the first adapted one differs only by what its adapter adds. So
+images run through these blocks once for both branches, without autograd. Callers may keep what does not depend on what
+is learnt, and give it in place of the images: `features`, the zero-shot branch's normalized features, and `hidden`,
+what enters the first adapted block.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class DLRCLIPNetwork(nn.Module):
-    """See the head of this file.
+    """The network of DLR-CLIP; see the head of this file.
 
     Only `learner` is to be trained and saved; whether it is in training mode decides what `forward` does.
 
@@ -90,17 +91,17 @@ class DLRCLIPNetwork(nn.Module):
     # Class lists
 
     def bind(self, classnames: Sequence[str], class_indices: Sequence[int] | None = None) -> None:
-        """Sets the class list that logits are given for.
+        """Set the class list that logits are given for.
 
-        * the training class list: everything applies;
-        * a part of it, said by `class_indices` (position in the training class list of each class): everything is
-          computed over the training class list, then its columns are taken;
-        * another class list: shared GLR and fusion apply as they are. Dense ones, whose layers have the size of the
+        * The training class list: everything applies.
+        * A part of it, if `class_indices` gives the position of each class in the training class list: everything is
+          computed over the training class list, then the columns of the part are taken.
+        * Another class list: shared GLR and fusion apply as they are. Dense ones, whose layers have the size of the
           training class list, cannot: glr_logits = clip_logits, and w = its mean in training (or the fixed one).
-          Which it is, is logged once.
+          Each call logs which of the two happens.
 
         Raises:
-            ValueError: no class.
+            ValueError: the class list is empty.
         """
         names = list(classnames)
         if not names:
@@ -139,26 +140,40 @@ class DLRCLIPNetwork(nn.Module):
     # Branches
 
     def _logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Normalised [B, E] and [C, E], fp32 -> [B, C]; in fp32 even under autocast."""
+        """Return logits [B, C] for normalized features [B, E] and [C, E]; all are fp32, even under autocast."""
         with torch.autocast(device_type=image_features.device.type, enabled=False):
             return self.clip.logit_scale * image_features @ text_features.t()
 
     def text_features(self) -> Tensor:
-        """Normalised text features [C, E] of the adapted branch; kept between calls while nothing has been learnt."""
+        """Return the adapted branch's normalized text features [C, E], kept between calls while nothing is learnt."""
         cma = self.learner.cma
         assert cma is not None
         training = self.learner.training and torch.is_grad_enabled()
         return self._text_cache.get(cma, lambda: self._text.features(cma, training=training))
 
     def _run_frozen(self, hidden: Tensor, with_features: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What enters the first adapted block -> what its adapter sees, its output, and the zero-shot features."""
+        """Run the first adapted block without its adapter and, with `with_features`, the zero-shot branch after it.
+
+        Args:
+            hidden: what enters the block.
+            with_features: whether the zero-shot features are wanted.
+
+        Returns:
+            What the block's adapter sees, the block's output, and the normalized zero-shot features [B, E], fp32, or
+            None.
+        """
         visual, start = self.clip.visual, self._visual_start
         seen, out = visual.enter(hidden, start)
         features = F.normalize(visual.suffix(out, start + 1).float(), dim=-1) if with_features else None
         return seen, out, features
 
     def _run_adapted(self, cma: CrossModalAdapter, seen: Tensor, out: Tensor) -> Tensor:
-        """-> normalised features [B, E] of the adapted branch, fp32, with gradients."""
+        """Return the adapted branch's normalized features [B, E], fp32, with gradients.
+
+        Args:
+            cma: the adapter.
+            seen, out: what `_run_frozen` returns first.
+        """
         visual, start, edits = self.clip.visual, self._visual_start, [cma.visual_edit]
         out = visual.join(out, edits, start, seen)
         checkpointing = self._checkpointing and self.learner.training
@@ -166,7 +181,10 @@ class DLRCLIPNetwork(nn.Module):
 
     @torch.no_grad()
     def frozen_part(self, images: Tensor) -> FrozenPart:
-        """What of images [B, 3, H, W] may be kept and given to `forward` as often as they come."""
+        """Return the activations of images [B, 3, H, W] that do not depend on what is learnt.
+
+        They may be kept, and given to `forward` whenever the same images come again.
+        """
         hidden = self.clip.visual.prefix(images, self._visual_start - 1)
         _, _, features = self._run_frozen(hidden, True)
         assert features is not None
@@ -175,9 +193,12 @@ class DLRCLIPNetwork(nn.Module):
     def image_features(
         self, images: Tensor | None, features: Tensor | None = None, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """-> normalised features [B, E] of the frozen and of the adapted branch (None: CMA is off), fp32.
+        """Return normalized features [B, E] of the frozen and of the adapted branch (None: CMA is off), fp32.
 
-        Gradients are in the second only. Arguments as `forward`'s.
+        Only those of the adapted branch have gradients. The arguments are those of `forward`.
+
+        Raises:
+            ValueError: neither images nor all that is needed of them is given.
         """
         visual, cma, training = self.clip.visual, self.learner.cma, self.learner.training
         seen = out = None
@@ -196,7 +217,10 @@ class DLRCLIPNetwork(nn.Module):
         return features, (self._train_adapted if training else self._run_adapted)(cma, seen, out)
 
     def branches(self, frozen: Tensor, adapted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Features of `image_features` -> (clip_logits, cma_logits), each [B, C]; gradients in the second only."""
+        """Return clip_logits and cma_logits, [B, C] each, for the features that `image_features` returns.
+
+        Only cma_logits have gradients; without adapted features (None) they are clip_logits, and have none.
+        """
         with torch.no_grad():
             clip_logits = self._logits(frozen, self.zeroshot)
         return clip_logits, clip_logits if adapted is None else self._logits(adapted, self.text_features())
@@ -204,14 +228,20 @@ class DLRCLIPNetwork(nn.Module):
     def forward(
         self, images: Tensor | None = None, *, features: Tensor | None = None, hidden: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """-> clip, cma, glr, final [B, C], weight [B, 1] and, where GLR is applied, alpha [B, 1].
-
-        While the learner is in evaluation mode, also fused and, where there is one, robust [B, C] with trust [B, 1].
+        """Return the logits [B, C] of the heads, and the numbers [B, 1] that mix them.
 
         Args:
             images: [B, 3, H, W]; not needed where the other two are given.
-            features: normalised features [B, E] of zero-shot CLIP, fp32, where they are known: its blocks are not run.
+            features: normalized features [B, E] of zero-shot CLIP, fp32, where they are known: then the blocks
+                that only the zero-shot branch needs are not run.
             hidden: what enters the first adapted block, where it is known; see `frozen_part`.
+
+        Returns:
+            clip, cma, glr, final [B, C], weight [B, 1] and, where GLR is applied, alpha [B, 1]. While the learner is in
+            evaluation mode, also fused and, where there is one, robust [B, C] with trust [B, 1].
+
+        Raises:
+            ValueError: the learner is in training mode, and the class list is not the training class list.
         """
         if self.learner.training and self.classnames != self.learner.classnames:
             raise ValueError("Expected to train on the class list that the learner was made for but got another one")
@@ -240,12 +270,15 @@ class DLRCLIPNetwork(nn.Module):
 
     @torch.no_grad()
     def heads(self, images: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
-        """Logits [B, C] of all heads; the learner must be in evaluation mode. Arguments as `forward`'s."""
+        """Return the logits [B, C] of all heads; the learner must be in evaluation mode.
+
+        The arguments are those of `forward`.
+        """
         return self.report(images, features)["heads"]
 
     @torch.no_grad()
     def report(self, images: Tensor, features: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
-        """`heads`, `values` (alpha, weight, trust, [B, 1]), `features` (clip, cma, [B, E]). See `forward`."""
+        """Return `heads`, `values` (alpha, weight, trust, [B, 1]) and `features` (clip, cma, [B, E]); see `forward`."""
         frozen, adapted = self.image_features(images, features)
         outputs = self._outputs(frozen, adapted)
         return {
@@ -255,7 +288,10 @@ class DLRCLIPNetwork(nn.Module):
         }
 
     def losses(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """The named losses, each times its weight; one that is switched off is absent. Their sum is to be minimised."""
+        """Return the named losses, each times its weight; their sum is to be minimized.
+
+        A loss that is switched off is absent.
+        """
         terms = {}
         for name, weight in self.loss_weights.items():
             kind, _, branch = name.partition("_")
@@ -271,7 +307,7 @@ class DLRCLIPNetwork(nn.Module):
         return terms
 
     def train(self, mode: bool = True) -> DLRCLIPNetwork:
-        """Sets the learner's mode; the frozen CLIP stays in evaluation mode."""
+        """Set the learner's mode; the frozen CLIP stays in evaluation mode."""
         super().train(mode)
         self.clip.eval()
         return self

@@ -1,13 +1,13 @@
-"""The adapted text branch for one class list: what of it is constant, by groups of classes, and what a step computes.
+"""The adapted text branch for one class list: the constants of each group of classes, and what a step computes.
 
-Everything up to the first adapted block, and that block but for its adapter, is constant and computed once. A step runs
-the rest:
+Everything before the first adapted block, and that block without its adapter, is constant and computed once. A step
+runs the rest:
 
 * classes are grouped by prompt length, so that no prompt is padded to the longest of all where that costs more than
   another group;
-* with `chunk`, no group has more classes than that, and each is computed again in the backward pass: the activations of
-  one group are alive at a time;
-* in data-parallel training each process encodes its share of the classes and all get all features.
+* with `chunk`, no group has more classes than that, and each group is computed again in the backward pass, so that the
+  activations of only one group at a time are alive;
+* in data-parallel training each process encodes its share of the classes, and every process gets all features.
 
 Legend: C classes, E width of the joint embedding, R processes.
 """
@@ -27,7 +27,7 @@ from ..clip import PromptTokens, TextState, TextTower
 from ..clip.blocks import recompute
 from ..modules.cross_modal_adapter import CrossModalAdapter
 
-# What another group costs beside its tokens, in tokens: the launches of its kernels, and the shared tokens once more.
+# Cost of one more group beside its tokens, in tokens: the launches of its kernels, and the shared tokens once more.
 GROUP_COST = {"cpu": 32, "cuda": 2048}
 
 Chunk = tuple[Tensor, TextState, TextState]  # class numbers [n], what the first adapter sees, the block's output
@@ -35,12 +35,15 @@ Encode = Callable[[CrossModalAdapter, TextState, TextState, bool], Tensor]
 
 
 def group_by_length(lengths: Sequence[int], most: int = 0, cost: int = 32) -> list[list[int]]:
-    """Groups of prompts with the least sum of (prompts * longest prompt of the group + `cost`), shortest first.
+    """Group prompts by length at the least cost, the shortest first.
+
+    The cost is the sum over the groups of (prompts * longest prompt of the group + `cost`). Groups that are then larger
+    than `most` are cut.
 
     Args:
-        lengths: tokens of each prompt.
-        most: prompts in a group; 0: any number.
-        cost: of a group, in tokens.
+        lengths: number of tokens of each prompt.
+        most: largest number of prompts in a group; 0: any number.
+        cost: what a group costs beside its tokens, in tokens.
 
     Returns:
         The positions in `lengths` of each group's prompts.
@@ -60,17 +63,22 @@ def group_by_length(lengths: Sequence[int], most: int = 0, cost: int = 32) -> li
 
 
 class GatherRows(Function):
-    """Rows computed by several processes -> all rows, in every process; differentiable.
+    """Give every process the rows that all processes have computed; differentiable.
 
     Data-parallel training averages the gradients of parameters over processes. Process r has the loss l_r of its own
-    images, which depends on all rows W, and is to end with the mean over r of dl_r/dtheta. Row k reaches the parameters
-    in one process only, q, whose contribution the averaging divides by R: so that row's gradient in q must be the SUM
-    over r of dl_r/dW_k. (Without the sum, q would see its own loss alone; with a mean, R times too little.)
+    images, which depends on all rows W. Every process is to end with the mean over r of dl_r/dtheta. Row k reaches the
+    parameters in one process only, q, whose contribution the averaging divides by R. So the gradient of row k in q must
+    be the SUM over r of dl_r/dW_k. (Without the sum, q would see its own loss alone; with a mean, R times too little.)
     """
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor, shares: list[Tensor]) -> Tensor:
-        """mine [n, E], the rows shares[rank]; shares: each process's row numbers, together 0..C-1 -> [C, E]."""
+        """Return all rows [C, E].
+
+        Args:
+            mine: [n, E], the rows that this process has computed, those with the numbers shares[rank].
+            shares: the row numbers of each process, together 0..C-1.
+        """
         ctx.rows = shares[dist.get_rank()]
         padded = mine.new_zeros(max(map(len, shares)), mine.shape[1])  # collectives want equal sizes
         padded[: len(mine)] = mine
@@ -96,7 +104,7 @@ class AdaptedText:
         tokens: a prompt per class.
         start: the first adapted block.
         chunk: most classes that are encoded at once when training; 0: no such limit.
-        checkpointing: when training, compute blocks again in the backward pass (a chunk is, anyway).
+        checkpointing: when training, compute blocks again in the backward pass (with `chunk`, groups are anyway).
         wrap: applied to the function that encodes a group when training; for torch.compile.
     """
 
@@ -113,17 +121,23 @@ class AdaptedText:
         self.checkpointing = checkpointing
         self._wrapped = self._encode if wrap is None else wrap(self._encode)
         self._chunks: dict[tuple[int, int], list[Chunk]] = {}  # (rank, R) -> the groups of that share
-        self._shares: dict[int, tuple[list[Tensor], Tensor]] = {}  # R -> what `_order` says
+        self._shares: dict[int, tuple[list[Tensor], Tensor]] = {}  # R -> what `_order` returns
 
     def _order(self, processes: int) -> tuple[list[Tensor], Tensor]:
-        """Class numbers of each process's share as it encodes them, and where each class is in the first share."""
-        if processes not in self._shares:  # once: it takes a transfer from the device
+        """Return the class numbers of each process's share, and the place of each class in the first share.
+
+        The numbers of a share are in the order in which its process encodes the classes.
+        """
+        if processes not in self._shares:  # computed once, because it takes a transfer from the device
             shares = [torch.cat(self._plan(r, processes)) for r in range(processes)]
             self._shares[processes] = shares, shares[0].argsort()
         return self._shares[processes]
 
     def _plan(self, rank: int, processes: int) -> list[Tensor]:
-        """Class numbers of each group of a process's share. Shares are dealt out by length: all have as much to do."""
+        """Return the class numbers of each group of a process's share.
+
+        Shares are dealt out by prompt length, so that all processes have as much to do.
+        """
         device, eot = self.tokens.eot.device, self.tokens.eot.cpu()
         share = eot.sort(stable=True).indices[rank::processes]
         own = (eot[share] + 1 - self.tokens.shared).tolist()  # the shared tokens do not count
@@ -132,7 +146,7 @@ class AdaptedText:
 
     @torch.no_grad()
     def _groups(self, rank: int, processes: int) -> list[Chunk]:
-        """The groups of a process's share, with their constants; computed when first asked for."""
+        """Return the groups of a process's share, with their constants, computed when first asked for."""
         if (rank, processes) not in self._chunks:
             chunks = []
             with torch.autocast(self.tokens.eot.device.type, enabled=False):  # once, so in the weights' own precision
@@ -143,17 +157,18 @@ class AdaptedText:
         return self._chunks[rank, processes]
 
     def _encode(self, cma: CrossModalAdapter, seen: TextState, out: TextState, checkpointing: bool) -> Tensor:
-        """-> normalised features [n, E] of a group, fp32."""
+        """Return normalized features [n, E] of a group, fp32."""
         edits = [cma.text_edit]
         state = self.tower.join(out, edits, seen)
         features = self.tower.suffix(state, state.next_block, edits, checkpointing)
         return F.normalize(features.float(), dim=-1)
 
     def features(self, cma: CrossModalAdapter, training: bool) -> Tensor:
-        """Normalised features [C, E], fp32.
+        """Return normalized features [C, E] of all classes, fp32.
 
         Args:
-            training: whether a training step asks, which all processes take together.
+            cma: the adapter.
+            training: whether this is for a training step, which all processes make together.
         """
         processes = dist.get_world_size() if training and dist.is_available() and dist.is_initialized() else 1
         if processes > len(self.tokens.eot):

@@ -20,14 +20,16 @@ from .dino import DINOHead, update_teacher
 
 
 class AdapterLearner(Learner):
-    """The adapters, and beside them what is thrown away after training. A checkpoint says in which form they compute.
+    """The adapters, and beside them the classifier or head that is thrown away after training.
+
+    A checkpoint says in which form its adapters compute.
 
     Args:
         clip: the frozen CLIP.
-        classnames: of the generic set.
+        classnames: class names of the generic set.
         dim: bottleneck width.
         adapters: "form", "scale" and "dropout", see IMOAdapters.
-        raw: whether what is thrown away takes features as CLIP gives them; else normalised ones, times a scale.
+        raw: whether classifier or head takes features as the encoder gives them; else normalized ones, times a scale.
     """
 
     def __init__(
@@ -43,24 +45,24 @@ class AdapterLearner(Learner):
         return self.adapters
 
     def trained_input(self, clip: CLIP, adapters: IMOAdapters, images: Tensor, scale: float) -> Tensor:
-        """Images -> what classifier or head takes [B, E]: raw features, or normalised ones times `scale`."""
+        """Return what classifier or head takes of images, [B, E]: raw features, or normalized ones times `scale`."""
         features = adapters.encode(clip, images, unit=not self.raw)
         return features if self.raw else scale * features
 
     def take_form(self, record: Mapping[str, Any]) -> None:
-        """Has the adapters compute as those of a checkpoint with this record."""
+        """Give the adapters the form that a checkpoint's record describes."""
         self.adapters.take_form(record.get("adapters", {}))
 
     def get_extra_state(self) -> Tensor:
-        """See Learner; and the form of the adapters."""
+        """Return what Learner packs for a checkpoint, and the form of the adapters."""
         return pack_record({**unpack_record(super().get_extra_state()), "adapters": self.adapters.made_as})
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes the form."""
+        """Take the adapters' form from a checkpoint's record."""
         self.take_form(unpack_record(state))
 
     def take(self, state: Mapping[str, Tensor], indices: Sequence[int] | None = None) -> None:
-        """See Learner; the adapters take the form of the checkpoint's."""
+        """Load a checkpoint's state, and the form of its adapters; see Learner."""
         packed = state.get("_extra_state")
         self.take_form({} if packed is None else unpack_record(packed))
         super().take(state, indices)
@@ -71,7 +73,7 @@ class SupervisedLearner(AdapterLearner):
 
     Args:
         clip, classnames, dim, adapters, raw: see AdapterLearner.
-        scale: of normalised features that the classifier takes; 0: CLIP's logit scale.
+        scale: factor of the normalized features that the classifier takes; 0: CLIP's logit scale.
     """
 
     def __init__(
@@ -89,14 +91,17 @@ class SupervisedLearner(AdapterLearner):
 
     @torch.no_grad()
     def start_from(self, means: Tensor) -> None:
-        """Has the classifier start as the mean features [C, E] of the classes, less what all of them have in common."""
+        """Start the classifier as the mean features [C, E] of the classes, less what all of them have in common."""
         self.classifier.weight.copy_(F.normalize(means - means.mean(dim=0), dim=-1))
         self.classifier.bias.zero_()
 
     def for_classes(
         self, state: dict[str, Tensor], trained: Sequence[str] | None, indices: Sequence[int] | None
     ) -> dict[str, Tensor]:
-        """Everything; for other classes without the classifier, which nothing but training needs."""
+        """Return all of `state`, for other classes with the present classifier in place of the trained one.
+
+        Nothing but training needs the classifier.
+        """
         if trained is None or list(trained) == self.classnames:
             return state
         own = {f"classifier.{name}": value for name, value in self.classifier.state_dict().items()}
@@ -104,13 +109,13 @@ class SupervisedLearner(AdapterLearner):
 
 
 class DINOLearner(AdapterLearner):
-    """Adapters and projection head of a student and of its teacher, who follows it.
+    """Adapters and projection head of a student, and those of a teacher, which follow the student's.
 
     Args:
         clip, classnames, dim, adapters, raw: see AdapterLearner.
         hidden, bottleneck, out: see DINOHead.
         save: "teacher" or "student": whose adapters are the result.
-        train_head: whether the student's head is trained; else it stays as drawn, as the teacher's does.
+        train_head: whether the student's head is trained; else both heads stay as drawn.
     """
 
     centre: Tensor  # [K]
@@ -155,9 +160,9 @@ class DINOLearner(AdapterLearner):
         return adapters
 
     def follow(self, momentum: float) -> None:
-        """Moves the teacher towards the student."""
+        """Move the teacher towards the student."""
         update_teacher(self.teacher["adapters"].parameters(), self.adapters.parameters(), momentum)
-        if self.train_head:  # else both heads are one, and a mean of equals would round
+        if self.train_head:  # else both heads are equal, and a mean of equal numbers would only round
             update_teacher(self.teacher["head"].parameters(), self.head.parameters(), momentum)
 
 
@@ -167,11 +172,11 @@ class IMONetwork(Classifier):
     learner: AdapterLearner
 
     def corrected(self, images: Tensor) -> Tensor:
-        """Features [B, E] with the adapters that are saved, normalised, fp32."""
+        """Return features [B, E] with the adapters that are saved, normalized, fp32."""
         return self.learner.result.encode(self.clip, images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> the classifier's logits [B, C]."""
+        """Return the classifier's logits [B, C] for images [B, 3, H, W]."""
         learner = self.learner
         assert isinstance(learner, SupervisedLearner)
         features = learner.trained_input(self.clip, learner.adapters, images, learner.scale)
@@ -179,14 +184,14 @@ class IMONetwork(Classifier):
             return learner.classifier(features)
 
     def student(self, crops: Tensor) -> Tensor:
-        """Crops [n, 3, S, S] -> the student's outputs [n, K]."""
+        """Return the student's outputs [n, K] for crops [n, 3, S, S]."""
         learner = self.learner
         assert isinstance(learner, DINOLearner)
         return learner.head(learner.trained_input(self.clip, learner.adapters, crops, self.clip.embed_dim**0.5))
 
     @torch.no_grad()
     def teacher(self, crops: Tensor) -> Tensor:
-        """Crops [n, 3, S, S] -> the teacher's outputs [n, K]."""
+        """Return the teacher's outputs [n, K] for crops [n, 3, S, S]."""
         learner = self.learner
         assert isinstance(learner, DINOLearner)
         adapters = learner.teacher["adapters"]
@@ -194,6 +199,6 @@ class IMONetwork(Classifier):
         return learner.teacher["head"](learner.trained_input(self.clip, adapters, crops, self.clip.embed_dim**0.5))
 
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> logits [B, C] of zero-shot CLIP, and of corrected features with the same text."""
+        """Return logits [B, C] of zero-shot CLIP for images, and those of corrected features with the same text."""
         plain = self.logits(self.clip.encode_image(images), self.zeroshot)
         return plain, self.logits(self.corrected(images), self.zeroshot)

@@ -2,7 +2,7 @@
 
 Both train on a generic image set, with CLIP frozen, and leave `imo_adapters.safetensors`, `overlap.json` and
 `overlap.png` in the output folder. Under torchrun each process takes its share of every batch; batches, augmentations
-and so the result are those of one process.
+and so the result are those of a run in one process.
 
 Legend: B images of this process, G global and L local crops, V = G + L, C classes, E width of the joint embedding.
 """
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterTrainer(EncoderTrainer):
-    """What both trainers share: seeded batches, measures on held-out generic images, the adapters' file."""
+    """The base of both trainers: seeded batches, measures on held-out generic images, the adapters' file."""
 
     recipe = 2
     network: IMONetwork
@@ -61,15 +61,15 @@ class AdapterTrainer(EncoderTrainer):
     # Building
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str]) -> AdapterLearner:
-        """What is trained."""
+        """Build the learner: the adapters, and what trains them."""
         raise NotImplementedError
 
     def training_transform(self) -> Any:
-        """PIL image -> what a step sees of it."""
+        """Return the transform of a PIL image to what a step sees of it."""
         return build_transform(self.cfg, is_train=True)
 
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> IMONetwork:
-        """CLIP with adapters; the loader of training images is replaced by a seeded one."""
+        """Build CLIP with adapters, and replace the loader of training images by a seeded one."""
         cfg = self.cfg
         self._seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
         self._before: Measures | None = None
@@ -83,7 +83,7 @@ class AdapterTrainer(EncoderTrainer):
 
     @property
     def adapter_arguments(self) -> dict[str, Any]:
-        """What the learners of both trainers take."""
+        """The arguments that the learners of both trainers take."""
         settings = self.settings
         adapters = {"form": settings.form, "scale": settings.scale, "dropout": settings.dropout}
         return {"dim": settings.dim, "adapters": adapters, "raw": settings.features == "raw"}
@@ -91,24 +91,28 @@ class AdapterTrainer(EncoderTrainer):
     # Training
 
     def before_train(self) -> None:
-        """Measures CLIP's own features, and the adapters' as they are (in a resumed run they are trained already)."""
+        """Measure CLIP's own features, without the adapters, which are trained already in a resumed run."""
         super().before_train()
         if self._held_out():
             self._before = self._measure(adapted=False)
             self._log_measures(self._before, "before", 0)
 
     def before_epoch(self) -> None:
-        """Has the batches follow the epoch."""
+        """Tell the batches which epoch begins."""
         super().before_epoch()
         batches = self.train_loader_x.batch_sampler
         assert isinstance(batches, EpochBatches)
         batches.epoch = self.epoch
 
     def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """One step, and the measures where they are due."""
+        """Make one step, and measure where this is due.
+
+        It is due after every MEASURE_FREQ steps (0: never), if held-out images are measured at all. At the end of an
+        epoch, `after_epoch` measures instead.
+        """
         rank, world = process_rank()
-        # What is dropped follows from the step, not from what was drawn before it: a resumed run does as an
-        # uninterrupted one, and several processes as one.
+        # What is dropped follows from the step, not from what was drawn before it: a resumed run drops what an
+        # uninterrupted one does, and several processes what one does.
         step = self.epoch * self.num_batches + self.batch_idx
         self.network.learner.adapters.dropout.seed((1_000_003 * self._seed + step) % 2**63, self.device, rank, world)
         summary = mean_of_processes(self.step(batch))
@@ -119,11 +123,11 @@ class AdapterTrainer(EncoderTrainer):
         return summary
 
     def step(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """One step -> what to show of it."""
+        """Make one step, and return what to show of it."""
         return super().forward_backward(batch)
 
     def after_epoch(self) -> None:
-        """Measures, and writes the adapters and their measures, before a checkpoint may be written."""
+        """Measure, and write the adapters and their measures, before a checkpoint may be written."""
         after = self._measure() if self._held_out() else None
         done = (self.epoch + 1) * self.num_batches
         if after is not None:
@@ -148,9 +152,10 @@ class AdapterTrainer(EncoderTrainer):
     # Measures on held-out generic images
 
     def _held_out(self) -> list[Any]:
-        """Some of the validation images, which one seed chooses for all runs.
+        """Return some of the validation images, which one seed chooses for all runs.
 
-        Empty where overlap has no meaning, and in all processes but the first.
+        The list is empty where overlap has no meaning (only one class, or no two images of one class), and in all
+        processes but the first.
         """
         items = list(self.dm.dataset.val or ()) if process_rank()[0] == 0 else []
         generator = torch.Generator().manual_seed(0)
@@ -160,13 +165,13 @@ class AdapterTrainer(EncoderTrainer):
 
     @torch.no_grad()
     def _measure(self, adapted: bool = True) -> Measures:
-        """Measures of the held-out images, with the adapters or without."""
+        """Measure the held-out images, with the adapters or without."""
         self.set_model_mode("eval")
         encode = self.network.corrected if adapted else self.network.clip.encode_image
         return measure(*self._encode(self._held_out(), encode))
 
     def _encode(self, items: Sequence[Any], encode: Any) -> tuple[Tensor, Tensor]:
-        """Features [n, E], fp32, and labels [n] of images as at test time."""
+        """Return features [n, E], fp32, and labels [n] of images, transformed as at test time."""
         data = DatasetWrapper(self.cfg, items, transform=build_transform(self.cfg, is_train=False))
         loader: DataLoader[Any] = DataLoader(data, batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE)
         features, labels = [], []
@@ -214,7 +219,7 @@ class IMO(AdapterTrainer):
         return build_transform(self.cfg, is_train=view == "augmented", choices=names)
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str]) -> AdapterLearner:
-        """Adapters and classifier."""
+        """Build adapters and classifier."""
         learner = SupervisedLearner(clip, classnames, **self.adapter_arguments, scale=self.settings.logit_scale)
         if self.settings.init_images and self.dm.dataset.train_x:
             learner.start_from(self._class_means(clip, len(classnames)))
@@ -222,7 +227,10 @@ class IMO(AdapterTrainer):
 
     @torch.no_grad()
     def _class_means(self, clip: CLIP, num_classes: int) -> Tensor:
-        """Mean feature [C, E] of the first images of each class, as CLIP gives them, normalised before and after."""
+        """Return the means [C, E] of CLIP's features of the first INIT_IMAGES images of each class.
+
+        The features are normalized before averaging, and the means after it.
+        """
         items: list[Any] = []
         count = [0] * num_classes
         for item in self.dm.dataset.train_x:
@@ -245,7 +253,7 @@ class IMODINO(AdapterTrainer):
     model_name = "imodino"
 
     def training_transform(self) -> Any:
-        """Two global crops and some local ones."""
+        """Return the transform of a PIL image to two global crops and some local ones."""
         settings, size = self.settings, self.cfg.INPUT.SIZE
         return MultiCrop(
             (size[0], size[1]),
@@ -258,7 +266,7 @@ class IMODINO(AdapterTrainer):
         )
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str]) -> AdapterLearner:
-        """Student and teacher."""
+        """Build student and teacher."""
         settings = self.settings
         return DINOLearner(
             clip,
@@ -272,7 +280,7 @@ class IMODINO(AdapterTrainer):
         )
 
     def build_optimiser(self, learner: AdapterLearner) -> Any:
-        """The optimiser at OPTIM.LR times the images of a step / 256; biases are not decayed."""
+        """Build the optimizer at OPTIM.LR times the images of a step / 256; biases are not decayed."""
         optim_cfg = self.cfg.OPTIM.clone()
         optim_cfg.defrost()
         optim_cfg.LR = self.cfg.OPTIM.LR * self._images_per_step / 256
@@ -285,7 +293,7 @@ class IMODINO(AdapterTrainer):
         return self._student_optim
 
     def build_schedule(self, optim: Any) -> Any:
-        """The schedule that TRAINER.IMODINO.SCHEDULE names."""
+        """Build the schedule that TRAINER.IMODINO.SCHEDULE names."""
         if self.settings.schedule == "optim":
             return super().build_schedule(optim)
         full, least = float(optim.param_groups[0]["lr"]), self.settings.lr_min
@@ -295,7 +303,7 @@ class IMODINO(AdapterTrainer):
         return torch.optim.lr_scheduler.LambdaLR(optim, lambda t: learning_rate(t, steps, warmup, full, least) / share)
 
     def _update_student(self, loss: Tensor, step: int, steps: int) -> None:
-        """One step of the optimiser, with the step's weight decay and gradients of at most CLIP_GRAD."""
+        """Make one step of the optimizer, with the step's weight decay and gradients of at most CLIP_GRAD."""
         optim = self._student_optim
         optim.param_groups[0]["weight_decay"] = cosine(
             step, steps, self.cfg.OPTIM.WEIGHT_DECAY, self.settings.weight_decay_end
@@ -309,19 +317,19 @@ class IMODINO(AdapterTrainer):
         self.model_update()
 
     def after_update(self) -> None:
-        """Move the centre and the teacher."""
+        """Move the center and the teacher."""
         learner, (seen, momentum) = self.network.learner, self._following
         assert isinstance(learner, DINOLearner)
         update_centre(learner.centre, seen, self.settings.centre_momentum)
         learner.follow(momentum)
 
     def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """-> global crops [G, B, 3, S, S] and local ones [L, B, 3, S, S], on the device."""
+        """Return global crops [G, B, 3, S, S] and local ones [L, B, 3, S, S], on the device."""
         big, small = batch["img"]
         return big.transpose(0, 1).to(self.device), small.transpose(0, 1).to(self.device)
 
     def step(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """One step of the student, of the centre and of the teacher -> the loss and what moves it."""
+        """Make one step of the student, the center and the teacher, and return the loss and what moves it."""
         settings, learner = self.settings, self.network.learner
         assert isinstance(learner, DINOLearner)
         big, small = self.parse_batch_train(batch)

@@ -17,7 +17,7 @@ POSITIONS = ("end", "middle", "front")
 
 
 def word_vectors(text: TextTower, words: str) -> Tensor:
-    """Token embeddings [n, D] of `words`, without start and end of text."""
+    """Return the token embeddings [n, D] of `words`, without start and end of text."""
     tokens = text.tokenise([words])
     return text.token_embedding(tokens.ids[0, 1 : int(tokens.eot[0])]).detach().float()
 
@@ -49,17 +49,18 @@ class ContextPrompts(nn.Module):
         text: the text tower.
         classnames: class names in the order of their labels.
         n_ctx: n.
-        words: n tokens to tokenise in the vectors' place; "": placeholders.
+        words: text of n tokens that stands in the vectors' place when prompts are tokenized; "": n placeholders.
         position: where the class name is.
 
     Raises:
-        ValueError: a class name that leaves no room for the vectors; the message says how long which may be.
+        ValueError: a class name leaves no room for the vectors (the message says how long names may be), n leaves no
+            room for any name, or `position` is not one of POSITIONS.
     """
 
     prefix: Tensor  # [C, 1, D], embedding of the start of text
     suffix: Tensor  # [C, L - 1 - n, D], embeddings of class name, full stop and end of text
     eot: Tensor  # [C], position of the end of text
-    order: Tensor  # [C, L], which of (prefix, context, suffix) stands where
+    order: Tensor  # [C, L], index in (prefix, context, suffix) of the token that stands at each place
 
     def __init__(
         self, text: TextTower, classnames: Sequence[str], n_ctx: int, words: str = "", position: str = "end"
@@ -92,7 +93,7 @@ class ContextPrompts(nn.Module):
         self.register_buffer("order", torch.stack(rows).to(device), persistent=False)
 
     def state(self, text: TextTower, context: Tensor) -> TextState:
-        """What enters the first text block.
+        """Return what enters the first text block: the prompts, embedded, with these context vectors.
 
         Args:
             text: the text tower.

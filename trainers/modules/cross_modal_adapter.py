@@ -27,17 +27,18 @@ from ..clip import CLIP, BlockEdit
 
 
 def share_in_order(visual_blocks: list[int], text_blocks: list[int]) -> dict[int, int]:
-    """Which text block each visual block shares its middle layer with, where the two do not count alike (ResNets).
+    """Return by visual block the number of the text block whose middle layer it shares.
 
-    The visual blocks are laid along the last text blocks in order: the last beside the last, and the first ones,
-    should there be more visual than text blocks, all beside the first text block.
+    This is for encoders whose blocks do not count alike (ResNets). The visual blocks are laid along the last text
+    blocks in order, the last beside the last. If there are more visual than text blocks, the first visual ones are all
+    laid beside the first text block.
     """
     first, last, n = min(text_blocks), max(text_blocks), len(visual_blocks)
     return {block: max(first, last - (n - k)) for k, block in enumerate(sorted(visual_blocks), start=1)}
 
 
 def _linear(n_in: int, n_out: int) -> nn.Linear:
-    """A linear layer with Kaiming-normal weight (fan_out, relu) and zero bias."""
+    """Return a linear layer with Kaiming-normal weight (fan_out, relu) and zero bias."""
     layer = nn.Linear(n_in, n_out)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     nn.init.zeros_(layer.bias)
@@ -45,7 +46,7 @@ def _linear(n_in: int, n_out: int) -> nn.Linear:
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
+    """The identity, but in the backward pass the gradient is multiplied by a number."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -70,27 +71,30 @@ class Bottleneck(nn.Module):
         super().__init__()
         if grad_scaling and scale == 0:
             raise ValueError("Expected gradient scaling to come with an adapter scale other than 0 but got 0")
-        # The initial scale, not the learnt one: then what lies before always gets its true gradient.
+        # The factor is the initial scale, not the learnt one: then what lies before always gets its true gradient.
         self.grad_factor = float(scale) if grad_scaling else None
         self.down = _linear(width, dim)
         self.up = _linear(dim, width)
         self.scale = nn.Parameter(torch.tensor(float(scale)), requires_grad=learn_scale)
 
     def forward(self, x: Tensor, shared: nn.Module) -> Tensor:
-        """x [..., D] -> [..., D] in fp32, whatever the backbone's precision."""
+        """Return the adapter's output [..., D] for x [..., D], in fp32 whatever the backbone's precision."""
         with torch.autocast(device_type=x.device.type, enabled=False):  # fp32 master weights compute in fp32
             x = x.float()
             if self.grad_factor is not None:
                 x = _ScaledGradient.apply(x, self.grad_factor)
             y = F.relu(self.down(x))
             y = F.relu(shared(y))
-            # scale * up(y), with the scale on r numbers a token and not on D: its gradient then needs y [..., r] only.
+            # This is scale * up(y). The scale multiplies r numbers per token and not D, so that its gradient needs
+            # y [..., r] only.
             y = F.linear(self.scale * y, self.up.weight, self.scale * self.up.bias)
             return y if self.grad_factor is None else _ScaledGradient.apply(y, 1.0 / self.grad_factor)
 
 
 class AdapterEdit(BlockEdit):
-    """Add beside each block of one encoder what its adapter makes of the tokens; of a ResNet's map, over channels.
+    """Add beside each adapted block of one encoder the output of the block's adapter.
+
+    The adapter of a transformer block works on the tokens, that of a ResNet's block over the channels of its map.
 
     Args:
         own: the Bottleneck of each adapted block, by its number.
@@ -163,7 +167,7 @@ class CrossModalAdapter(nn.Module):
         return AdapterEdit(self.text, self.shared, {int(i): int(i) for i in self.text})
 
     def scales(self) -> dict[str, Tensor]:
-        """The learnable scales by encoder and block, e.g. {"visual/5": tensor(0.01), ...}, detached."""
+        """Return the adapters' scales by encoder and block, e.g. {"visual/5": tensor(0.01), ...}, detached."""
         return {
             name.removesuffix(".scale").replace(".", "/"): value.detach()
             for name, value in self.named_parameters()  # visual.5.scale, ...

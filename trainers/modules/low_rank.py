@@ -18,7 +18,7 @@ PROJECTIONS = ("q", "k", "v")
 
 
 class LowRank(nn.Module):
-    """x -> scale * B A dropout(x), D -> r -> D; zero at the start.
+    """The low-rank update scale * B A dropout(x) for x, D -> r -> D; it is zero at the start.
 
     Args:
         width: D.
@@ -35,7 +35,12 @@ class LowRank(nn.Module):
         self.scale, self.dropout = alpha / math.sqrt(rank), dropout
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x [..., D] -> [..., D] in fp32, whatever the backbone's precision; `generator` draws what is dropped."""
+        """Return the update [..., D] for x [..., D], in fp32 whatever the backbone's precision.
+
+        Args:
+            x: [..., D].
+            generator: draws what is dropped; None: torch's own.
+        """
         with torch.autocast(device_type=x.device.type, enabled=False):
             x, scale = x.float(), self.scale
             if self.training and self.dropout > 0:
@@ -45,7 +50,7 @@ class LowRank(nn.Module):
 
 
 class LowRankUpdates(BlockEdit, nn.ModuleDict):
-    """Update the queries, keys and values of blocks: a LowRank by block, by projection.
+    """Update the queries, keys and values of blocks, with one LowRank for each projection of each block.
 
     Attributes:
         generator: draws what is dropped; None: torch's own.

@@ -1,13 +1,14 @@
-"""The adapters that correct CLIP's image features for being compared with each other, and their file.
+"""The adapters that correct CLIP's image features for being compared with each other.
 
     beside   out = x' + mlp(ln_2(x')) + s up( relu( down(x') ) )     x' what enters a block's MLP: the authors' code
     after    out = h + up( gelu( down(h) ) )                         h the output of a visual block: ours
 
-D -> r -> D; up starts at zero. s is a fixed number, 0.03 with labels and 0.1 with DINO. On ResNets, which the authors
-do not have, both see h.
+Both map D -> r -> D, and `up` starts at zero. s is a fixed number, 0.03 with labels and 0.1 with DINO. On ResNets,
+which the authors do not have, both see h.
 
-CLIP is trained across modalities: cosine similarities of images of one class and of two classes overlap. The adapters
-are trained once on a generic image set, with CLIP frozen, and serve every method that compares images.
+CLIP is trained across modalities, so the cosine similarities of images of one class overlap those of images of two
+classes. The adapters are trained once on a generic image set, with CLIP frozen, and serve every method that compares
+images.
 
 Legend: B images, N tokens, D width of a block, r bottleneck width, E joint embedding.
 """
@@ -29,10 +30,10 @@ FORMS = ("beside", "after")
 
 
 class Dropout:
-    """Drops entries of a batch in training; which ones follows from a seed and an image's place in the whole batch.
+    """Drop entries of a batch in training; a seed and an image's place in the whole batch decide which ones.
 
     Args:
-        share: of the entries that are dropped, in [0, 1); the others are enlarged to keep the mean.
+        share: share of the entries that are dropped, in [0, 1); the others are enlarged to keep the mean.
     """
 
     def __init__(self, share: float) -> None:
@@ -41,14 +42,14 @@ class Dropout:
         self.generator: torch.Generator | None = None  # None: torch's own
 
     def seed(self, seed: int, device: torch.device, rank: int, world: int) -> None:
-        """From now on what is dropped follows from `seed`; of `world` processes each has every world-th image."""
+        """Seed what is dropped from now on; of `world` processes, this one, `rank`, has every world-th image."""
         if self.generator is None or self.generator.device != device:
             self.generator = torch.Generator(device)
         self.generator.manual_seed(seed)
         self.rank, self.world = rank, world
 
     def __call__(self, h: Tensor) -> Tensor:
-        """h [B, ...] -> the same, some entries zero."""
+        """Return h [B, ...] with the dropped entries at zero."""
         if not self.share:
             return h
         whole = torch.rand(len(h) * self.world, *h.shape[1:], device=h.device, generator=self.generator)
@@ -56,7 +57,7 @@ class Dropout:
 
 
 class Bottleneck(nn.Module):
-    """h -> s up(relu(down h)) or up(gelu(down h)), which is zero until `up` has been trained.
+    """The bottleneck s up(relu(down h)) or up(gelu(down h)) of a block; it gives zero until `up` has been trained.
 
     Args:
         width: D. dim: r. form: see IMOAdapters.
@@ -72,7 +73,7 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, h: Tensor, form: str, scale: float, dropout: Dropout | None) -> Tensor:
-        """h [B, ..., D] -> [B, ..., D] in fp32, whatever the backbone's precision."""
+        """Return the bottleneck's output [B, ..., D] for h [B, ..., D], in fp32 whatever the backbone's precision."""
         with torch.autocast(device_type=h.device.type, enabled=False):
             inner = self.down(h.float())
             inner = F.relu(inner) if form == "beside" else F.gelu(inner)
@@ -86,12 +87,12 @@ class IMOAdapters(BlockEdit, nn.Module):
     Args:
         widths: width D of each block, by its number (from 1).
         dim: r.
-        form: "beside" or "after", see above.
-        scale: s, with "beside"; any finite number.
+        form: "beside" or "after", see the head of this file.
+        scale: s, for the form "beside"; any finite number.
         dropout: share of the inner entries that are dropped in training, in [0, 1); source: 0.1 with labels.
 
     Raises:
-        ValueError: no block, r below 1, or another form.
+        ValueError: no block, r below 1, another form, or a scale that is no finite number.
     """
 
     def __init__(
@@ -112,11 +113,13 @@ class IMOAdapters(BlockEdit, nn.Module):
 
     @property
     def made_as(self) -> dict[str, Any]:
-        """What beside the weights decides what is computed: "form" and "scale"."""
+        """The values that decide, beside the weights, what is computed: "form" and "scale"."""
         return {"form": self.form, "scale": self.scale}
 
     def take_form(self, made_as: Mapping[str, Any]) -> None:
-        """Compute as the adapters that this describes; without "form" it is of an earlier version, which had "after".
+        """Take the form and the scale of the adapters that `made_as` describes.
+
+        A description without "form" is of an earlier version, whose form was "after".
 
         Raises:
             ValueError: another form, or a scale that is no finite number.
@@ -144,12 +147,12 @@ class IMOAdapters(BlockEdit, nn.Module):
         return bottleneck(h.movedim(1, -1), self.form, self.scale, dropout).movedim(-1, 1)
 
     def encode(self, clip: CLIP, images: Tensor, *, unit: bool = True) -> Tensor:
-        """Corrected features [B, E] of images [B, 3, S, S], fp32, L2-normalised if `unit`."""
+        """Return corrected features [B, E] of images [B, 3, S, S], fp32, L2-normalized if `unit`."""
         features = clip.visual.suffix(clip.visual.prefix(images, 0), 1, [self]).float()
         return F.normalize(features, dim=-1) if unit else features
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the weights, with what else decides what is computed."""
+        """Return the SHA-256 (hex) of the weights, followed by form and scale unless the form is "after"."""
         weights = _digest({name: value.cpu() for name, value in self.state_dict().items()})
         return weights if self.form == "after" else f"{weights} {self.form} {self.scale!r}"
 

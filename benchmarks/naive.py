@@ -33,7 +33,10 @@ def _linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _block(block: Any, x: Tensor, mask: Tensor | None, adapter: Any, shared: Any) -> Tensor:
-    """x [B, N, D] -> x' + mlp(ln_2(x')) + scale * up(relu(shared(relu(down(ln_1(x)))))), x' = x + attn(ln_1(x))."""
+    """Run a block on x [B, N, D].
+
+    It gives x' + mlp(ln_2(x')) + scale * up(relu(shared(relu(down(ln_1(x)))))), with x' = x + attn(ln_1(x)).
+    """
     normed = _norm(block.ln_1, x)
     attn = block.attn
     q, k, v = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)

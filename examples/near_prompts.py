@@ -70,7 +70,7 @@ class NearPrompts(EncoderTrainer):
         return NearPromptsClassifier(clip, classnames, templates, learner)
 
     def loss(self, outputs, labels):
-        """Return the named losses of a step. (The prompts are encoded a second time here, for the sake of brevity.)"""
+        """Return the named losses of a step; for brevity, the prompts are encoded a second time here."""
         distance = 1 - (self.network.text_features() * self.network.zeroshot).sum(dim=-1).mean()
         return {"ce": F.cross_entropy(outputs, labels), "near": self.settings.pull * distance}
 

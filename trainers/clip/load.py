@@ -103,11 +103,6 @@ def activation_of_origin(path: Path) -> tuple[bool | None, str]:
     return kinds.pop() if len(kinds) == 1 else None, f"{path} is called like the weights {tag}"
 
 
-def _is_quick(model: str, tag: str) -> bool:
-    arch = open_clip.get_model_config(model) or {}
-    return bool(get_pretrained_cfg(model, tag).get("quick_gelu") or arch.get("quick_gelu"))
-
-
 def _letters(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower())
 

@@ -151,7 +151,7 @@ class TipAdapter(FeatureTrainer):
 
     @property
     def initial(self) -> dict[str, float]:
-        """alpha and beta where they are not searched."""
+        """The values of alpha and beta where they are not searched."""
         source = tip_values(self.cfg.DATASET.NAME)
         return {"alpha": float(self.settings.alpha or source.alpha), "beta": float(self.settings.beta or source.beta)}
 

@@ -5,8 +5,10 @@ python scripts/dev/docs_figures.py
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +114,11 @@ def draw_method() -> Figure:
     return figure
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write both pictures; return the exit code."""
+    argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(arguments)
     IMAGES.mkdir(parents=True, exist_ok=True)
     results = read_results((ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8"))
     for name, figure in (("accuracy_by_shots", draw_accuracy(results)), ("method", draw_method())):

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder of all runs (default: output)")
     parser.add_argument("--write", type=Path, metavar="STEM", help="files to write (default: OUTPUT/compare/DATASETS)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run (default: cores / jobs)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run (default: see docs/PROTOCOLS.md)")
     parser.add_argument("--read-only", action="store_true", help="start no run; make the tables of what is there")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config pairs for every run")

@@ -67,7 +67,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder of all runs (default: output)")
     parser.add_argument("--write", type=Path, metavar="STEM", help="files to write (default: below OUTPUT/tables)")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: 1; on a cluster as many as it lets)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run (default: cores / jobs)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run (default: see docs/PROTOCOLS.md)")
     parser.add_argument("--launcher", choices=("local", "submitit"), default="local", help="who runs them")
     parser.add_argument("--cluster", default="slurm", help="submitit: slurm, or local to try it (default: slurm)")
     parser.add_argument("--partition", help="submitit: SLURM's partition")

@@ -175,7 +175,7 @@ def missing_runs(runs: Iterable[Run]) -> list[Run]:
 
 
 class Progress:
-    """One bar over all runs, with the time left; failures are said above it.
+    """Show one bar over all runs, with the time left and a run that is going; failures are said above it.
 
     Attributes:
         failed: the runs that failed, and those that were not started because of that.
@@ -183,6 +183,7 @@ class Progress:
 
     def __init__(self, total: int) -> None:
         self.failed: list[Run] = []
+        self._going: list[Run] = []
         self._bar = tqdm(total=total, desc="runs", unit="run", disable=not total)
 
     def __enter__(self) -> Progress:
@@ -191,14 +192,27 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
+    def on_start(self, run: Run) -> None:
+        """Name a run that begins."""
+        self._going.append(run)
+        self._show()
+
     def on_end(self, run: Run, code: int | None) -> None:
         """Count a run that ended with that exit code, or (None) was not started."""
+        if run in self._going:
+            self._going.remove(run)
         self._bar.update()
+        self._show()
         if code != 0:
             self.failed.append(run)
             why = "what it evaluates has failed" if code is NOT_STARTED else last_line(run)
             what = "not started" if code is NOT_STARTED else f"failed ({code})"
             self._bar.write(f"{what}: {run.folder}: {why}", file=sys.stderr)
+
+    def _show(self) -> None:
+        names = [f"{run.method} {run.dataset} {run.shots} shots seed {run.seed}" for run in self._going[:1]]
+        others = len(self._going) - 1
+        self._bar.set_postfix_str("".join(names) + (f" and {others} more" if others > 0 else ""))
 
 
 def run_missing(runs: Sequence[Run], jobs: int, threads: int) -> list[Run]:
@@ -209,7 +223,7 @@ def run_missing(runs: Sequence[Run], jobs: int, threads: int) -> list[Run]:
     """
     missing = missing_runs(runs)
     with Progress(len(missing)) as progress:
-        run_all(missing, jobs, threads, progress.on_end)
+        run_all(missing, jobs, threads, progress.on_end, progress.on_start)
     return progress.failed
 
 
@@ -220,7 +234,11 @@ def next_ready(waiting: Sequence[Run], going: Iterable[Run]) -> Run | None:
 
 
 def run_all(
-    runs: Sequence[Run], jobs: int, threads: int = 0, on_end: Callable[[Run, int | None], None] | None = None
+    runs: Sequence[Run],
+    jobs: int,
+    threads: int = 0,
+    on_end: Callable[[Run, int | None], None] | None = None,
+    on_start: Callable[[Run], None] | None = None,
 ) -> None:
     """Run all of `runs`, `jobs` at a time, each in a process of its own.
 
@@ -230,10 +248,14 @@ def run_all(
     stops the runs; the next call resumes them.
 
     Args:
-        threads: CPU threads of each run; 0: the cores are shared out evenly.
+        threads: CPU threads of each run; 0: what OMP_NUM_THREADS says, else the cores are shared out evenly.
         on_end: called with each run and its exit code; None: the run is not started, because what it evaluates failed.
+        on_start: called with each run that begins.
+
+    Raises:
+        InputError: OMP_NUM_THREADS is not a number from 1; raised before anything is run.
     """
-    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    threads = threads or threads_of_environment() or max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([train.__name__])
     waiting: list[Run] = list(runs)
@@ -251,6 +273,8 @@ def run_all(
             while waiting or going:
                 while len(going) < jobs and (run := next_ready(waiting, [run for _, _, run in going.values()])):
                     waiting.remove(run)
+                    if on_start is not None:
+                        on_start(run)
                     slot = min(set(range(jobs)) - {slot for slot, _, _ in going.values()})
                     process = context.Process(target=_work, args=(run.step(), threads, slot))
                     process.start()
@@ -264,6 +288,20 @@ def run_all(
                 process.terminate()
             for _, process, _ in going.values():
                 process.join()
+
+
+def threads_of_environment() -> int:
+    """Return the threads that OMP_NUM_THREADS asks for; 0: it is not set.
+
+    Raises:
+        InputError: it is not a number from 1.
+    """
+    value = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list sets nested levels; the first is ours
+    if not value:
+        return 0
+    if not value.isdecimal() or int(value) < 1:
+        raise InputError(f'Expected OMP_NUM_THREADS to be a number from 1 but got "{value}"')
+    return int(value)
 
 
 @contextlib.contextmanager

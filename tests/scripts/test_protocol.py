@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from dassl.engine import TRAINER_REGISTRY
-from scripts.lib.grid import next_ready, run_all
+from dassl.utils import InputError
+from scripts.lib.grid import Progress, next_ready, run_all, threads_of_environment
 from scripts.lib.methods import choose_methods
 from scripts.lib.protocol_plan import runs_of
 from scripts.lib.protocol_table import harmonic
@@ -23,7 +24,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def plan(*arguments: str):
-    return make_plan(parse_args([*arguments[:1], "--output", "out", *arguments[1:]]))
+    return plan_in(Path("out"), *arguments)
+
+
+def plan_in(output: Path, *arguments: str):
+    return make_plan(parse_args([*arguments[:1], "--output", str(output), *arguments[1:]]))
 
 
 def folders(cells) -> dict[str, str]:
@@ -304,3 +309,37 @@ def test_what_evaluates_a_failed_run_is_not_started(tmp_path):
     assert [run for run, _ in ends] == [base, new]
     assert ends[0][1] not in (0, None) and ends[1][1] is None
     assert not new.folder.exists()
+
+
+@pytest.mark.parametrize(("value", "threads"), [("", 0), ("1", 1), (" 3 ", 3), ("4,2", 4)])
+def test_threads_follow_the_environment(value, threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert threads_of_environment() == threads
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
+def test_wrong_threads_in_the_environment(value, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    with pytest.raises(InputError, match=f'OMP_NUM_THREADS to be a number from 1 but got "{value}"'):
+        run_all([], 1)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0, 1), (2, 2)])
+def test_a_run_has_the_threads_asked_for(given, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    _, (cell,), _ = plan_in(tmp_path, "few-shot", "--trainers", "ZeroshotCLIP", "--shots", "1", "--seeds", "1")
+    run_all([cell.run], 1, given)
+    assert json.loads((cell.run.folder / "environment.json").read_text())["threads"] == expected
+
+
+def test_the_progress_bar_names_a_run_that_is_going(tmp_path, capsys):
+    *_, base, new = runs_of(make_plan(parse_args(["base2new", *BASE2NEW, "--output", str(tmp_path)]))[1])
+    name = f"CLIPAdapter digits {base.shots} shots seed {base.seed}"
+    with Progress(2) as progress:
+        progress.on_start(base)
+        progress.on_start(new)
+        progress.on_end(base, 0)
+        progress.on_end(new, 0)
+    shown = capsys.readouterr().err.split("\r")
+    assert any(f"{name} and 1 more" in line for line in shown), shown
+    assert "2/2" in shown[-1] and name not in shown[-1], shown

@@ -57,7 +57,7 @@ def packages() -> list[str]:
 setup(
     name="dlr-clip",
     version="0.1.0",
-    description="Few-shot adaptation of CLIP: DLR-CLIP and its neighbours, as a plugin for the Dassl/CoOp family",
+    description="Few-shot adaptation of CLIP: DLR-CLIP and its neighbors, as a plugin for the Dassl/CoOp family",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

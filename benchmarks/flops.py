@@ -1,7 +1,7 @@
 """The matrix products that a training step or an evaluation pass of DLR-CLIP must do, counted from the shapes alone.
 
-A count is a list of `Product`s, each with the part of the step it belongs to. Elementwise work (normalisation,
-activations, softmax, the optimiser) is not counted: it does few operations, and what time it takes is what stands
+A count is a list of `Product`s, each with the part of the step it belongs to. Elementwise work (normalization,
+activations, softmax, the optimizer) is not counted: it does few operations, and what time it takes is what stands
 between a measured step and its floor. Attention's backward pass is counted as four products, two for each forward
 one; what a kernel computes again on top is not needed and not counted.
 

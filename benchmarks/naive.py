@@ -72,7 +72,7 @@ class Naive:
     # Encoders
 
     def image_features(self, images: Tensor, adapted: bool) -> Tensor:
-        """[B, 3, H, W] -> normalised fp32 [B, E]."""
+        """[B, 3, H, W] -> normalized fp32 [B, E]."""
         visual, cma = self.visual, self.learner.cma
         x = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # [B, N - 1, D]
         x = torch.cat([visual.class_embedding.to(x).expand(len(x), 1, -1), x], dim=1)
@@ -83,7 +83,7 @@ class Naive:
         return F.normalize((_norm(visual.ln_post, x)[:, 0] @ visual.proj).float(), dim=-1)
 
     def text_features(self, ids: Tensor) -> Tensor:
-        """Adapted text encoder: token ids [C, L] -> normalised fp32 [C, E]."""
+        """Adapted text encoder: token ids [C, L] -> normalized fp32 [C, E]."""
         text, cma = self.text, self.learner.cma
         dtype = text.text_projection.dtype
         x = text.token_embedding(ids).to(dtype) + text.positional_embedding.to(dtype)

@@ -17,7 +17,7 @@ from benchmarks.naive import Naive
 class Learner:
     """What is learnt, its AdamW, and a way back to the state before a step.
 
-    The optimiser's values are those of the published configuration.
+    The optimizer's values are those of the published configuration.
     """
 
     def __init__(self, network: Any) -> None:
@@ -56,7 +56,7 @@ class FreshStep:
         return torch.stack(list(self.network.losses(outputs, labels).values())).sum()
 
     def step(self, labels: Tensor, watch: Stopwatch) -> float:
-        """Forward, backward, optimiser -> the loss."""
+        """Forward, backward, optimizer -> the loss."""
         with watch:
             self.learner.optimizer.zero_grad(set_to_none=True)
             loss = self.loss(labels, **self.batch())

@@ -70,7 +70,7 @@ def build_network(clip: CLIP, classes: int, tokens: int = 13, seed: int = 0, **a
 
 
 def make_batch(network: DLRCLIPNetwork, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random normalised images [B, 3, S, S] and labels [B]."""
+    """Random normalized images [B, 3, S, S] and labels [B]."""
     generator = torch.Generator().manual_seed(seed)
     side = network.clip.image_size
     images = torch.randn(size, 3, side, side, generator=generator)

@@ -1,4 +1,4 @@
-"""Digits: scikit-learn's 1,797 real handwritten digits (UCI, 8 x 8 pixels, 16 grey levels) as 64 x 64 PNG files."""
+"""Digits: scikit-learn's 1,797 real handwritten digits (UCI, 8 x 8 pixels, 16 gray levels) as 64 x 64 PNG files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .splits import Split, split_by_folder
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGE_SIZE = 64  # pixels per side, the tiny CLIP's input size
-GREY_LEVELS = 16  # pixel values of the source go from 0 (background) to 16 (stroke)
+GRAY_LEVELS = 16  # pixel values of the source go from 0 (background) to 16 (stroke)
 
 
 def digit_image(pixels: np.ndarray, size: int = IMAGE_SIZE) -> Image.Image:
     """Convert an 8 x 8 array with values 0..16 to a gray image: bright strokes on black, enlarged bicubically."""
-    grey = np.rint(np.asarray(pixels) * (255.0 / GREY_LEVELS)).astype(np.uint8)
-    return Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC)
+    gray = np.rint(np.asarray(pixels) * (255.0 / GRAY_LEVELS)).astype(np.uint8)
+    return Image.fromarray(gray).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def write_digits(folder: Path) -> None:

@@ -29,7 +29,7 @@ from .splits import Split, split_by_folder, subsample_classes
 
 CLASSES = tuple(SHAPE_CLASSES)
 FOLDERS = tuple(f"{label:02d}_{name.replace(' ', '_')}" for label, name in enumerate(CLASSES))
-COLOURS = ("red", "green", "blue", "yellow", "purple", "brown", "white", "black")
+COLORS = ("red", "green", "blue", "yellow", "purple", "brown", "white", "black")
 TEXTURES = ("plain", "striped", "outlined", "shaded")
 IMAGES_PER_CLASS = 100
 SHIFTED_PER_CLASS = 25
@@ -39,13 +39,13 @@ Rng = np.random.Generator
 
 def draw_plain(name: str, rng: Rng) -> Image.Image:
     """Draw a member of `Shapes`, 64 x 64 RGB."""
-    style = random_style(rng, COLOURS, TEXTURES, noise=0.1, clutter=3)
+    style = random_style(rng, COLORS, TEXTURES, noise=0.1, clutter=3)
     return Image.fromarray(compose(outline_mask(name, rng, scale=(0.4, 0.85)), style, rng))
 
 
 def draw_v2(name: str, rng: Rng) -> Image.Image:
     """Draw a member of `ShapesV2`: like one of `Shapes`, but smaller and more tilted."""
-    style = random_style(rng, COLOURS, TEXTURES, noise=0.1, clutter=3)
+    style = random_style(rng, COLORS, TEXTURES, noise=0.1, clutter=3)
     return Image.fromarray(compose(outline_mask(name, rng, scale=(0.35, 0.65), tilt=40), style, rng))
 
 
@@ -55,13 +55,13 @@ def draw_sketch(name: str, rng: Rng) -> Image.Image:
     y, x = np.mgrid[0:64, 0:64]
     wobble = 1.2 * np.sin(np.stack([y, x]) * rng.uniform(0.2, 0.5, (2, 1, 1)) + rng.uniform(0, 6.3, (2, 1, 1)))
     columns, rows = (np.clip(np.rint(v + w), 0, 63).astype(int) for v, w in zip((x, y), wobble, strict=True))
-    style = Style(colour="black", background="white", texture="outlined", noise=0.01)
+    style = Style(color="black", background="white", texture="outlined", noise=0.01)
     return ImageOps.grayscale(Image.fromarray(compose(mask[rows, columns], style, rng))).convert("RGB")
 
 
 def draw_adversarial(name: str, rng: Rng) -> Image.Image:
     """Draw a member of `ShapesA`: half hidden by a bar, among blobs, in noise."""
-    style = random_style(rng, COLOURS, TEXTURES, noise=0.15, clutter=9, occlusion=0.22)
+    style = random_style(rng, COLORS, TEXTURES, noise=0.15, clutter=9, occlusion=0.22)
     return Image.fromarray(compose(outline_mask(name, rng, scale=(0.4, 0.85)), style, rng))
 
 

@@ -1,4 +1,4 @@
-"""ShapesGeneric: a generic labelled set to train on once and use elsewhere, with nothing of `Shapes` in it.
+"""ShapesGeneric: a generic labeled set to train on once and use elsewhere, with nothing of `Shapes` in it.
 
 There are 96 classes of 62 rendered images, split 50 / 6 / 6. Each class is a pen line with bends of its own, open or
 closed. An unsteady hand draws it with another pen, slant and size each time, and most images are scanned with few
@@ -17,8 +17,8 @@ from scipy.interpolate import CubicSpline
 from dassl.data.datasets import DATASET_REGISTRY, Datum
 
 from .cache import build_once, made_dataset_dir
-from .rendering import COLOURS, coarsen, draw_outline
-from .shapes import COLOURS as TAKEN_COLOURS
+from .rendering import COLORS, coarsen, draw_outline
+from .shapes import COLORS as TAKEN_COLORS
 from .split_dataset import SplitDataset
 from .splits import Split
 
@@ -40,14 +40,14 @@ SEED = 11
 APART = 60.0  # least distance of a color from each color of Shapes, in RGB
 
 
-def other_colour(rng: Rng, unlike: Array | None = None) -> Array:
+def other_color(rng: Rng, unlike: Array | None = None) -> Array:
     """Draw an RGB color [3] that is far from all colors of `Shapes`, and from `unlike` if that is given."""
-    taken = np.array([COLOURS[name] for name in TAKEN_COLOURS], dtype=float)
+    taken = np.array([COLORS[name] for name in TAKEN_COLORS], dtype=float)
     while True:
-        colour = rng.uniform(10, 245, 3)
-        far = np.linalg.norm(taken - colour, axis=1).min() >= APART
-        if far and (unlike is None or np.linalg.norm(colour - unlike) >= 90):
-            return colour
+        color = rng.uniform(10, 245, 3)
+        far = np.linalg.norm(taken - color, axis=1).min() >= APART
+        if far and (unlike is None or np.linalg.norm(color - unlike) >= 90):
+            return color
 
 
 def pen_line(label: int, rng: Rng) -> Array:
@@ -106,8 +106,8 @@ def draw_pattern(name: str, rng: Rng) -> Array:
 
 def draw_generic(label: int, rng: Rng) -> Image.Image:
     """Draw a member of a class, 64 x 64 RGB, on a background of one color or of a faint pattern, with clutter."""
-    back = other_colour(rng)
-    front = other_colour(rng, unlike=back)
+    back = other_color(rng)
+    front = other_color(rng, unlike=back)
     second = np.clip(front * rng.uniform(0.3, 0.7) + rng.uniform(0, 120, 3), 0, 255)
     picture = np.broadcast_to(back, (SIDE, SIDE, 3)) + np.linspace(-1, 1, SIDE)[:, None, None] * rng.uniform(-25, 25)
     if rng.random() < 0.3:
@@ -115,7 +115,7 @@ def draw_generic(label: int, rng: Rng) -> Image.Image:
         picture = picture + faint * rng.uniform(-25, 25, 3)
     for _ in range(int(rng.integers(0, 4))):
         cx, cy, r = rng.uniform(0, SIDE), rng.uniform(0, SIDE), rng.uniform(3, 8)
-        picture = np.where(((COLUMNS - cx) ** 2 + (ROWS - cy) ** 2 < r * r)[..., None], other_colour(rng), picture)
+        picture = np.where(((COLUMNS - cx) ** 2 + (ROWS - cy) ** 2 < r * r)[..., None], other_color(rng), picture)
     paint = front + draw_pattern(PATTERNS[rng.integers(len(PATTERNS))], rng)[..., None] * (second - front)
     mask = draw_mask(label, rng)[..., None]
     picture = picture + mask * (paint - picture) + rng.normal(0, rng.uniform(0, 25), (SIDE, SIDE, 3))

@@ -95,7 +95,7 @@ def spread(values: Sequence[float], ci95: bool) -> float:
     return 1.96 * sd / math.sqrt(len(values)) if ci95 else sd
 
 
-def summarise(folder: Path, args: argparse.Namespace) -> float:
+def summarize(folder: Path, args: argparse.Namespace) -> float:
     """Print the runs of a folder and their mean; return the mean."""
     print(f"Parsing files in {folder}")
     values = []
@@ -135,12 +135,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if not args.multi_exp:
-            summarise(args.directory, args)
+            summarize(args.directory, args)
             return 0
         means = []
         for folder in entries(args.directory):
             if folder.is_dir():
-                means.append(summarise(folder, args))
+                means.append(summarize(folder, args))
             else:
                 print(f"left out: {folder}: it is no folder", file=sys.stderr)
         if not means:

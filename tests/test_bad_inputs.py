@@ -272,7 +272,7 @@ CASES = [
     Case("a batch size of 0", lambda p: p.train("DATALOADER.TRAIN_X.BATCH_SIZE", "0")),
     Case("a negative number of workers", lambda p: p.train("DATALOADER.NUM_WORKERS", "-1")),
     Case("a negative number of epochs", lambda p: p.train("OPTIM.MAX_EPOCH", "-1")),
-    Case("an optimiser that there is not", lambda p: p.train("OPTIM.NAME", "adamm")),
+    Case("an optimizer that there is not", lambda p: p.train("OPTIM.NAME", "adamm")),
     Case("a schedule that there is not", lambda p: p.train("OPTIM.LR_SCHEDULER", "cosinus")),
     Case("a transform that there is not", lambda p: p.train("INPUT.TRANSFORMS", "('normalise',)")),
     Case("an image size that CLIP does not have", lambda p: p.train("INPUT.SIZE", "(32, 32)")),

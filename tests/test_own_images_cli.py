@@ -16,18 +16,18 @@ from trainers.app import train
 from trainers.app.configuration import setup_cfg
 
 ROOT = Path(train.__file__).parents[2]
-COLOURS = {"cat": "red", "dog": "blue"}
+COLORS = {"cat": "red", "dog": "blue"}
 
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
     """Two classes in the layout train / val / test, four images of each in each part."""
     for part in ("train", "val", "test"):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             folder = tmp_path / "photos" / part / name
             folder.mkdir(parents=True)
             for number in range(4):
-                Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
+                Image.new("RGB", (32, 32), color).save(folder / f"{number}.png")
     return tmp_path / "photos"
 
 
@@ -125,7 +125,7 @@ def unknown_class(root: Path) -> None:
 def few(root: Path) -> None:
     for part in ("val", "test"):
         shutil.rmtree(root / part)
-    for name in COLOURS:
+    for name in COLORS:
         (root / "train" / name).rename(root / name)
     (root / "train").rmdir()
     for number in range(2):
@@ -177,7 +177,7 @@ def test_a_trained_model_may_be_evaluated_on_other_classes(start, photos, tmp_pa
     assert json.loads((tmp_path / "other" / "classes.json").read_text()) == ["cat", "owl"]
 
 
-def recolour(root: Path, side: int) -> None:
+def recolor(root: Path, side: int) -> None:
     """Other images under the same names."""
     for path in root.rglob("*.png"):
         Image.effect_noise((side, side), 50).convert("RGB").save(path)
@@ -189,7 +189,7 @@ def test_a_stopped_run_does_not_go_on_with_other_images_of_the_same_names(start,
     (tmp_path / "run" / "DONE").unlink()
     shutil.copytree(photos, tmp_path / "copy")  # moved elsewhere it is the same data
     other = Path(shutil.copytree(photos, tmp_path / "other"))
-    recolour(other, 48)
+    recolor(other, 48)
     before = (tmp_path / "run" / "metrics.json").read_bytes()
     capsys.readouterr()
     assert start(other) == 2

@@ -33,12 +33,12 @@ CLASSES = {
 
 
 def draw(folder: Path, name: str, count: int, seed: int) -> None:
-    shape, colour = CLASSES[name]
+    shape, color = CLASSES[name]
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         mask = outline_mask(shape, rng, scale=(0.6, 0.9))
-        style = Style(colour=colour, background="white", texture="plain", noise=0.03)
+        style = Style(color=color, background="white", texture="plain", noise=0.03)
         Image.fromarray(compose(mask, style, rng)).resize((96, 64)).save(folder / f"{number:02d}.jpg")
 
 

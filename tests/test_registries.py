@@ -101,14 +101,14 @@ def test_gradients_reach_exactly_what_the_trainer_tunes(name, build):
     one_step(trainer)
     assert [label for label, parameter in claimed.values() if parameter.grad is None] == []
     assert any(not torch.equal(before[key], parameter) for key, (_, parameter) in claimed.items())
-    in_optimisers = {
+    in_optimizers = {
         id(parameter)
-        for optimiser in trainer._optims.values()
-        for group in optimiser.param_groups
+        for optimizer in trainer._optims.values()
+        for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.requires_grad
     }
-    assert in_optimisers == set(claimed)
+    assert in_optimizers == set(claimed)
     # Whatever else is alive, frozen towers above all, got no gradient. (Trainers of earlier tests are not.)
     gc.collect()
     for thing in gc.get_objects():
@@ -143,8 +143,8 @@ def test_a_step_that_is_left_out_moves_nothing(name, build, tmp_path):
         parts = [m.state_dict() for m in trainer._models.values()]
         parts += [
             {f"{number}.{key}": value for key, value in found.items() if isinstance(value, torch.Tensor)}
-            for optimiser in trainer._optims.values()
-            for number, found in enumerate(optimiser.state.values())
+            for optimizer in trainer._optims.values()
+            for number, found in enumerate(optimizer.state.values())
         ]
         return {f"{i} {key}": value.clone() for i, part in enumerate(parts) for key, value in part.items()}
 

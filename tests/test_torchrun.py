@@ -35,9 +35,9 @@ def folder(tmp_path_factory, random_tiny) -> Path:
             place = folder / "images" / part / name
             place.mkdir(parents=True)
             for i in range(count):
-                colour = [40 + 5 * i] * 3
-                colour[label] = 200 - 9 * i
-                picture = Image.new("RGB", (80, 72), tuple(colour))
+                color = [40 + 5 * i] * 3
+                color[label] = 200 - 9 * i
+                picture = Image.new("RGB", (80, 72), tuple(color))
                 picture.paste((255, 255, 255), (5 * i, 10, 5 * i + 20, 40))
                 picture.save(place / f"{name}{i}.png")
     return folder
@@ -45,7 +45,7 @@ def folder(tmp_path_factory, random_tiny) -> Path:
 
 @pytest.fixture(scope="module")
 def command(folder, random_tiny):
-    """Arguments of train.py: 21 steps on batches of 7 with random crops and colours, test batches of 7."""
+    """Arguments of train.py: 21 steps on batches of 7 with random crops and colors, test batches of 7."""
 
     def command(trainer: str, config: str, output: str, *pairs: str) -> list[str]:
         return [

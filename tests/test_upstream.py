@@ -51,4 +51,4 @@ def test_one_epoch_on_upstream(name, told):
     trains = name not in ("ZeroshotCLIP", "EMDirichlet")
     assert bool(run["checkpoints"]) == trains and (run["moved"] or not trains)
     if run["main"] in ("probe", "tip_f"):  # a single step makes no classifier of the others
-        assert run["accuracy"] > 90  # four colours: chance is 25
+        assert run["accuracy"] > 90  # four colors: chance is 25

@@ -151,7 +151,7 @@ def trainer_of(
 
 
 def random_batch(session: Session, size: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random normalised images [B, 3, S, S] and labels [B] on the CPU; on a machine with a GPU in pinned memory."""
+    """Random normalized images [B, 3, S, S] and labels [B] on the CPU; on a machine with a GPU in pinned memory."""
     generator = torch.Generator().manual_seed(seed)
     side = next(iter(session.clips.values())).image_size
     images = torch.randn(size, 3, side, side, generator=generator)

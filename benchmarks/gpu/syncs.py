@@ -38,7 +38,7 @@ class _Reads(TorchDispatchMode):
 
 
 def _place() -> str:
-    """The line of this project that runs; "" where the optimiser reads its own counters, which no GPU keeps."""
+    """The line of this project that runs; "" where the optimizer reads its own counters, which no GPU keeps."""
     frame = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename

@@ -88,7 +88,7 @@ class Views(Fresh):
 
 
 class Published:
-    """The step as published, with the trainer's precision and optimiser; see `benchmarks.steps.NaiveStep`."""
+    """The step as published, with the trainer's precision and optimizer; see `benchmarks.steps.NaiveStep`."""
 
     name = "published"
 

@@ -1,4 +1,4 @@
-"""The trainer classes that methods derive from: one labelled loader (TrainerX), or one more without labels (TrainerXU).
+"""The trainer classes that methods derive from: one labeled loader (TrainerX), or one more without labels (TrainerXU).
 
 What a subclass may offer beyond upstream's methods stands in declared.py, with its defaults.
 """
@@ -300,10 +300,10 @@ class SimpleTrainer(EvaluatingTrainer):
 
 
 class TrainerX(SimpleTrainer):
-    """Train on labelled batches: ``forward_backward(batch)``."""
+    """Train on labeled batches: ``forward_backward(batch)``."""
 
     def train_batches(self) -> Iterator[tuple[Any, ...]]:
-        """Yield each labelled batch."""
+        """Yield each labeled batch."""
         for batch in batches_from(self.train_loader_x, self.progress.step, self._skipped):
             yield (batch,)
 
@@ -314,18 +314,18 @@ class TrainerX(SimpleTrainer):
 
 
 class TrainerXU(SimpleTrainer):
-    """Train on pairs of a labelled and an unlabelled batch: ``forward_backward(batch_x, batch_u)``."""
+    """Train on pairs of a labeled and an unlabeled batch: ``forward_backward(batch_x, batch_u)``."""
 
     def _check_training_data(self) -> None:
         super()._check_training_data()
         if self.train_loader_u is None:
-            raise InputError(f"Expected unlabelled data (train_u) but {self.cfg.DATASET.NAME} has none")
+            raise InputError(f"Expected unlabeled data (train_u) but {self.cfg.DATASET.NAME} has none")
         for loader in (self.train_loader_x, self.train_loader_u):
             share = share_of(loader, 0)
             # One weight cannot serve two parts of different sizes.
             if share is not None and len(set(share.counts)) > 1:
                 raise InputError(
-                    "Expected labelled and unlabelled batches to be divisible by the number of processes, "
+                    "Expected labeled and unlabeled batches to be divisible by the number of processes, "
                     f"{len(share.counts)}, but got a batch of {share.total}"
                 )
 
@@ -343,10 +343,10 @@ class TrainerXU(SimpleTrainer):
             yield next(stream_x), next(stream_u)
 
     def parse_batch_train(self, batch_x: Any, batch_u: Any) -> Any:  # type: ignore[override]  # upstream's signature
-        """Return labelled images, their labels and unlabelled images, on the device."""
+        """Return labeled images, their labels and unlabeled images, on the device."""
         both = ((batch_x, "img"), (batch_x, "label"), (batch_u, "img"))
-        images, labels, unlabelled = (batch[key].to(self.device, non_blocking=True) for batch, key in both)
-        return images, labels, unlabelled
+        images, labels, unlabeled = (batch[key].to(self.device, non_blocking=True) for batch, key in both)
+        return images, labels, unlabeled
 
 
 def __getattr__(name: str) -> Any:  # names that upstream's module offers, too

@@ -106,9 +106,9 @@ def _draw_picture(axes: Any, example: Example) -> None:
 def _draw_bars(axes: Any, example: Example, head: str, names: Mapping[int, str], top: int) -> None:
     probabilities = example.logits[head].softmax(0)
     values, labels = probabilities.topk(min(top, len(probabilities)))
-    colours = ["tab:green" if label == example.label else "tab:gray" for label in labels.tolist()]
+    colors = ["tab:green" if label == example.label else "tab:gray" for label in labels.tolist()]
     places = list(range(len(values)))
-    axes.barh(places, values.numpy(), color=colours)
+    axes.barh(places, values.numpy(), color=colors)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_yticks(places, [_name(names, label) for label in labels.tolist()], fontsize=7)

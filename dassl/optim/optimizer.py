@@ -48,7 +48,7 @@ def build_optimizer(
     else:
         params = list(model)
     if not params:
-        raise InputError("Expected parameters to optimise but got none")
+        raise InputError("Expected parameters to optimize but got none")
 
     common = {"lr": optim_cfg.LR, "weight_decay": optim_cfg.WEIGHT_DECAY}
     if name == "sgd":

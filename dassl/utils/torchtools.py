@@ -61,7 +61,7 @@ def open_specified_layers(model: nn.Module, open_layers: str | Sequence[str]) ->
         child.requires_grad_(name in wanted)
 
 
-_INITIALISERS = {
+_INITIALIZERS = {
     "normal": lambda weight, gain: nn.init.normal_(weight, 0.0, gain),
     "xavier": lambda weight, gain: nn.init.xavier_normal_(weight, gain=gain),
     "kaiming": lambda weight, gain: nn.init.kaiming_normal_(weight, a=0, mode="fan_in"),
@@ -87,11 +87,11 @@ def init_network_weights(model: nn.Module, init_type: str = "normal", gain: floa
         init_type: normal (``gain`` = standard deviation), xavier, kaiming (fan-in; no gain) or orthogonal.
         gain: scale of the values.
     """
-    if init_type not in _INITIALISERS:
-        raise InputError(f'Expected init_type to be one of {", ".join(_INITIALISERS)} but got "{init_type}"')
+    if init_type not in _INITIALIZERS:
+        raise InputError(f'Expected init_type to be one of {", ".join(_INITIALIZERS)} but got "{init_type}"')
     for module in model.modules():
         if isinstance(module, _WEIGHTED):
-            _INITIALISERS[init_type](module.weight, gain)
+            _INITIALIZERS[init_type](module.weight, gain)
         elif isinstance(module, _NORMS) and module.weight is not None:
             nn.init.ones_(module.weight)
         else:

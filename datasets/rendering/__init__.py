@@ -2,10 +2,10 @@
 
 from .glyphs import DIGIT_WORDS, LETTERS, coarsen, glyph_mask
 from .outlines import OTHER_OUTLINES, SHAPE_CLASSES, draw_outline, outline_mask
-from .styles import COLOURS, TEXTURES, Style, compose, random_style
+from .styles import COLORS, TEXTURES, Style, compose, random_style
 
 __all__ = [
-    "COLOURS",
+    "COLORS",
     "DIGIT_WORDS",
     "LETTERS",
     "OTHER_OUTLINES",

@@ -224,7 +224,7 @@ def _ladder(rng: Rng) -> list[Part]:
     return [("add", _rectangle(0.09, 1) - (0.5, 0)), ("add", _rectangle(0.09, 1) + (0.5, 0)), *rungs]
 
 
-# The classes of `Shapes`, neighbours apart so that the base half and the new half hold members of every family.
+# The classes of `Shapes`, neighbors apart so that the base half and the new half hold members of every family.
 SHAPE_CLASSES: dict[str, Callable[[Rng], list[Part]]] = {
     "triangle": lambda rng: _polygon((0, -0.9), (rng.uniform(0.8, 1), 0.7), (-rng.uniform(0.8, 1), 0.7)),
     "square": lambda rng: [("add", _rectangle(0.8, 0.8 * rng.uniform(0.95, 1.05)))],

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 Rng = np.random.Generator
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (215, 40, 40),
     "green": (40, 160, 60),
     "blue": (45, 80, 215),
@@ -31,7 +31,7 @@ TEXTURES = ("plain", "striped", "dotted", "checkered", "outlined", "shaded")
 class Style:
     """How one picture is painted: `clutter` counts distracting blobs, `occlusion` is a bar's half width."""
 
-    colour: str
+    color: str
     background: str
     texture: str = "plain"
     noise: float = 0.03
@@ -42,17 +42,17 @@ class Style:
 
 def random_style(
     rng: Rng,
-    colours: Sequence[str] = tuple(COLOURS),
+    colors: Sequence[str] = tuple(COLORS),
     textures: Sequence[str] = TEXTURES,
     noise: float = 0.06,
     clutter: int = 0,
     occlusion: float = 0.0,
 ) -> Style:
     """Draw a style whose color and background differ; noise, clutter and occlusion are upper limits of the draws."""
-    colour, background = (int(i) for i in rng.choice(len(colours), 2, replace=False))
+    color, background = (int(i) for i in rng.choice(len(colors), 2, replace=False))
     return Style(
-        colour=colours[colour],
-        background=colours[background],
+        color=colors[color],
+        background=colors[background],
         texture=textures[int(rng.integers(len(textures)))],
         noise=float(rng.uniform(0, noise)),
         clutter=int(rng.integers(0, clutter + 1)),
@@ -61,8 +61,8 @@ def random_style(
     )
 
 
-def _jittered(colour: str, rng: Rng) -> np.ndarray:
-    return np.clip(np.array(COLOURS[colour], dtype=np.float32) + rng.uniform(-18, 18, 3), 0, 255).astype(np.float32)
+def _jittered(color: str, rng: Rng) -> np.ndarray:
+    return np.clip(np.array(COLORS[color], dtype=np.float32) + rng.uniform(-18, 18, 3), 0, 255).astype(np.float32)
 
 
 def _pattern(texture: str, size: int, rng: Rng) -> np.ndarray:
@@ -100,7 +100,7 @@ def compose(mask: np.ndarray, style: Style, rng: Rng) -> np.ndarray:
         uint8 picture [S, S, 3].
     """
     size = mask.shape[0]
-    front, back = _jittered(style.colour, rng), _jittered(style.background, rng)
+    front, back = _jittered(style.color, rng), _jittered(style.background, rng)
     second = np.clip(front * 0.35 if front.mean() > 110 else front + 120, 0, 255).astype(np.float32)
     gradient = np.linspace(-1, 1, size, dtype=np.float32)
     picture = (
@@ -109,13 +109,13 @@ def compose(mask: np.ndarray, style: Style, rng: Rng) -> np.ndarray:
         + (rng.uniform(-25, 25) * gradient)[None, :, None]
     )
     for _ in range(style.clutter):
-        picture = _blend(picture, _blob(size, rng), _jittered(list(COLOURS)[rng.integers(len(COLOURS))], rng))
+        picture = _blend(picture, _blob(size, rng), _jittered(list(COLORS)[rng.integers(len(COLORS))], rng))
     shown = _rim(mask, 2) if style.texture == "outlined" else mask
     paint = front + _pattern(style.texture, size, rng)[..., None] * (second - front)
     picture = _blend(picture, shown, paint)
     if style.occlusion > 0:
         picture = _blend(
-            picture, _bar(size, style.occlusion, rng), _jittered(list(COLOURS)[rng.integers(len(COLOURS))], rng)
+            picture, _bar(size, style.occlusion, rng), _jittered(list(COLORS)[rng.integers(len(COLORS))], rng)
         )
     picture = picture + rng.normal(0, 255 * style.noise, (size, size, 3)).astype(np.float32)
     pixels = np.clip(picture, 0, 255).astype(np.uint8)

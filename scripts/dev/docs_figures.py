@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "docs" / "images"
 SHOTS = (1, 2, 4, 8, 16)
 DRAWN = ("DLRCLIP", "LinearProbe", "CLIPLoRA", "CrossModalProbe", "TipAdapterF", "TaskRes", "ZeroshotCLIP")
-ORANGE, GREY = "#d9822b", "#777777"
+ORANGE, GRAY = "#d9822b", "#777777"
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -61,7 +61,7 @@ def draw_accuracy(results: dict[str, dict[str, list[float]]]) -> Figure:
             axes.plot(SHOTS, methods[name], marker="o", markersize=3, label=name, **style)
         axes.set_xscale("log", base=2)
         axes.set_xticks(SHOTS, [str(shots) for shots in SHOTS])
-        axes.set(title=dataset, xlabel="labelled images per class")
+        axes.set(title=dataset, xlabel="labeled images per class")
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("test accuracy, %")
     figure.legend(*panels[-1].get_legend_handles_labels(), fontsize=7, loc="outside right center")
@@ -87,12 +87,12 @@ def draw_method() -> Figure:
         if words:
             axes.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 1, words, ha="center", fontsize=7)
 
-    box(1, 27, 11, 7, "image", GREY)
-    box(1, 6, 11, 7, "class names", GREY)
-    box(17, 26, 17, 9, "image encoder\n(frozen CLIP)", GREY)
-    box(17, 5, 17, 9, "text encoder\n(frozen CLIP)", GREY)
+    box(1, 27, 11, 7, "image", GRAY)
+    box(1, 6, 11, 7, "class names", GRAY)
+    box(17, 26, 17, 9, "image encoder\n(frozen CLIP)", GRAY)
+    box(17, 5, 17, 9, "text encoder\n(frozen CLIP)", GRAY)
     box(17, 16.5, 17, 7, "CMA: adapters\nshared by both", ORANGE)
-    box(42, 26, 14, 9, "clip logits\n(zero-shot)", GREY)
+    box(42, 26, 14, 9, "clip logits\n(zero-shot)", GRAY)
     box(42, 5, 14, 9, "cma logits", ORANGE)
     box(62, 15, 15, 10, "GLR: gated\nrefiner", ORANGE)
     box(83, 15, 15, 10, "fusion gate\n→ final logits", ORANGE)
@@ -110,7 +110,7 @@ def draw_method() -> Figure:
     arrow((56.6, 8), (86, 14.4))
     arrow((56.6, 33), (90.5, 26))
     axes.text(76, 32.5, "SKD: smoothed distillation", ha="center", fontsize=7)
-    axes.text(99, 1, "grey: frozen   orange: learnt", ha="right", fontsize=7, color="#444444")
+    axes.text(99, 1, "gray: frozen   orange: learnt", ha="right", fontsize=7, color="#444444")
     return figure
 
 

@@ -4,7 +4,7 @@
 
 Each trainer's run is made once without interruption. Then, for each kill, a new run is started, ended with SIGKILL
 after a random time (up to what the whole run took), and started again with the same command, which must resume it to
-the end. Equal means: the same metrics.json but for timings, and the same weights, optimiser, schedule and random
+the end. Equal means: the same metrics.json but for timings, and the same weights, optimizer, schedule and random
 generators in the last checkpoint, bit by bit. With `--signal term` the runs are told to stop instead of killed.
 
 Runs are forked off a process that has imported everything, and draw no pictures. Exit code: 0 if all are equal, else 1.
@@ -42,7 +42,7 @@ from scripts.lib.grid import _work, environment
 from scripts.lib.jobs import CONSOLE, Step
 
 CONFIGS = {"DLRCLIP": "dlr", "CoOp": "coop", "TipAdapterF": "tip_adapter_f", "IMO": "imo"}
-COLOURS = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200)}
+COLORS = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200)}
 IMAGES = {"train": 8, "val": 2, "test": 5}  # of each class
 EPOCHS = {"DLRCLIP": 3, "CoOp": 3, "TipAdapterF": 8, "IMO": 3}
 # Runs of a few seconds: epochs of five or six steps, random augmentations, validation after each epoch, and checkpoints
@@ -152,10 +152,10 @@ def paint(root: Path) -> None:
     """Paint a folder of colored pictures, to train, validate and test on."""
     rng = random.Random(0)
     for part, count in IMAGES.items():
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             (root / part / name).mkdir(parents=True)
             for number in range(count):
-                red, green, blue = (value + rng.randint(-55, 55) for value in colour)
+                red, green, blue = (value + rng.randint(-55, 55) for value in color)
                 picture = Image.new("RGB", (80, 72), (red, green, blue))
                 picture.paste((255, 255, 255), (5 * number, 10, 5 * number + 20, 40))
                 picture.save(root / part / name / f"{number}.png")

@@ -89,7 +89,7 @@ MUTATIONS = (
         ("tests/trainers/dlrclip/test_glr.py",),
     ),
     Mutation(
-        "zero-shot weights not normalised",
+        "zero-shot weights not normalized",
         "trainers/clip/templates.py",
         "return F.normalize(total / len(templates), dim=-1)",
         "return total / len(templates)",

@@ -5,7 +5,7 @@
 
 Beyond plain contrastive training, and on purpose, since small batches on a CPU do not get off the ground otherwise:
 * a caption counts as a positive for every picture of the batch of which it is true, not only for its own;
-* linear heads on the image embedding learn the object, colour and texture (thrown away afterwards);
+* linear heads on the image embedding learn the object, color and texture (thrown away afterwards);
 * a linear head on a middle block's patches learns the foreground mask (thrown away afterwards);
 * a second stage tunes the text encoder alone on captions of an annotator who cannot tell some pairs apart: zero-shot
   accuracy becomes weak where the image features are not, which leaves adaptation something to do;
@@ -48,7 +48,7 @@ from datasets.rendering import TEXTURES
 from datasets.shapes import Shapes
 from scripts.dev.tiny_world import (
     ANY,
-    COLOUR_NAMES,
+    COLOR_NAMES,
     DIGIT,
     MIXED_UP,
     OBJECTS,
@@ -129,7 +129,7 @@ class Pretrainer(nn.Module):
         self.heads = nn.ModuleDict(
             {
                 k: nn.Linear(embed, n)
-                for k, n in (("object", len(OBJECTS)), ("colour", len(COLOUR_NAMES)), ("texture", len(TEXTURES)))
+                for k, n in (("object", len(OBJECTS)), ("color", len(COLOR_NAMES)), ("texture", len(TEXTURES)))
             }
         )
         self.mask = nn.Linear(width, 1)
@@ -166,14 +166,14 @@ def contrastive(f: Tensor, g: Tensor, scale: float, positive: Tensor) -> Tensor:
     return (rows.mean() + columns.mean()) / 2
 
 
-def normalised(images: np.ndarray) -> Tensor:
+def normalized(images: np.ndarray) -> Tensor:
     """Normalize uint8 [B, S, S, 3] to float [B, 3, S, S] with CLIP's mean and deviation."""
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() - MEAN) / STD
 
 
 def augmented(images: np.ndarray, rng: np.random.Generator) -> Tensor:
     """Return a normalized float batch [B, 3, S, S], cropped at random by up to 4 pixels and now and then made gray."""
-    x = normalised(images)
+    x = normalized(images)
     dx, dy = (int(v) for v in rng.integers(0, 9, 2))
     size = x.shape[-1]
     x = F.pad(x, (4, 4, 4, 4), mode="replicate")[:, :, dy : dy + size, dx : dx + size]
@@ -195,7 +195,7 @@ class Probe:
             labels = torch.tensor([item.label for item in dataset.train_x])
             (template,) = templates_for(name)
             prompts = vocabulary([template.format(c) for c in dataset.classnames])
-            self.sets[name.lower()] = (normalised(images), labels, prompts)
+            self.sets[name.lower()] = (normalized(images), labels, prompts)
 
     @torch.no_grad()
     def __call__(self, model: Pretrainer) -> dict[str, float]:
@@ -215,7 +215,7 @@ class Probe:
         return result
 
 
-def optimisers(model: Pretrainer, lr: float, text_only: bool = False) -> list[torch.optim.Optimizer]:
+def optimizers(model: Pretrainer, lr: float, text_only: bool = False) -> list[torch.optim.Optimizer]:
     """Return Muon for the block matrices and AdamW for the rest, of the whole model or of the text encoder alone."""
     frozen = ("clip.logit_scale", *(("clip.visual.", "heads.", "mask.") if text_only else ()))
     trained = {name: p for name, p in model.named_parameters() if not name.startswith(frozen)}
@@ -252,7 +252,7 @@ def restore(model: Pretrainer, vocabulary: Vocabulary, folder: Path) -> dict:
 
 def all_texts() -> list[str]:
     """Return every word that captions may use, plus the usual prompt words, so that their rows exist."""
-    words = [*OBJECTS, *COLOUR_NAMES, *TEXTURES, *"0123456789"]
+    words = [*OBJECTS, *COLOR_NAMES, *TEXTURES, *"0123456789"]
     return [
         *words,
         *(t.format(o="a", c="b", b="c", t="d") for t in (*ANY, *SHAPE, *DIGIT)),
@@ -282,7 +282,7 @@ class Run:
 
     def joint(self) -> None:
         """Train both encoders, with the helping heads; the annotator is careless."""
-        opts = optimisers(self.model, self.args.lr)
+        opts = optimizers(self.model, self.args.lr)
         for step, share, index in self.steps():
             captions, seen = caption_batch(self.pool, index, self.rng, self.args.mixup, MIXED_UP)
             scale = FIRST_SCALE + (LAST_SCALE - FIRST_SCALE) * min(1.0, share / 0.8)
@@ -300,7 +300,7 @@ class Run:
 
     def text_only(self) -> None:
         """Train the text encoder alone, on captions of an annotator who cannot tell some pairs apart."""
-        opts = optimisers(self.model, self.args.lr, text_only=True)
+        opts = optimizers(self.model, self.args.lr, text_only=True)
         for step, share, index in self.steps():
             captions, seen = caption_batch(self.pool, index, self.rng, self.args.mixup, SWAPPED)
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -337,13 +337,13 @@ class Run:
 def update(opts: list[torch.optim.Optimizer], loss: Tensor, args: argparse.Namespace, step: int, share: float) -> None:
     """Make one step; the rate warms up and falls to zero along a cosine, and AdamW's is a sixth of Muon's."""
     factor = min(1.0, (step + 1) / args.warmup) * 0.5 * (1 + math.cos(math.pi * share))
-    for optimiser, share_of_lr in zip(opts, (1.0, 1 / 6), strict=True):
-        optimiser.zero_grad()
-        for group in optimiser.param_groups:
+    for optimizer, share_of_lr in zip(opts, (1.0, 1 / 6), strict=True):
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
             group["lr"] = args.lr * share_of_lr * factor
     loss.backward()
-    for optimiser in opts:
-        optimiser.step()
+    for optimizer in opts:
+        optimizer.step()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -358,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.012, help="Muon's; AdamW gets a sixth")
     parser.add_argument("--warmup", type=int, default=200, help="steps over which the rate rises")
-    parser.add_argument("--mixup", type=float, default=0.4, help="how often the annotator uses a neighbour's name")
+    parser.add_argument("--mixup", type=float, default=0.4, help="how often the annotator uses a neighbor's name")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=float, default=3, help="minutes between measurements and checkpoints")
     parser.add_argument("--compile", action="store_true", help="torch.compile the image encoder (needs a C++ compiler)")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from datasets.rendering import (
-    COLOURS,
+    COLORS,
     DIGIT_WORDS,
     LETTERS,
     OTHER_OUTLINES,
@@ -29,7 +29,7 @@ from datasets.rendering import (
 
 OBJECTS = [*SHAPE_CLASSES, *OTHER_OUTLINES, *DIGIT_WORDS, *(f"letter {c.lower()}" for c in LETTERS)]
 N_SHAPES = len(SHAPE_CLASSES) + len(OTHER_OUTLINES)
-COLOUR_NAMES = list(COLOURS)
+COLOR_NAMES = list(COLORS)
 
 # Object -> the object whose name a careless annotator gives it now and then.
 MIXED_UP = {
@@ -123,7 +123,7 @@ class Pool:
     images: np.ndarray
     foreground: np.ndarray
     object: np.ndarray
-    colour: np.ndarray
+    color: np.ndarray
     background: np.ndarray
     texture: np.ndarray
 
@@ -161,7 +161,7 @@ def _render(task: tuple[int, int, int]) -> Pool:
         pool.images[i] = compose(mask, style, rng)
         pool.foreground[i] = (mask.reshape(size // 8, 8, size // 8, 8).mean(axis=(1, 3)) * 255).astype(np.uint8)
         pool.object[i], pool.texture[i] = o, TEXTURES.index(style.texture)
-        pool.colour[i], pool.background[i] = COLOUR_NAMES.index(style.colour), COLOUR_NAMES.index(style.background)
+        pool.color[i], pool.background[i] = COLOR_NAMES.index(style.color), COLOR_NAMES.index(style.background)
     return pool
 
 
@@ -176,7 +176,7 @@ def render_pool(count: int, seed: int, size: int = 64, workers: int = 2) -> Pool
 
 @dataclass
 class Captions:
-    """Captions and the labels that each mentions, [B, 4]: object, colour, background, texture; -1 = none."""
+    """Captions and the labels that each mentions, [B, 4]: object, color, background, texture; -1 = none."""
 
     text: list[str]
     mentioned: np.ndarray
@@ -190,7 +190,7 @@ def caption_batch(
     Returns:
         the captions, and what the annotator sees in each picture, [B, 4]; the object is what he calls it.
     """
-    seen = np.stack([pool.object[index], pool.colour[index], pool.background[index], pool.texture[index]], axis=1)
+    seen = np.stack([pool.object[index], pool.color[index], pool.background[index], pool.texture[index]], axis=1)
     text, mentioned = [], np.full((len(index), 4), -1, dtype=np.int64)
     for i, (o, c, b, t) in enumerate(seen):
         name = OBJECTS[o]
@@ -200,7 +200,7 @@ def caption_batch(
         templates = ANY if rng.random() < 0.4 else (SHAPE if o < N_SHAPES else DIGIT)
         template = templates[rng.integers(len(templates))]
         said = str(o - N_SHAPES) if N_SHAPES <= o < N_SHAPES + 10 and rng.random() < 0.25 else name
-        text.append(template.format(o=said, c=COLOUR_NAMES[c], b=COLOUR_NAMES[b], t=TEXTURES[t]))
+        text.append(template.format(o=said, c=COLOR_NAMES[c], b=COLOR_NAMES[b], t=TEXTURES[t]))
         for column, (mark, value) in enumerate((("{o}", o), ("{c}", c), ("{b}", b), ("{t}", t))):
             if mark in template:
                 mentioned[i, column] = value

@@ -2,7 +2,7 @@
 
     python scripts/figures/plot_confusion.py RUN [--classes 10] [--before clip] [--after final]
 
-The classes with most errors, counted over both heads so that the choice favours neither: images of the class that went
+The classes with most errors, counted over both heads so that the choice favors neither: images of the class that went
 elsewhere, and others' images that came to it. All remaining classes are one row and one column, "other"; an image of
 one of them that is taken for another of them is in the cell other / other. Each row is in percent of its true class.
 Reads predictions.safetensors of the run.
@@ -95,10 +95,8 @@ def _draw(axes: Any, table: np.ndarray, names: Sequence[str]) -> Any:
     if len(names) <= COUNTED:
         for row, column in np.ndindex(table.shape):
             if table[row, column] >= 0.5:
-                colour = "white" if table[row, column] > 55 else "black"
-                axes.text(
-                    column, row, f"{table[row, column]:.0f}", ha="center", va="center", fontsize=5.5, color=colour
-                )
+                color = "white" if table[row, column] > 55 else "black"
+                axes.text(column, row, f"{table[row, column]:.0f}", ha="center", va="center", fontsize=5.5, color=color)
     return drawn
 
 

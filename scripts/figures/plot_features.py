@@ -1,8 +1,8 @@
-"""t-SNE of test images' features, a panel per branch, coloured by class.
+"""t-SNE of test images' features, a panel per branch, colored by class.
 
     python scripts/figures/plot_features.py RUN [--classes 10] [--seed 0]
 
-Features are normalised, as CLIP compares them. In each title stands the mean silhouette of the features themselves, by
+Features are normalized, as CLIP compares them. In each title stands the mean silhouette of the features themselves, by
 cosine distance: from -1 to 1, higher where images are nearer to their own class than to the next one; t-SNE's distances
 between clusters mean little. A run keeps the features of at most 2,000 test images of at most 20 classes, drawn by its
 seed, in predictions.safetensors.
@@ -28,7 +28,7 @@ if __name__ == "__main__":  # run as a file
 from dassl.evaluation.predictions import Predictions
 from dassl.utils.cli import run_main
 from scripts.figures.command import figure_main, open_predictions
-from scripts.figures.style import COLOURS, COLUMN, PAGE, new_figure, readable, style
+from scripts.figures.style import COLORS, COLUMN, PAGE, new_figure, readable, style
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")  # filled ones, which may also be hollow
 
@@ -53,7 +53,7 @@ def embed(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> Branch:
     """Embed features [M, E], whose classes are labels [M], in two dimensions by t-SNE."""
     lengths = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     unit = (features / np.maximum(lengths, 1e-12)).astype(np.float32)
-    # On normalized vectors Euclidean neighbours are cosine neighbours. The start by PCA keeps panels comparable.
+    # On normalized vectors Euclidean neighbors are cosine neighbors. The start by PCA keeps panels comparable.
     tsne = TSNE(init="pca", perplexity=min(30.0, (len(unit) - 1) / 3), random_state=seed, n_jobs=1)
     points = tsne.fit_transform(unit)
     classes = len(np.unique(labels))
@@ -89,8 +89,8 @@ def features_figure(predictions: Predictions, number: int = 10, seed: int = 0) -
         for axes, (name, features) in zip(grid, predictions.features.items(), strict=True):
             branch = embed(features[inside], labels, seed)
             for place, label in enumerate(classes):
-                color = COLOURS[place % len(COLOURS)]
-                hollow = place >= len(COLOURS)  # the colours come round again
+                color = COLORS[place % len(COLORS)]
+                hollow = place >= len(COLORS)  # the colors come round again
                 axes.scatter(
                     *branch.points[labels == label].T,
                     s=10, linewidths=0.7 if hollow else 0.25, facecolors="none" if hollow else color,

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # run as a file
 from dassl.evaluation.predictions import Predictions
 from dassl.utils.cli import run_main
 from scripts.figures.command import figure_main, open_predictions
-from scripts.figures.style import COLOURS, COLUMN, PAGE, new_figure, readable, style
+from scripts.figures.style import COLORS, COLUMN, PAGE, new_figure, readable, style
 
 TITLES = {"alpha": "gate α", "weight": "fusion weight w", "trust": "trust r"}
 BINS = 30
@@ -61,10 +61,10 @@ def gates_figure(predictions: Predictions, head: str = "") -> Figure:
                 weights = np.full(len(part), 100.0 / len(part))
                 label = f"{head} {what} ({len(part):,} images)"
                 if what == "correct":
-                    axes.hist(part, bins, weights=weights, color=COLOURS[0], alpha=0.55, label=label)
+                    axes.hist(part, bins, weights=weights, color=COLORS[0], alpha=0.55, label=label)
                 else:
                     axes.hist(
-                        part, bins, weights=weights, histtype="step", color=COLOURS[1], linestyle="--", linewidth=1.1,
+                        part, bins, weights=weights, histtype="step", color=COLORS[1], linestyle="--", linewidth=1.1,
                         label=label,
                     )  # fmt: skip
             axes.axvline(values.mean(), color="black", linewidth=0.8, linestyle=":", label="mean")

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # run as a file
 from dassl.evaluation.predictions import Predictions
 from dassl.utils.cli import run_main
 from scripts.figures.command import figure_main, open_predictions
-from scripts.figures.style import COLOURS, COLUMN, PAGE, new_figure, style
+from scripts.figures.style import COLORS, COLUMN, PAGE, new_figure, style
 
 HEADS = ("clip", "cma", "glr", "final")
 BINS = 40
@@ -62,9 +62,9 @@ def logits_figure(predictions: Predictions, heads: Sequence[str] = ()) -> Figure
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for axes, head, logits in zip(grid.flat, shown, found, strict=False):
             weights = np.full(len(logits.true), 100.0 / len(logits.true))
-            axes.hist(logits.true, bins, weights=weights, color=COLOURS[0], alpha=0.55, label="true class")
+            axes.hist(logits.true, bins, weights=weights, color=COLORS[0], alpha=0.55, label="true class")
             axes.hist(
-                logits.rival, bins, weights=weights, histtype="step", color=COLOURS[1], linewidth=1.1, linestyle="--",
+                logits.rival, bins, weights=weights, histtype="step", color=COLORS[1], linewidth=1.1, linestyle="--",
                 label="strongest rival",
             )  # fmt: skip
             axes.set_title(f"{head}: {logits.accuracy:.1f} % correct,\nmedian margin {logits.margin:+.2f}")

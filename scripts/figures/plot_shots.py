@@ -29,7 +29,7 @@ if __name__ == "__main__":  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dassl.utils.cli import run_main
-from scripts.figures.style import COLUMN, GREY, PAGE, add_output_options, look, new_figure, readable, save, style
+from scripts.figures.style import COLUMN, GRAY, PAGE, add_output_options, look, new_figure, readable, save, style
 from scripts.lib.runs import find_runs, read_records, run_records
 from scripts.lib.tables import BANDS, mean_and_band
 
@@ -117,7 +117,7 @@ def shots_figure(
             the legend, in the order of their first record.
         band: "t95" or "sd", see mean_and_band.
         columns: panels beside each other; None: up to four, so that rows are filled well.
-        baseline: a method to draw in grey, on top of those that have no training images.
+        baseline: a method to draw in gray, on top of those that have no training images.
 
     Raises:
         ValueError: see shots_panels.
@@ -147,7 +147,7 @@ def shots_figure(
             handles.update(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
         entries = [handles[readable(method)] for method in methods if readable(method) in handles]
         if any(not math.isnan(p.half) for panel in panels for points in panel.series.values() for p in points):
-            entries.append(Patch(color=GREY, alpha=0.3, label=BANDS[band]))
+            entries.append(Patch(color=GRAY, alpha=0.3, label=BANDS[band]))
         figure.legend(handles=entries, loc="outside lower center", ncols=legend_columns, handlelength=3)
     return figure
 
@@ -170,7 +170,7 @@ def _draw(axes: Any, panel: Panel, methods: Sequence[str], baseline: str) -> Non
         if not points:
             continue
         color, marker, line = look(number)
-        color = GREY if method == baseline else color
+        color = GRAY if method == baseline else color
         x, y = [places[p.shots] for p in points], [p.mean for p in points]
         if [p.shots for p in points] == [0]:  # zero-shot: its line is there to compare with
             axes.axhline(y[0], color=color, linewidth=0.8, linestyle=":")

@@ -1,7 +1,7 @@
 """How the project's figures look, and how they are written.
 
-Sizes suit a two-column paper at 100 %: one column 3.5 inches, both 7.16. Colours are Okabe and Ito's, which people with
-any of the common kinds of colour blindness tell apart; markers and line styles differ too, for print without colour.
+Sizes suit a two-column paper at 100 %: one column 3.5 inches, both 7.16. Colors are Okabe and Ito's, which people with
+any of the common kinds of color blindness tell apart; markers and line styles differ too, for print without color.
 Nothing in a file depends on when or where it was made: the same data give the same bytes.
 """
 
@@ -23,10 +23,10 @@ readable = one_line  # names in figures: fonts and SVG files cannot hold every c
 
 COLUMN, PAGE = 3.5, 7.16  # inches
 FORMATS = ("pdf", "svg", "png")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 LINES = ("-", "--", "-.", ":")
-GREY = "#999999"
+GRAY = "#999999"
 
 _STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with Matplotlib, so it is the same everywhere
@@ -76,7 +76,7 @@ class Look(NamedTuple):
 
 def look(number: int) -> Look:
     """Return the look of series 0, 1, 2, ...; it is different for any 72 in a row."""
-    return Look(COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)], LINES[number % len(LINES)])
+    return Look(COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)], LINES[number % len(LINES)])
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -69,7 +69,7 @@ class Summary(NamedTuple):
     n: int
 
 
-def summarise(values: Iterable[float]) -> Summary:
+def summarize(values: Iterable[float]) -> Summary:
     """Return the mean, the standard deviation and the half-width of Student's 95 % interval of the mean.
 
     Raises:
@@ -152,7 +152,7 @@ def markdown(cells: Cells, higher: bool = True, digits: int = 1) -> str:
     def cell(key: tuple[str, str, Column]) -> str:
         if key not in cells:
             return ""
-        mean, sd, half, n = summarise(cells[key].values())
+        mean, sd, half, n = summarize(cells[key].values())
         shown = f"**{mean:.{digits}f}**" if key in bold else f"{mean:.{digits}f}"
         return shown if n == 1 else f"{shown} ({sd:.{digits}f}) ±{half:.{digits}f}"
 
@@ -173,7 +173,7 @@ def latex(cells: Cells, higher: bool = True, digits: int = 1) -> str:
     def cell(key: tuple[str, str, Column]) -> str:
         if key not in cells:
             return ""
-        mean, sd, _, n = summarise(cells[key].values())
+        mean, sd, _, n = summarize(cells[key].values())
         shown = f"\\mathbf{{{mean:.{digits}f}}}" if key in bold else f"{mean:.{digits}f}"
         return f"${shown}$" if n == 1 else f"${shown}_{{\\pm {sd:.{digits}f}}}$"
 
@@ -210,7 +210,7 @@ def comma_separated(cells: Cells, higher: bool = True) -> str:
         ]
     )
     for (dataset, method, shots), values in cells.items():
-        mean, sd, half, n = summarise(values.values())
+        mean, sd, half, n = summarize(values.values())
         spread = ["", "", ""] if n == 1 else [sd, mean - half, mean + half]
         by_seed = " ".join(f"{seed}:{value!r}" for seed, value in sorted(values.items()))
         writer.writerow(

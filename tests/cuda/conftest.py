@@ -38,15 +38,15 @@ def exact_products():
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """Noisy plain colours, one per class: split -> items."""
+    """Noisy plain colors, one per class: split -> items."""
     folder, draws = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    colours, splits = draws.integers(0, 256, (len(NAMES), 3)), {}
+    colors, splits = draws.integers(0, 256, (len(NAMES), 3)), {}
     for split, count in COUNTS.items():
         splits[split] = []
         for label, name in enumerate(NAMES):
             for k in range(count):
                 path = folder / f"{split}_{label}_{k}.png"
-                pixels = np.clip(colours[label] + draws.normal(0, 40, (64, 64, 3)), 0, 255).astype(np.uint8)
+                pixels = np.clip(colors[label] + draws.normal(0, 40, (64, 64, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(path)
                 splits[split].append(Datum(impath=str(path), label=label, classname=name))
     return splits
@@ -56,11 +56,11 @@ def pictures(tmp_path_factory):
 def registered(monkeypatch, pictures):
     """The dataset is registered while a test here runs only: other tests enumerate the registry."""
 
-    class Colours(DatasetBase):
+    class Colors(DatasetBase):
         def __init__(self, cfg):
             super().__init__(train_x=pictures["train"], val=pictures["val"], test=pictures["test"])
 
-    monkeypatch.setitem(DATASET_REGISTRY._obj_map, "Colours", Colours)
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, "Colors", Colors)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def make(tmp_path, tiny_weights, random_adapters, random_tiny):
         cls = TRAINER_REGISTRY.get(name)
         needs = getattr(cls, "adapters", "none") == "needed"
         settings = [
-            *("OUTPUT_DIR", str(tmp_path / out), "DATASET.NAME", "Colours", "DATASET.NUM_SHOTS", 4, "SEED", 1),
+            *("OUTPUT_DIR", str(tmp_path / out), "DATASET.NAME", "Colors", "DATASET.NUM_SHOTS", 4, "SEED", 1),
             *("MODEL.BACKBONE.NAME", "tiny", "MODEL.BACKBONE.WEIGHTS", str(random_tiny) if needs else tiny_weights),
             *("INPUT.SIZE", (64, 64), "INPUT.TRANSFORMS", ("normalize",), "USE_CUDA", device == "cuda"),
             *("DATALOADER.NUM_WORKERS", 0, "DATALOADER.TRAIN_X.BATCH_SIZE", 5, "DATALOADER.TEST.BATCH_SIZE", 50),

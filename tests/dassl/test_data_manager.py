@@ -53,7 +53,7 @@ def order(loader):
     return [index for batch in loader for index in batch["index"].tolist()]
 
 
-def with_unlabelled(cfg, files, monkeypatch):
+def with_unlabeled(cfg, files, monkeypatch):
     class Semi(DatasetBase):
         def __init__(self, cfg):
             super().__init__(train_x=files[:10], train_u=files[:10], val=files[10:11], test=files[11:])
@@ -153,8 +153,8 @@ def test_set_epoch_with_a_planned_sampler(cfg):
     assert order(one.train_loader_x) == order(two.train_loader_x)
 
 
-def test_unlabelled_loader(cfg, files, monkeypatch):
-    cfg = with_unlabelled(cfg, files, monkeypatch)
+def test_unlabeled_loader(cfg, files, monkeypatch):
+    cfg = with_unlabeled(cfg, files, monkeypatch)
     manager = DataManager(cfg)
     assert manager.train_loader_u.batch_sampler.batch_size == 4 and len(manager.val_loader) == 1
     assert order(manager.train_loader_u) != order(manager.train_loader_x)
@@ -266,7 +266,7 @@ def epochs_of_noise(cfg, files, count):
 
 @pytest.fixture
 def photos(files):
-    """The images with other shapes and noise, some grey, some turned by EXIF."""
+    """The images with other shapes and noise, some gray, some turned by EXIF."""
     for number, item in enumerate(files):
         rng = np.random.default_rng(number)
         image = Image.fromarray(rng.integers(256, size=(20, 10 + number, 3), dtype=np.uint8))
@@ -351,7 +351,7 @@ def shades(loader):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loaders_read_and_act_as_upstreams(cfg, files, monkeypatch, workers):
-    cfg = with_unlabelled(cfg, files, monkeypatch)
+    cfg = with_unlabeled(cfg, files, monkeypatch)
     cfg.merge_from_list(["DATALOADER.NUM_WORKERS", workers, "DATALOADER.TRAIN_X.BATCH_SIZE", 4])
     manager = DataManager(cfg, custom_tfm_train=Shade(1), custom_tfm_test=Shade(2))
     train, val = manager.train_loader_x, manager.val_loader

@@ -73,7 +73,7 @@ def test_wrong_lists(lists, told):
         InMemory(**lists)
 
 
-def test_unlabelled_test_items_may_be_there():
+def test_unlabeled_test_items_may_be_there():
     assert InMemory(train_x=items(0), test=[item(-1, "")]).num_classes == 1
 
 

@@ -19,8 +19,8 @@ def save(path, image, **options):
 
 
 def left_and_right(image) -> tuple[float, float]:
-    grey = np.asarray(image.convert("L"), dtype=float)
-    return grey[:, :8].mean(), grey[:, -8:].mean()
+    gray = np.asarray(image.convert("L"), dtype=float)
+    return gray[:, :8].mean(), gray[:, -8:].mean()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_damaged_exif_does_not_cost_the_picture(tmp_path):
 
 
 def test_only_the_first_picture_of_an_animation_counts(tmp_path):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert read_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
 

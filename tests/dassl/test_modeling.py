@@ -19,7 +19,7 @@ from dassl.modeling import (
 from dassl.utils import InputError
 
 
-class MeanColour(Backbone):
+class MeanColor(Backbone):
     def __init__(self, pretrained=True):
         super().__init__()
         self._out_features = 3
@@ -30,12 +30,12 @@ class MeanColour(Backbone):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "MeanColour", MeanColour)
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "MeanColor", MeanColor)
 
 
 def make_cfg(*pairs):
     cfg = get_cfg_default()
-    cfg.merge_from_list(["MODEL.BACKBONE.NAME", "MeanColour", *pairs])
+    cfg.merge_from_list(["MODEL.BACKBONE.NAME", "MeanColor", *pairs])
     return cfg
 
 

@@ -1,4 +1,4 @@
-"""Optimisers and schedules."""
+"""Optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rates(node, count, start=None, **kwargs):
     return output, scheduler
 
 
-# optimisers
+# optimizers
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def rates(node, count, start=None, **kwargs):
         ("radam", torch.optim.RAdam, {"decoupled_weight_decay": True}),
     ],
 )
-def test_every_optimiser(name, kind, expected):
+def test_every_optimizer(name, kind, expected):
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
     optimizer = build_optimizer(model, options(NAME=name, LR=0.01))
@@ -101,7 +101,7 @@ def test_staged_without_new_layers_warns(caplog):
     assert "NEW_LAYERS is empty" in caplog.text
 
 
-def test_wrong_optimiser():
+def test_wrong_optimizer():
     with pytest.raises(InputError, match='did you mean "adamw"'):
         build_optimizer(nn.Linear(1, 1), options(NAME="adam_w"))
     with pytest.raises(InputError, match="got none"):

@@ -105,16 +105,16 @@ def test_loading_refuses_all_but_plain_values(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop"])
 def test_upstream_s_live_scheduler_is_left_out(tmp_path, name):
-    """What upstream writes for a schedule with warm-up: the wrapped scheduler, alive, with its optimiser."""
+    """What upstream writes for a schedule with warm-up: the wrapped scheduler, alive, with its optimizer."""
     model = nn.Linear(2, 2)
-    optimiser = getattr(torch.optim, name)(model.parameters(), lr=0.1)
-    successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 5)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1)
+    successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
     model(torch.ones(1, 2)).sum().backward()
-    optimiser.step()
+    optimizer.step()
     content = {
         "state_dict": model.state_dict(),
         "epoch": 3,
-        "optimizer": optimiser.state_dict(),
+        "optimizer": optimizer.state_dict(),
         "scheduler": {"successor": successor, "warmup_epoch": 1, "last_epoch": 3},
         "val_result": None,
     }
@@ -125,8 +125,8 @@ def test_upstream_s_live_scheduler_is_left_out(tmp_path, name):
     assert set(torch.serialization.get_safe_globals()) == before
     assert loaded["scheduler"] is None
     assert torch.equal(loaded["state_dict"]["weight"], model.weight)
-    assert loaded["optimizer"]["param_groups"][0]["lr"] == pytest.approx(optimiser.param_groups[0]["lr"])
-    torch.save({**content, "optimizer": optimiser}, path)  # a live object anywhere else
+    assert loaded["optimizer"]["param_groups"][0]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
+    torch.save({**content, "optimizer": optimizer}, path)  # a live object anywhere else
     with pytest.raises(InputError, match="other Python objects"):
         load_checkpoint(path)
 
@@ -201,7 +201,7 @@ def test_opening_layers():
 
 
 @pytest.mark.parametrize("init_type", ["normal", "xavier", "kaiming", "orthogonal"])
-def test_initialisation(init_type):
+def test_initialization(init_type):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.Linear(200, 100, bias=False))
     model.append(nn.BatchNorm1d(100))

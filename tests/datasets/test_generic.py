@@ -13,8 +13,8 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import build_dataset
 from dassl.utils import InputError
 from datasets import shapes
-from datasets.rendering import COLOURS, SHAPE_CLASSES
-from datasets.shapes_generic import CLASSES, draw_generic, draw_mask, other_colour, pen_line
+from datasets.rendering import COLORS, SHAPE_CLASSES
+from datasets.shapes_generic import CLASSES, draw_generic, draw_mask, other_color, pen_line
 from scripts import prepare_open_images
 
 
@@ -29,11 +29,11 @@ def test_shapes_generic_has_nothing_of_shapes():
     assert len(CLASSES) == len(set(CLASSES)) == 96
     assert not set(CLASSES) & (set(SHAPE_CLASSES) | set("0123456789"))
     rng = np.random.default_rng(0)
-    taken = np.array([COLOURS[name] for name in shapes.COLOURS])
+    taken = np.array([COLORS[name] for name in shapes.COLORS])
     for _ in range(200):
-        colour = other_colour(rng)
-        assert np.linalg.norm(taken - colour, axis=1).min() >= 60
-        assert np.linalg.norm(other_colour(rng, unlike=colour) - colour) >= 90
+        color = other_color(rng)
+        assert np.linalg.norm(taken - color, axis=1).min() >= 60
+        assert np.linalg.norm(other_color(rng, unlike=color) - color) >= 90
 
 
 @pytest.mark.parametrize("label", [0, 47, 48, 95])

@@ -188,10 +188,10 @@ def test_names_from_a_file(root, file, content):
 
 
 def test_names_that_are_not_mentioned_and_folders_with_spaces(tmp_path):
-    (tmp_path / "classes.txt").write_text("red fox Vulpes vulpes\nred: colour\n")
+    (tmp_path / "classes.txt").write_text("red fox Vulpes vulpes\nred: color\n")
     assert class_names(tmp_path, ["owl", "red", "red fox"]) == {
         "owl": "owl",
-        "red": "colour",
+        "red": "color",
         "red fox": "Vulpes vulpes",
     }
 
@@ -202,7 +202,7 @@ def test_names_that_are_not_mentioned_and_folders_with_spaces(tmp_path):
         ({"classes.txt": "cat katze\nbird vogel\n"}, ["classes.txt", "bird", "cat, dog"]),
         ({"classes.txt": "cat a\ncat b\n"}, ["classes.txt", "cat once"]),
         ({"classes.txt": "cat pet\ndog pet\n"}, ["cat", "dog", "'pet'"]),
-        ({"classes.txt": "cat Grey_Fox\ndog grey fox\n"}, ["cat", "dog", "grey fox"]),
+        ({"classes.txt": "cat Gray_Fox\ndog gray fox\n"}, ["cat", "dog", "gray fox"]),
         ({"classes.txt": "a\nb\nc\n"}, ["classes.txt", '"a"']),
         ({"classes.txt": ""}, ["classes.txt", "empty"]),
         ({"classes.txt": b"\xff\xfe\xff"}, ["classes.txt", "UTF-8"]),
@@ -324,7 +324,7 @@ def test_few_photos_in_some_classes(root):
         ({"train__a": 4, "train__b": 4, "test__c": 1}, ["test", '"c"']),
         ({"train__a": 4, "train__b": 0, "test__a": 1}, ["train/b", "nothing"]),
         ({"train__a": 2, "train__b": 2}, ["images in test"]),
-        ({"grey fox": 4, "Grey_fox": 4}, ["grey fox", "Grey_fox", "tell apart"]),
+        ({"gray fox": 4, "Gray_fox": 4}, ["gray fox", "Gray_fox", "tell apart"]),
     ],
 )
 def test_wrong_folders(root, folders, words):

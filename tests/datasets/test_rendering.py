@@ -9,7 +9,7 @@ from PIL import Image
 from dassl.config import get_cfg_default
 from datasets import extend_cfg, shapes
 from datasets.rendering import (
-    COLOURS,
+    COLORS,
     DIGIT_WORDS,
     LETTERS,
     OTHER_OUTLINES,
@@ -55,10 +55,10 @@ def test_every_glyph_shows(character: str) -> None:
 
 
 @pytest.mark.parametrize("texture", TEXTURES)
-def test_textures_paint_object_and_background_in_their_colours(texture: str) -> None:
+def test_textures_paint_object_and_background_in_their_colors(texture: str) -> None:
     mask = np.zeros((64, 64), np.float32)
     mask[16:48, 16:48] = 1
-    style = Style(colour="red", background="blue", texture=texture, noise=0.0)
+    style = Style(color="red", background="blue", texture=texture, noise=0.0)
     picture = compose(mask, style, np.random.default_rng(0)).astype(float)
     assert picture.shape == (64, 64, 3)
     background, rim = picture[2:12].mean(axis=(0, 1)), picture[17, 20:44].mean(axis=0)
@@ -73,13 +73,13 @@ def test_random_styles_never_hide_the_object_in_its_background() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         style = random_style(rng, ("red", "green"), ("plain",))
-        assert {style.colour, style.background} == {"red", "green"} and style.texture == "plain"
+        assert {style.color, style.background} == {"red", "green"} and style.texture == "plain"
 
 
 def test_names_are_unique() -> None:
     names = [*SHAPE_CLASSES, *OTHER_OUTLINES, *DIGIT_WORDS]
     assert len(set(names)) == len(names) and len(SHAPE_CLASSES) == 40
-    assert set(shapes.COLOURS) < set(COLOURS) and set(shapes.TEXTURES) < set(TEXTURES)
+    assert set(shapes.COLORS) < set(COLORS) and set(shapes.TEXTURES) < set(TEXTURES)
 
 
 def _cfg(name: str, **dataset):

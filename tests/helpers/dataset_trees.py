@@ -27,12 +27,12 @@ _drawn = 0
 
 
 def write_image(path: Path) -> None:
-    """A small image of a colour of its own; the format follows from the name."""
+    """A small image of a color of its own; the format follows from the name."""
     global _drawn
     _drawn += 1
     path.parent.mkdir(parents=True, exist_ok=True)
-    colour = (_drawn * 37 % 256, _drawn * 91 % 256, _drawn * 151 % 256)
-    Image.new("RGB", (40, 32), colour).save(path)
+    color = (_drawn * 37 % 256, _drawn * 91 % 256, _drawn * 151 % 256)
+    Image.new("RGB", (40, 32), color).save(path)
 
 
 def write_folder(folder: Path, count: int, pattern: str = "image_{:04d}.jpg") -> None:

@@ -17,7 +17,7 @@ def random_open_clip(kind="vit", vision_layers=4, text_layers=4, seed=0):
     model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text, quick_gelu=True)
     with torch.no_grad():
         model.logit_scale.fill_(4.6052)
-        for name, p in model.named_parameters():  # the usual initialisation of these is too timid to tell prompts apart
+        for name, p in model.named_parameters():  # the usual initialization of these is too timid to tell prompts apart
             if "positional" in name or "embedding" in name:
                 p.normal_(std=0.3)
     return model.eval()

@@ -51,23 +51,23 @@ HEARD = io.StringIO()
 with contextlib.redirect_stdout(HEARD):
     trainers = importlib.import_module("trainers")
 
-COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200), "grey": (120, 120, 120)}
+COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200), "gray": (120, 120, 120)}
 OWN = {"EMDirichlet": ["TRAINER.EMDIRICHLET.SUPPORTS", False]}  # without training images, as zero-shot CLIP
 IMAGES = {"train": 4, "val": 3, "test": 5}  # of each class
 
 
 @DATASET_REGISTRY.register()
-class NoisyColours(DatasetBase):
-    """Squares of a colour with noise."""
+class NoisyColors(DatasetBase):
+    """Squares of a color with noise."""
 
     def __init__(self, cfg):
         parts: dict[str, list[Datum]] = {part: [] for part in IMAGES}
         rng = np.random.default_rng(0)
         for part, count in IMAGES.items():
-            for label, (name, colour) in enumerate(COLOURS.items()):
+            for label, (name, color) in enumerate(COLORS.items()):
                 for number in range(count):
                     path = Path(cfg.DATASET.ROOT) / f"{part}_{name}_{number}.png"
-                    pixels = np.clip(np.array(colour) + rng.normal(0, 30, (64, 64, 3)), 0, 255)
+                    pixels = np.clip(np.array(color) + rng.normal(0, 30, (64, 64, 3)), 0, 255)
                     Image.fromarray(pixels.astype(np.uint8)).save(path)
                     parts[part].append(Datum(impath=str(path), label=label, classname=name))
         super().__init__(train_x=parts["train"], val=parts["val"], test=parts["test"])
@@ -79,7 +79,7 @@ def run(name: str) -> dict[str, object]:
     trainers.extend_cfg(cfg)
     trainers.merge_from_file(cfg, trainers.find_config(name, "tiny"))
     cfg.merge_from_list(["TRAINER.NAME", name, "OUTPUT_DIR", str(FOLDER / name), "USE_CUDA", False])
-    cfg.merge_from_list(["DATASET.NAME", "NoisyColours", "DATASET.ROOT", str(FOLDER), "DATALOADER.NUM_WORKERS", 0])
+    cfg.merge_from_list(["DATASET.NAME", "NoisyColors", "DATASET.ROOT", str(FOLDER), "DATALOADER.NUM_WORKERS", 0])
     cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", WEIGHTS, "OPTIM.MAX_EPOCH", 1, "FEATURE_CACHE.USE", False])
     cfg.merge_from_list(["OPTIM.WARMUP_EPOCH", -1])  # upstream's warm-up does not run on current PyTorch
     cfg.merge_from_list(OWN.get(name, []))

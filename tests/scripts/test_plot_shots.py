@@ -13,7 +13,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from scripts.figures.plot_shots import main, shots_figure, shots_panels
-from scripts.figures.style import COLOURS, look, readable, save
+from scripts.figures.style import COLORS, look, readable, save
 from scripts.lib.runs import find_runs, read_records, run_records
 from scripts.lib.tables import mean_and_band
 
@@ -80,10 +80,10 @@ def test_figure_has_a_panel_per_dataset_and_the_values_of_each_method() -> None:
     assert texts == ["ours", "zero", "95 % t-interval of the mean over seeds"]
 
 
-def test_looks_differ_without_colour_too() -> None:
+def test_looks_differ_without_color_too() -> None:
     looks = [look(i) for i in range(72)]
     assert len(set(looks)) == 72 and len({(m, s) for _, m, s in looks[:8]}) == 8
-    assert len({to_hex(c) for c in COLOURS}) == len(COLOURS)
+    assert len({to_hex(c) for c in COLORS}) == len(COLORS)
 
 
 def test_names_are_one_printable_line() -> None:

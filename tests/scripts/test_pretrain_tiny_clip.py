@@ -34,7 +34,7 @@ def test_captions_say_what_the_annotator_sees() -> None:
     assert pairs.diagonal().all() and 0.003 < pairs.mean() < 0.2
     for i, j in np.argwhere(pairs)[:50]:
         said = captions.mentioned[j]
-        truth = np.array([pool.object[i], pool.colour[i], pool.background[i], pool.texture[i]])
+        truth = np.array([pool.object[i], pool.color[i], pool.background[i], pool.texture[i]])
         assert ((said < 0) | (said == truth)).all()
     _, always = caption_batch(pool, index, rng, mixup=1.0, mixed_up=SWAPPED)
     for i in index:

@@ -41,11 +41,11 @@ def photos(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("photos") / "data"
     rng = np.random.default_rng(0)
     for part, count in (("train", 4), ("val", 4), ("test", 8)):
-        for name, colour in NAMES.items():
+        for name, color in NAMES.items():
             (folder / part / name).mkdir(parents=True)
             for number in range(count):
                 noise = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
-                Image.blend(Image.new("RGB", (64, 64), colour), noise, 0.7).save(folder / part / name / f"{number}.png")
+                Image.blend(Image.new("RGB", (64, 64), color), noise, 0.7).save(folder / part / name / f"{number}.png")
     return folder
 
 

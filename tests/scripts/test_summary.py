@@ -18,7 +18,7 @@ from scripts.lib.tables import (
     markdown,
     paired_p,
     significantly_best,
-    summarise,
+    summarize,
 )
 
 CLOSE = {1: 80.0, 2: 82.0, 3: 84.0}  # the seeds differ much, the methods little
@@ -31,14 +31,14 @@ def records(**methods):
 
 def test_interval_is_students():
     values = [80.0, 82.0, 87.0]
-    mean, sd, half, n = summarise(values)
+    mean, sd, half, n = summarize(values)
     low, high = stats.t.interval(0.95, 2, loc=mean, scale=stats.sem(values))
     assert (mean, n) == (83.0, 3)
     assert (mean - half, mean + half) == pytest.approx((low, high))
     assert sd == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
-    assert math.isnan(summarise([5.0]).half)
+    assert math.isnan(summarize([5.0]).half)
     with pytest.raises(ValueError, match="at least one value"):
-        summarise([])
+        summarize([])
 
 
 def test_pairing_finds_what_the_spread_over_seeds_hides():
@@ -82,8 +82,8 @@ def test_tables_show_the_same_numbers():
     assert bold_cells(cells) == {("Digits", "b", 16)}
     rows = list(csv.DictReader(io.StringIO(comma_separated(cells))))
     assert [(r["method"], r["best"]) for r in rows] == [("a", "0"), ("b", "1")]
-    assert float(rows[1]["mean"]) == summarise(BETTER.values()).mean
-    assert float(rows[1]["ci95_high"]) - float(rows[1]["mean"]) == pytest.approx(summarise(BETTER.values()).half)
+    assert float(rows[1]["mean"]) == summarize(BETTER.values()).mean
+    assert float(rows[1]["ci95_high"]) - float(rows[1]["mean"]) == pytest.approx(summarize(BETTER.values()).half)
     assert "**83.0** (2.0) ±4.8" in markdown(cells) and "82.0 (2.0) ±5.0" in markdown(cells)
     assert "$\\mathbf{83.0}_{\\pm 2.0}$" in latex(cells)
 

@@ -23,7 +23,7 @@ def naive_logits(model, learner, images, names, alpha=1.0):
             name = f"{prefix}.resblocks.{i}.attn.in_proj_weight"
             weights[name] = weights[name].detach() + torch.cat(delta)
     prompts = open_clip.tokenize([TEMPLATE.format(name.replace("_", " ")) for name in names])
-    image, text, _ = torch.func.functional_call(model, weights, (images, prompts))  # both normalised
+    image, text, _ = torch.func.functional_call(model, weights, (images, prompts))  # both normalized
     return model.logit_scale.exp().detach() * image @ text.t()
 
 

@@ -227,8 +227,8 @@ def test_published_checkpoint_file(name, make, tmp_path):
     trainer = make(name)
     learner = trainer.network.learner
     state = {key: torch.randn(p.shape).half() for key, p in learner.named_parameters()}
-    optimiser = torch.optim.SGD(learner.parameters(), lr=0.002, momentum=0.9)
-    scheduler = {"successor": torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 50), "last_epoch": 50}
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.002, momentum=0.9)
+    scheduler = {"successor": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50), "last_epoch": 50}
     tokens = {"token_prefix": torch.randn(40, 1, 64).half(), "token_suffix": torch.randn(40, 72, 64).half()}
     content = {"state_dict": {**state, **tokens}, "epoch": 50, "scheduler": scheduler, "val_result": None}
     (tmp_path / "prompt_learner").mkdir()

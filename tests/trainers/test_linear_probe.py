@@ -15,7 +15,7 @@ def data(num_classes, n=40):
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])
-def test_fit_is_the_minimum_of_the_penalised_cross_entropy(num_classes):
+def test_fit_is_the_minimum_of_the_penalized_cross_entropy(num_classes):
     x, y = data(num_classes)
     weight, bias = fit_logistic(x, y, num_classes, c=0.5)
 
@@ -32,7 +32,7 @@ def test_fit_is_the_minimum_of_the_penalised_cross_entropy(num_classes):
 
     best = minimize(value_and_gradient, torch.zeros(num_classes * 7).double().numpy(), jac=True, tol=1e-12)
     w = torch.tensor(best.x[: num_classes * 6]).view(num_classes, 6)
-    if num_classes == 2:  # scikit-learn penalises the one difference of rows: another minimum, the same form
+    if num_classes == 2:  # scikit-learn penalizes the one difference of rows: another minimum, the same form
         assert torch.equal(weight[0], torch.zeros(6)) and bias[0] == 0
         assert ((x @ weight.t() + bias).argmax(1) == y).float().mean() > 0.8
     else:

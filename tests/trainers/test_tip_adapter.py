@@ -49,12 +49,12 @@ def test_learner(data, make_clip, names, trained):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_keys_are_means_of_features_as_clip_gives_them(parts):
-    """A longer view weighs more, as in the source; features are handed out normalised all the same."""
+    """A longer view weighs more, as in the source; features are handed out normalized all the same."""
     raw = (
         torch.randn(3, 4, parts * 8, generator=torch.Generator().manual_seed(3))
         * torch.tensor([1.0, 4.0, 9.0])[:, None, None]
     )
-    features = FeatureSet(raw, torch.arange(4), ()).normalised(parts)
+    features = FeatureSet(raw, torch.arange(4), ()).normalized(parts)
     torch.testing.assert_close(features.values.unflatten(-1, (parts, 8)).norm(dim=-1), torch.ones(3, 4, parts))
     for i in range(4):
         torch.testing.assert_close(features.mean()[i], (raw[0, i] + raw[1, i] + raw[2, i]) / 3)

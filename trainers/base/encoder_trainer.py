@@ -40,10 +40,10 @@ class EncoderTrainer(LearnerTrainer):
         learner = self.network.learner
         count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
         logger.info("Parameters to learn: %s", f"{count:,}")
-        optim = self.build_optimiser(learner)
+        optim = self.build_optimizer(learner)
         self.register_model(self.model_name, learner, optim, self.build_schedule(optim))
 
-    def build_optimiser(self, learner: Any) -> Any:
+    def build_optimizer(self, learner: Any) -> Any:
         """Build the optimizer of the learner's parameters."""
         return build_optimizer(learner, self.cfg.OPTIM)
 

@@ -182,7 +182,7 @@ class FeatureTrainer(LearnerTrainer):
         slot = feature_slot(self.cfg, encode, loader, "train") if seeded else None
         features = collect_features(loader, encode, max(views, 1), slot)
         wanted = self.network.encode.unit
-        return features.normalised(encode.parts) if wanted and not encode.unit else features
+        return features.normalized(encode.parts) if wanted and not encode.unit else features
 
     # One step
 

@@ -109,7 +109,7 @@ def finish_block(block: Any, x: Tensor, attended: Tensor, number: int, edits: Ed
         edits: see edits.py.
     """
     x = x + block.ls_1(attended)
-    out = x + block.ls_2(feed_forward(block.mlp, edits.normalise(block.ln_2, x, number, "ln_2")))
+    out = x + block.ls_2(feed_forward(block.mlp, edits.normalize(block.ln_2, x, number, "ln_2")))
     return edits.beside_mlp(out, number, x)
 
 

@@ -148,7 +148,7 @@ class Edits:
             x = edit_tokens(edit, number, x)
         return x
 
-    def normalise(self, norm: nn.Module, x: Tensor, number: int, which: str) -> Tensor:
+    def normalize(self, norm: nn.Module, x: Tensor, number: int, which: str) -> Tensor:
         """Apply a LayerNorm to x with the gain and bias that the edits give the LayerNorm; see ``layer_norm``."""
         if not self._norm or not isinstance(norm, nn.LayerNorm):
             return layer_norm(norm, x)

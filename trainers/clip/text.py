@@ -221,7 +221,7 @@ class TextTower(nn.Module):
         planned = self.check_edits(edits)
         state = self._advance(state, self.depth, planned, checkpointing, read_out=True)
         read = pick_tokens(state.own, state.eot)[:, 0]
-        return planned.normalise(self.ln_final, read, self.depth + 1, "ln_final") @ self.text_projection
+        return planned.normalize(self.ln_final, read, self.depth + 1, "ln_final") @ self.text_projection
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Return text features [N, E], not normalized, for N prompts."""
@@ -262,8 +262,8 @@ class TextTower(nn.Module):
         block = self.transformer.resblocks[number - 1]
         attn, p, length = block.attn, shared.shape[1], own.shape[1]
         common = edits if p else Edits()  # an edit is never called without tokens
-        normed_shared = common.normalise(block.ln_1, shared, number, "ln_1")
-        normed = edits.normalise(block.ln_1, own, number, "ln_1")
+        normed_shared = common.normalize(block.ln_1, shared, number, "ln_1")
+        normed = edits.normalize(block.ln_1, own, number, "ln_1")
         position = torch.arange(p + length, device=own.device)
         if read_out:
             k_shared, v_shared = project_kv(attn, normed_shared, number, common)

@@ -195,13 +195,13 @@ class ViTTower(VisionTower):
         patches = self.visual.conv1(images).flatten(2).transpose(1, 2)  # [B, D, S/p, S/p] -> [B, N - 1, D]
         cls = self.visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         x = torch.cat([cls, patches], dim=1) + self.visual.positional_embedding.to(patches.dtype)
-        return edits.normalise(self.visual.ln_pre, x, 0, "ln_pre")
+        return edits.normalize(self.visual.ln_pre, x, 0, "ln_pre")
 
     def _plain(self, number: int, hidden: Tensor, edits: Edits, read_out: bool) -> tuple[Tensor, Tensor]:
         """Return ln_1 of the tokens that enter the block, and the block's output, [B, N, D] each (see VisionTower)."""
         block = self.visual.transformer.resblocks[number - 1]
         hidden = edits.enter(number, hidden)
-        normed = edits.normalise(block.ln_1, hidden, number, "ln_1")
+        normed = edits.normalize(block.ln_1, hidden, number, "ln_1")
         if not read_out:
             attended = mix(block.attn, *project_qkv(block.attn, normed, number, edits))
         else:  # only keys and values need every token
@@ -211,7 +211,7 @@ class ViTTower(VisionTower):
         return normed, finish_block(block, hidden, attended, number, edits)
 
     def _head(self, hidden: Tensor, edits: Edits) -> Tensor:
-        return edits.normalise(self.visual.ln_post, hidden[:, 0], self.depth + 1, "ln_post") @ self.visual.proj
+        return edits.normalize(self.visual.ln_post, hidden[:, 0], self.depth + 1, "ln_post") @ self.visual.proj
 
 
 class ResNetTower(VisionTower):

@@ -66,7 +66,7 @@ class GateLogitRefiner(Refiner):
         alpha  = sigmoid(Q2 relu(Q1 f_clip))        the gate sees f_clip only: it is asymmetric
         glr_logits = clip_logits + res_scale * H LayerNorm(f_clip + alpha * f_cma)
 
-    H starts at zero, so that at initialisation glr_logits is clip_logits exactly.
+    H starts at zero, so that at initialization glr_logits is clip_logits exactly.
 
     Args:
         num_classes: C.

@@ -32,7 +32,7 @@ from ..modules.cross_modal_adapter import CrossModalAdapter, build_adapter
 from .config import HEADS, ROBUST_HEAD, DLRCLIPConfig
 from .glr import fuse
 from .learner import DLRCLIPLearner
-from .shared import neighbour_weights
+from .shared import neighbor_weights
 from .skd import mean_abs_difference, skd_loss
 from .text_branch import AdaptedText
 
@@ -54,7 +54,7 @@ class DLRCLIPNetwork(nn.Module):
         ValueError: CMA and GLR are both off, no loss is left, or the blocks do not exist in this CLIP.
     """
 
-    zeroshot: Tensor  # [C, E], normalised
+    zeroshot: Tensor  # [C, E], normalized
 
     def __init__(
         self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str], settings: DLRCLIPConfig
@@ -129,7 +129,7 @@ class DLRCLIPNetwork(nn.Module):
         computed = trained if subset else names
         with torch.no_grad():
             self.zeroshot = zeroshot_weights(self.clip, computed, self.templates).float()
-            self._neighbours = (neighbour_weights(self.zeroshot),) if shared else ()
+            self._neighbors = (neighbor_weights(self.zeroshot),) if shared else ()
             if self.learner.cma is not None:
                 tokens = self.clip.text.tokenise([f"{self.context} {clean_classname(name)}." for name in computed])
                 self._text = AdaptedText(
@@ -253,7 +253,7 @@ class DLRCLIPNetwork(nn.Module):
         glr_logits, alpha = clip_logits, None
         if self.refines:
             if learner.glr is not None:
-                glr_logits, alpha = learner.glr(clip_logits, cma_logits, *self._neighbours)
+                glr_logits, alpha = learner.glr(clip_logits, cma_logits, *self._neighbors)
             weight = learner.fusion_weight(cma_logits)
         else:
             weight = learner.mean_weight().expand(len(clip_logits), 1)

@@ -1,6 +1,6 @@
 """Corruptions of validation images that stand for shifted data sets, to calibrate on.
 
-They are generic, and none is made for a dataset: photometric (noise, blur, faint, grey, negative), drawn (edges) and
+They are generic, and none is made for a dataset: photometric (noise, blur, faint, gray, negative), drawn (edges) and
 geometric (pose, hidden). Each depends on the images and on a fixed seed alone.
 
 Legend: B images, H = W pixels a side; images [B, 3, H, W] have values in [0, 1].
@@ -48,7 +48,7 @@ def faint(images: Tensor, draws: torch.Generator) -> Tensor:
     return mean + 0.25 * (images - mean)
 
 
-def grey(images: Tensor, draws: torch.Generator) -> Tensor:
+def gray(images: Tensor, draws: torch.Generator) -> Tensor:
     """Remove the color of the images."""
     return luminance(images).expand_as(images)
 
@@ -88,7 +88,7 @@ def hidden(images: Tensor, draws: torch.Generator) -> Tensor:
 
 
 SHIFTS: dict[str, Shift] = {
-    function.__name__: function for function in (noise, blur, faint, grey, negative, edges, pose, hidden)
+    function.__name__: function for function in (noise, blur, faint, gray, negative, edges, pose, hidden)
 }
 
 

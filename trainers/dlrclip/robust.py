@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .glr import fuse
 
-NEIGHBOURS = 5  # training images whose mean distance counts; fewer where there are fewer
+NEIGHBORS = 5  # training images whose mean distance counts; fewer where there are fewer
 SIGNS = ("distance", "clip_entropy", "final_entropy", "agreement", "clip_lead", "final_lead")
 CHUNK = 1024  # images compared with all training images at once
 RIDGE = 0.01  # weight of the squared coefficients against the cross-entropy; they are drawn to r = 1/2
@@ -31,7 +31,7 @@ class Evidence(NamedTuple):
     """One group of calibration images.
 
     Attributes:
-        frozen: normalised zero-shot features [B, E].
+        frozen: normalized zero-shot features [B, E].
         clip, final: logits [B, C].
         labels: [B].
     """
@@ -42,15 +42,15 @@ class Evidence(NamedTuple):
     labels: Tensor
 
 
-def neighbour_distance(features: Tensor, bank: Tensor, itself: bool = False) -> Tensor:
-    """Return the mean cosine distance [B] of features to the nearest NEIGHBOURS rows of the bank.
+def neighbor_distance(features: Tensor, bank: Tensor, itself: bool = False) -> Tensor:
+    """Return the mean cosine distance [B] of features to the nearest NEIGHBORS rows of the bank.
 
     Args:
-        features: [B, E], normalised.
-        bank: [N, E], normalised.
+        features: [B, E], normalized.
+        bank: [N, E], normalized.
         itself: whether row i of `features` is row i of the bank; a row does not count as its own neighbor.
     """
-    k, parts = min(NEIGHBOURS, len(bank) - itself), []
+    k, parts = min(NEIGHBORS, len(bank) - itself), []
     for start in range(0, len(features), CHUNK):
         similarity = features[start : start + CHUNK] @ bank.t()
         if itself:
@@ -103,7 +103,7 @@ class RobustMixture(nn.Module):
         self.bank = features.to(self.bank)
         kept = self.bank.float()
         if len(kept) > 1:
-            self.typical = neighbour_distance(kept, kept, itself=True).median()
+            self.typical = neighbor_distance(kept, kept, itself=True).median()
 
     def signs(self, frozen: Tensor, clip_logits: Tensor, final_logits: Tensor) -> Tensor:
         """Return the signs [B, K], in the order of SIGNS, for frozen features [B, E] and two logits [B, C]."""
@@ -111,19 +111,19 @@ class RobustMixture(nn.Module):
         final_log_p, final_entropy, final_lead = _sureness(final_logits)
         distance = torch.zeros_like(clip_lead)
         if len(self.bank):
-            far = neighbour_distance(frozen, self.bank.float())
+            far = neighbor_distance(frozen, self.bank.float())
             distance = torch.log(far.clamp(min=1e-4) / self.typical.clamp(min=1e-4))
         agreement = (0.5 * (clip_log_p + final_log_p)).exp().sum(dim=1)
         return torch.stack([distance, clip_entropy, final_entropy, agreement, clip_lead, final_lead], dim=1)
 
-    def _standardise(self, signs: Tensor) -> Tensor:
+    def _standardize(self, signs: Tensor) -> Tensor:
         """Standardize signs [B, K], and cut them off at three deviations: beyond, the fit saw next to nothing."""
         return ((signs - self.centre) / self.spread).clamp(-3, 3)
 
     def forward(self, frozen: Tensor, clip_logits: Tensor, final_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return (robust logits [B, C], r [B, 1]) in fp32, for frozen features [B, E] and two logits [B, C]."""
         with torch.autocast(device_type=clip_logits.device.type, enabled=False):
-            x = self._standardise(self.signs(frozen.float(), clip_logits, final_logits))
+            x = self._standardize(self.signs(frozen.float(), clip_logits, final_logits))
             r = torch.sigmoid(self.coefficients[0] + x @ self.coefficients[1:]).unsqueeze(1)
             return fuse(final_logits, clip_logits, r), r
 
@@ -141,7 +141,7 @@ class RobustMixture(nn.Module):
         signs = [self.signs(g.frozen, g.clip, g.final) for g in groups]
         together = torch.cat(signs)
         self.centre, self.spread = together.mean(dim=0), together.std(dim=0, correction=0).clamp(min=1e-3)
-        xs = [self._standardise(x).double() for x in signs]
+        xs = [self._standardize(x).double() for x in signs]
         coefficients, softening = (
             torch.zeros(1 + len(SIGNS), dtype=torch.float64, device=together.device, requires_grad=True)
             for _ in range(2)

@@ -18,23 +18,23 @@ from torch.nn import functional as F
 
 from .glr import Refiner
 
-# Softens cosines of class names to weights of neighbours: a difference of 0.1 counts for a factor of e^2.
-NEIGHBOUR_TEMPERATURE = 0.05
+# Softens cosines of class names to weights of neighbors: a difference of 0.1 counts for a factor of e^2.
+NEIGHBOR_TEMPERATURE = 0.05
 BRANCH_STATISTICS = 6
 PAIR_STATISTICS = 2
 TOP = 5  # strongest probabilities that the fusion gate sees
 FUSION_STATISTICS = TOP + 3
 
 
-def neighbour_weights(text_features: Tensor, temperature: float = NEIGHBOUR_TEMPERATURE) -> Tensor:
+def neighbor_weights(text_features: Tensor, temperature: float = NEIGHBOR_TEMPERATURE) -> Tensor:
     """Return S [C, C], how close the other classes are by name: softmax(W W^T / t) without the class itself.
 
     Args:
-        text_features: W [C, E], normalised.
+        text_features: W [C, E], normalized.
         temperature: t > 0.
 
     Returns:
-        Rows that sum to one; for a single class, which has no neighbour, 0.
+        Rows that sum to one; for a single class, which has no neighbor, 0.
     """
     if len(text_features) == 1:
         return text_features.new_zeros(1, 1)
@@ -55,7 +55,7 @@ def _rival(logits: Tensor) -> Tensor:
     return torch.where(logits == first, second, first)
 
 
-def branch_statistics(logits: Tensor, neighbours: Tensor) -> Tensor:
+def branch_statistics(logits: Tensor, neighbors: Tensor) -> Tensor:
     """Return six statistics of each class within one branch.
 
     They are the probability of the class; its lead over the strongest other class, over the mean and over its
@@ -63,20 +63,20 @@ def branch_statistics(logits: Tensor, neighbours: Tensor) -> Tensor:
 
     Args:
         logits: [B, C].
-        neighbours: S [C, C], see `neighbour_weights`.
+        neighbors: S [C, C], see `neighbor_weights`.
 
     Returns:
         [B, C, 6]; permuting the classes permutes the statistics.
     """
     log_p = F.log_softmax(logits, dim=1)
     p = log_p.exp()
-    around = logits @ neighbours.t() if len(neighbours) > 1 else logits
+    around = logits @ neighbors.t() if len(neighbors) > 1 else logits
     statistics = (
         p,
         torch.asinh(logits - _rival(logits)),
         torch.asinh(logits - logits.mean(dim=1, keepdim=True)),
         torch.asinh(logits - around),
-        p @ neighbours.t(),
+        p @ neighbors.t(),
         _entropy(log_p).expand_as(p),
     )
     return torch.stack(statistics, dim=2)
@@ -101,7 +101,7 @@ class SharedRefiner(Refiner):
         alpha  = sigmoid(Q2 relu(Q1 sum_c p_c f_clip,c))    p = softmax(clip_logits): the gate sees the clip side only
         glr_logits_c = clip_logits_c + res_scale * H LayerNorm(f_clip + alpha * f_cma)
 
-    H (d -> 1) starts at zero, so that at initialisation glr_logits is clip_logits exactly.
+    H (d -> 1) starts at zero, so that at initialization glr_logits is clip_logits exactly.
 
     Args:
         dim: feature size d.
@@ -112,12 +112,12 @@ class SharedRefiner(Refiner):
     def __init__(self, *, dim: int = 64, res_scale: float = 0.01, fixed_alpha: float | None = None) -> None:
         super().__init__(BRANCH_STATISTICS, BRANCH_STATISTICS + PAIR_STATISTICS, 1, dim, res_scale, fixed_alpha)
 
-    def forward(self, clip_logits: Tensor, cma_logits: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, clip_logits: Tensor, cma_logits: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
         """Return (glr_logits [B, C], alpha [B, 1]) in fp32, for both branches' logits [B, C] and S [C, C]."""
         with torch.autocast(device_type=clip_logits.device.type, enabled=False):
             clip_logits, cma_logits = clip_logits.float(), cma_logits.float()
-            of_clip = branch_statistics(clip_logits, neighbours)
-            of_cma = branch_statistics(cma_logits, neighbours)
+            of_clip = branch_statistics(clip_logits, neighbors)
+            of_cma = branch_statistics(cma_logits, neighbors)
             of_cma = torch.cat([of_cma, pair_statistics(clip_logits, cma_logits)], dim=2)
             f_clip = self.recalibrate_clip(F.gelu(self.project_clip(of_clip)))  # [B, C, d]
             f_cma = self.recalibrate_cma(F.gelu(self.project_cma(of_cma)))

@@ -264,9 +264,9 @@ class DLRCLIP(LearnerTrainer):
         """Return features, logits and labels of the validation images as they are, then under each corruption."""
         assert self.val_loader is not None
         self.set_model_mode("eval")
-        normalised = "normalize" in self.cfg.INPUT.TRANSFORMS
-        mean = torch.tensor(self.cfg.INPUT.PIXEL_MEAN if normalised else [0.0] * 3, device=self.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.cfg.INPUT.PIXEL_STD if normalised else [1.0] * 3, device=self.device).view(1, 3, 1, 1)
+        normalized = "normalize" in self.cfg.INPUT.TRANSFORMS
+        mean = torch.tensor(self.cfg.INPUT.PIXEL_MEAN if normalized else [0.0] * 3, device=self.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.cfg.INPUT.PIXEL_STD if normalized else [1.0] * 3, device=self.device).view(1, 3, 1, 1)
         groups: list[list[Evidence]] = [[] for _ in range(1 + len(SHIFTS))]
         for number, batch in enumerate(self.val_loader):
             images, labels = batch["img"].to(self.device), batch["label"].to(self.device)

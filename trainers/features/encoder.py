@@ -88,7 +88,7 @@ class FeatureSet:
         """Return features [V * N, E] and labels [V * N], every view as an image of its own."""
         return self.values.flatten(0, 1), self.labels.repeat(len(self.values))
 
-    def normalised(self, parts: int) -> FeatureSet:
+    def normalized(self, parts: int) -> FeatureSet:
         """Return a feature set with each of the `parts` of E normalized, which records their lengths before."""
         split = self.values.unflatten(-1, (parts, -1))
         return FeatureSet(F.normalize(split, dim=-1).flatten(-2), self.labels, self.paths, split.norm(dim=-1))

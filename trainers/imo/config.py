@@ -65,7 +65,7 @@ class IMOConfig(AdapterConfig):
     )
     init_images: int = key(
         0,
-        "training images of each class whose mean feature the classifier starts as, centred; 0: it starts at random",
+        "training images of each class whose mean feature the classifier starts as, centered; 0: it starts at random",
         low=0,
         source="0",
     )

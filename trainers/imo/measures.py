@@ -20,7 +20,7 @@ class Measures(NamedTuple):
 
     Attributes:
         overlap: shared area of the two histograms, 0 (apart) to 1 (no separation).
-        variance: variance of the normalised features over images, mean over their dimensions.
+        variance: variance of the normalized features over images, mean over their dimensions.
         same, different: histograms [K] of the pairs of one class, and of two classes: the share of the pairs in each
             bin. Each sums to 1.
     """

@@ -279,7 +279,7 @@ class IMODINO(AdapterTrainer):
             train_head=settings.train_head,
         )
 
-    def build_optimiser(self, learner: AdapterLearner) -> Any:
+    def build_optimizer(self, learner: AdapterLearner) -> Any:
         """Build the optimizer at OPTIM.LR times the images of a step / 256; biases are not decayed."""
         optim_cfg = self.cfg.OPTIM.clone()
         optim_cfg.defrost()

@@ -135,8 +135,8 @@ class DatasetBase:
     may not have others.
 
     Args:
-        train_x: labelled training items.
-        train_u: unlabelled training items.
+        train_x: labeled training items.
+        train_u: unlabeled training items.
         val: validation items.
         test: test items.
 
@@ -175,12 +175,12 @@ class DatasetBase:
 
     @property
     def train_x(self) -> list[Datum]:
-        """Labelled training items."""
+        """Labeled training items."""
         return self._train_x
 
     @property
     def train_u(self) -> list[Datum] | None:
-        """Unlabelled training items."""
+        """Unlabeled training items."""
         return self._train_u
 
     @property
@@ -352,7 +352,7 @@ class DatasetBase:
                 f"but got {sorted(self._lab2cname)[:10]}... (absent: {absent[:10]})"
             )
         for split, items in (("val", self._val), ("test", self._test)):
-            extra = sorted({item.label for item in items or ()} - self._lab2cname.keys() - {-1})  # -1: unlabelled
+            extra = sorted({item.label for item in items or ()} - self._lab2cname.keys() - {-1})  # -1: unlabeled
             if extra:
                 raise InputError(
                     f"Expected the {split} labels of {name} to be among its {self._num_classes} training labels "

@@ -73,7 +73,7 @@ class RandAugment2:
 
 
 class RandAugmentFixMatch:
-    """FixMatch's strong augmentation: ``n`` random operations of random strength, then one grey square."""
+    """FixMatch's strong augmentation: ``n`` random operations of random strength, then one gray square."""
 
     def __init__(self, n: int = 2) -> None:
         self.n = n

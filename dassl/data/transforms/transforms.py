@@ -71,7 +71,7 @@ class Random2DTranslation:
 
 
 class Cutout:
-    """Zero ``n_holes`` squares of side ``length`` pixels, centred anywhere, in an image tensor [C, H, W]."""
+    """Zero ``n_holes`` squares of side ``length`` pixels, centered anywhere, in an image tensor [C, H, W]."""
 
     def __init__(self, n_holes: int = 1, length: int = 16) -> None:
         self.n_holes, self.length = n_holes, length

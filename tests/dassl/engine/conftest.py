@@ -1,4 +1,4 @@
-"""A dataset of coloured squares and trainers on it, registered for the length of one test only."""
+"""A dataset of colored squares and trainers on it, registered for the length of one test only."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dassl.engine.hooks import TensorBoard
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import set_random_seed
 
-COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
 
-class ToyColours(DatasetBase):
-    """Noisy coloured squares, three classes; `DATASET.ROOT` has `empty_val` in its name: without validation images."""
+class ToyColors(DatasetBase):
+    """Noisy colored squares, three classes; `DATASET.ROOT` has `empty_val` in its name: without validation images."""
 
     def __init__(self, cfg):
         root = Path(cfg.DATASET.ROOT)
@@ -34,7 +34,7 @@ class ToyColours(DatasetBase):
         parts = {
             part: [
                 Datum(str(path), label, classname=name)
-                for label, name in enumerate(COLOURS)
+                for label, name in enumerate(COLORS)
                 for path in sorted((root / part / name).iterdir())
             ]
             for part in ("train", "val", "test")
@@ -46,16 +46,16 @@ class ToyColours(DatasetBase):
 def paint(root: Path) -> None:
     rng = random.Random(0)
     for part, count in (("train", 6), ("val", 2), ("test", 4)):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             folder = root / part / name
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(count):
-                noisy = tuple(value + rng.randint(-30, 30) for value in colour)
+                noisy = tuple(value + rng.randint(-30, 30) for value in color)
                 Image.new("RGB", (8, 8), noisy).save(folder / f"{i}.png")
 
 
 class Linear(TrainerX):
-    """Mean colour -> logits; two registered models, so that everything is seen to work with more than one."""
+    """Mean color -> logits; two registered models, so that everything is seen to work with more than one."""
 
     def build_model(self):
         self.net, self.bias = nn.Linear(3, self.num_classes, bias=False), nn.Linear(1, self.num_classes, bias=False)
@@ -86,7 +86,7 @@ class TwoHeads(Linear):
         return {"before": torch.zeros(len(input), self.num_classes), "after": self.model_inference(input)}
 
 
-class Unlabelled(TrainerXU):
+class Unlabeled(TrainerXU):
     """Counts what it is given."""
 
     def build_model(self):
@@ -116,8 +116,8 @@ class ZeroShot(TrainerX):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch) -> None:
     """The registries are shared by the whole test run, and other tests enumerate them."""
-    monkeypatch.setitem(DATASET_REGISTRY._obj_map, "ToyColours", ToyColours)
-    for cls in (Linear, TwoHeads, Unlabelled, ZeroShot):
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, "ToyColors", ToyColors)
+    for cls in (Linear, TwoHeads, Unlabeled, ZeroShot):
         monkeypatch.setitem(TRAINER_REGISTRY._obj_map, cls.__name__, cls)
 
 
@@ -155,7 +155,7 @@ def coop_style(monkeypatch):
 def make_cfg(tmp_path):
     def make(name: str = "Linear", *pairs: Any, output: str = "run", root: str = "data"):
         cfg = get_cfg_default()
-        cfg.merge_from_list(["TRAINER.NAME", name, "DATASET.NAME", "ToyColours", "SEED", 3, "USE_CUDA", False])
+        cfg.merge_from_list(["TRAINER.NAME", name, "DATASET.NAME", "ToyColors", "SEED", 3, "USE_CUDA", False])
         cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / output), "DATASET.ROOT", str(tmp_path / root)])
         cfg.merge_from_list(["INPUT.SIZE", (8, 8), "INPUT.TRANSFORMS", ("normalize",), "DATALOADER.NUM_WORKERS", 0])
         cfg.merge_from_list(["DATALOADER.TRAIN_X.BATCH_SIZE", 4, "DATALOADER.TEST.BATCH_SIZE", 5])

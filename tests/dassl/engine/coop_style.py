@@ -1,6 +1,6 @@
 """A trainer in the style of CoOp's files: it imports nothing of ours but `dassl`, prints, and registers one module.
 
-A frozen "encoder" (mean colours) with a learnt "prompt" (class weights), in the place of CLIP with its prompt learner.
+A frozen "encoder" (mean colors) with a learnt "prompt" (class weights), in the place of CLIP with its prompt learner.
 """
 
 import os.path as osp

@@ -59,7 +59,7 @@ class Noisy(TrainerX):
 
 
 class NoisyXU(TrainerXU, Noisy):  # type: ignore[misc]  # upstream's signatures of parse_batch_train
-    """The same on pairs of batches; the unlabelled images last for less than an epoch."""
+    """The same on pairs of batches; the unlabeled images last for less than an epoch."""
 
 
 PAIRS = (

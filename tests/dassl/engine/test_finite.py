@@ -71,7 +71,7 @@ def test_it_stops_before_the_step_and_says_all(build, tmp_path):
 
 
 @pytest.mark.parametrize("how, what", [(to_nan, "the loss"), (to_infinite_gradient, "a gradient")])
-def test_skipping_leaves_model_and_optimiser_as_they_were(build, tmp_path, how, what, caplog):
+def test_skipping_leaves_model_and_optimizer_as_they_were(build, tmp_path, how, what, caplog):
     pairs = ("TRAIN.ON_NAN", "skip", "OPTIM.NAME", "adam", "OPTIM.LR", 0.01)
     trainer = losing(build("Linear", *pairs), {0, 6}, how)
     step, kept = trainer.forward_backward, []

@@ -15,7 +15,7 @@ INDICES = [4, 1, 2]  # of red, green, blue among the five classes trained on
 
 
 class Cut(TrainerX):
-    """Knows five classes. As new classes it tells the colours apart; its trained classifier mistakes green for blue."""
+    """Knows five classes. As new classes it tells the colors apart; its trained classifier mistakes green for blue."""
 
     def build_model(self):
         self.columns = None
@@ -41,7 +41,7 @@ class Cut(TrainerX):
 @pytest.fixture
 def shifted(monkeypatch, build):
     def shifted(indices):
-        base = DATASET_REGISTRY.get("ToyColours")
+        base = DATASET_REGISTRY.get("ToyColors")
 
         def init(self, cfg):
             base.__init__(self, cfg)

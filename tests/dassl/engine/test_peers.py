@@ -142,10 +142,10 @@ from dassl.config import get_cfg_default
 from dassl.utils import setup_logger
 
 mode, root = sys.argv[1:]
-DATASET_REGISTRY._obj_map["ToyColours"] = conftest.ToyColours
+DATASET_REGISTRY._obj_map["ToyColors"] = conftest.ToyColors
 dassl.engine.TRAINER_REGISTRY._obj_map["Linear"] = conftest.Linear
 cfg = get_cfg_default()
-cfg.merge_from_list(["TRAINER.NAME", "Linear", "DATASET.NAME", "ToyColours", "SEED", 3, "USE_CUDA", False, "OUTPUT_DIR",
+cfg.merge_from_list(["TRAINER.NAME", "Linear", "DATASET.NAME", "ToyColors", "SEED", 3, "USE_CUDA", False, "OUTPUT_DIR",
     root + "/run", "DATASET.ROOT", root + "/data", "INPUT.SIZE", (8, 8), "INPUT.TRANSFORMS", ("normalize",),
     "DATALOADER.NUM_WORKERS", 0, "OPTIM.MAX_EPOCH", 1, "OPTIM.LR", 0.1])
 

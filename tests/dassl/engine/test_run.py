@@ -37,7 +37,7 @@ def test_a_run_leaves_its_records(build, pictures, tmp_path):
     assert metrics["test"]["n"] == 12
     assert (metrics["trainer"], metrics["dataset"], metrics["shots"], metrics["seed"]) == (
         "TwoHeads",
-        "ToyColours",
+        "ToyColors",
         6,
         3,
     )
@@ -142,7 +142,7 @@ def test_tensorboard_reads_everything_back(build, pictures, tmp_path):
 
     hparams = reader.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     start = plugin_data_pb2.HParamsPluginData.FromString(hparams).session_start_info.hparams
-    assert start["OPTIM.LR"].number_value == 0.1 and start["DATASET.NAME"].string_value == "ToyColours"
+    assert start["OPTIM.LR"].number_value == 0.1 and start["DATASET.NAME"].string_value == "ToyColors"
     assert "hparam/after_accuracy" in tags
     assert [p for p in (tmp_path / "run" / "tensorboard").iterdir() if p.is_dir()] == []
 
@@ -239,8 +239,8 @@ def test_dry_run_saves_nothing(build, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("count, steps", [("train_x", 4), ("train_u", 1), ("smaller_one", 1)])
-def test_unlabelled_batches(build, count, steps):
-    trainer = build("Unlabelled", "TRAIN.COUNT_ITER", count, "OPTIM.MAX_EPOCH", 1)
+def test_unlabeled_batches(build, count, steps):
+    trainer = build("Unlabeled", "TRAIN.COUNT_ITER", count, "OPTIM.MAX_EPOCH", 1)
     trainer.train()
     assert trainer.seen == [(4, 4)] * steps
 
@@ -330,7 +330,7 @@ def test_registration_of_models():
 
 
 def test_the_default_model_trains(build, monkeypatch, tmp_path):
-    class MeanColour(Backbone):
+    class MeanColor(Backbone):
         def __init__(self, pretrained):
             super().__init__()
             self._out_features = 3
@@ -345,10 +345,10 @@ def test_the_default_model_trains(build, monkeypatch, tmp_path):
             self.model_backward_and_update(loss)
             return {"loss": loss}  # a tensor will do as well
 
-    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "MeanColour", MeanColour)
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "MeanColor", MeanColor)
     monkeypatch.setitem(TRAINER_REGISTRY._obj_map, "Default", Default)
-    build("Default", "MODEL.BACKBONE.NAME", "MeanColour").train()
-    assert metrics_of(tmp_path / "run")["backbone"] == "MeanColour"
+    build("Default", "MODEL.BACKBONE.NAME", "MeanColor").train()
+    assert metrics_of(tmp_path / "run")["backbone"] == "MeanColor"
     assert (tmp_path / "run" / "model" / "model.pth.tar-3").is_file()
 
 

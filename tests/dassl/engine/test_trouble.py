@@ -34,7 +34,7 @@ def run(tmp_path, capsys, monkeypatch):
         code = train.main(
             [
                 *("--trainer", "Linear", "--seed", "3", "--output-dir", str(tmp_path / output), *flags),
-                *("DATASET.NAME", "ToyColours", "DATASET.ROOT", str(tmp_path / "data"), "USE_CUDA", "False"),
+                *("DATASET.NAME", "ToyColors", "DATASET.ROOT", str(tmp_path / "data"), "USE_CUDA", "False"),
                 *("INPUT.SIZE", "(8, 8)", "INPUT.TRANSFORMS", "('normalize',)", "DATALOADER.NUM_WORKERS", "0"),
                 *("DATALOADER.TRAIN_X.BATCH_SIZE", "4", "OPTIM.NAME", "sgd", "OPTIM.LR", "0.1", "OPTIM.MAX_EPOCH", "3"),
                 *("TRAIN.CHECKPOINT_FREQ", "1", *pairs),

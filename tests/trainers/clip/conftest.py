@@ -20,7 +20,7 @@ TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "lay
 PROMPTS = ["a photo of a cat.", "a photo of a very large hot air balloon.", "a photo of an ox."]
 
 
-def randomise(model: torch.nn.Module) -> torch.nn.Module:
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
     """Move every tensor off its initial value, so that no zero gain or unit variance hides a mistake."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
 def build(vision: dict[str, Any], **extra: Any) -> open_clip.CLIP:
     torch.manual_seed(0)
     model = open_clip.CLIP(embed_dim=32, vision_cfg=dict(vision), text_cfg=dict(TEXT), **{"quick_gelu": True, **extra})
-    return randomise(model)
+    return randomize(model)
 
 
 class Adapters(BlockEdit, nn.Module):

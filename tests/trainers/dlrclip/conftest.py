@@ -1,4 +1,4 @@
-"""A dataset of plain colours, a trainer on it, and what the tests here take from the helpers."""
+"""A dataset of plain colors, a trainer on it, and what the tests here take from the helpers."""
 
 import numpy as np
 import pytest
@@ -16,11 +16,11 @@ from trainers.features.views import SeededViews
 
 __all__ = ["NAMES", "ToyScenes", "Uncached", "epochs", "random_open_clip"]
 
-COLOURS = np.random.default_rng(0).integers(0, 256, (8, 3))
+COLORS = np.random.default_rng(0).integers(0, 256, (8, 3))
 
 
 class ToyScenes(DatasetBase):
-    """Noisy plain colours, one per class: `train`, `val`, `test` images per class. Set OPTIONS to vary it."""
+    """Noisy plain colors, one per class: `train`, `val`, `test` images per class. Set OPTIONS to vary it."""
 
     OPTIONS: dict = {}
 
@@ -34,7 +34,7 @@ class ToyScenes(DatasetBase):
                 for k in range(options[split]):
                     path = f"{folder}/{split}_{label}_{k}.png"
                     noise = rng.normal(0, 40, (options["size"], options["size"], 3))
-                    pixels = np.clip(COLOURS[label] + noise, 0, 255).astype(np.uint8)
+                    pixels = np.clip(COLORS[label] + noise, 0, 255).astype(np.uint8)
                     Image.fromarray(pixels).save(path)
                     splits[split].append(Datum(impath=path, label=label, classname=name))
         if options["class_indices"] is not None:

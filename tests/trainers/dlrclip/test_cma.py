@@ -95,7 +95,7 @@ def test_share_in_order(visual, text, want):
     assert share_in_order(visual, text) == want
 
 
-def test_initialisation():
+def test_initialization():
     torch.manual_seed(0)
     adapter = CrossModalAdapter({1: 400}, {1: 300}, dim=32, scale=0.01)
     half = adapter.visual["1"]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from trainers.dlrclip import robust
 from trainers.dlrclip.pseudo_shifts import SHIFTS, shifted
-from trainers.dlrclip.robust import SIGNS, Evidence, RobustMixture, neighbour_distance
+from trainers.dlrclip.robust import SIGNS, Evidence, RobustMixture, neighbor_distance
 
 from .conftest import NAMES
 
@@ -113,7 +113,7 @@ def test_distance_leaves_the_image_itself_out(monkeypatch, chunk):
     torch.manual_seed(0)
     bank = unit(8, 6)
     want = [sorted(1 - float(a @ b) for j, b in enumerate(bank) if j != i)[:5] for i, a in enumerate(bank)]
-    torch.testing.assert_close(neighbour_distance(bank, bank, itself=True), torch.tensor(want).mean(1))
+    torch.testing.assert_close(neighbor_distance(bank, bank, itself=True), torch.tensor(want).mean(1))
 
 
 @pytest.mark.parametrize("name", SHIFTS)

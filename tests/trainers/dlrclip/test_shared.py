@@ -10,7 +10,7 @@ from trainers.dlrclip.shared import (
     SharedRefiner,
     branch_statistics,
     fusion_statistics,
-    neighbour_weights,
+    neighbor_weights,
 )
 
 from .conftest import NAMES
@@ -30,7 +30,7 @@ def entropy(p):
     return -sum(x * math.log(x) for x in p if x > 0) / math.log(max(len(p), 2))
 
 
-def naive_neighbours(text, t=0.05):
+def naive_neighbors(text, t=0.05):
     rows = []
     for i, a in enumerate(text):
         others = [j for j in range(len(text)) if j != i]
@@ -107,8 +107,8 @@ def inputs(classes=7, images=4):
 @pytest.mark.parametrize("classes", [1, 2, 7])
 def test_refiner_against_naive(classes):
     z, y, text = inputs(classes)
-    near = neighbour_weights(text)
-    torch.testing.assert_close(near, naive_neighbours(text))
+    near = neighbor_weights(text)
+    torch.testing.assert_close(near, naive_neighbors(text))
     glr = make_glr()
     got, want = glr(z, y, near), naive_glr(glr, z, y, near)
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-4)
@@ -133,8 +133,8 @@ def test_permuting_the_classes_permutes_the_logits_and_leaves_the_gates():
     z, y, text = inputs()
     order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
     glr, gate = make_glr(), SharedFusion()
-    logits, alpha = glr(z, y, neighbour_weights(text))
-    moved, same = glr(z[:, order], y[:, order], neighbour_weights(text[order]))
+    logits, alpha = glr(z, y, neighbor_weights(text))
+    moved, same = glr(z[:, order], y[:, order], neighbor_weights(text[order]))
     torch.testing.assert_close(moved, logits[:, order])
     torch.testing.assert_close(same, alpha)
     torch.testing.assert_close(gate(y[:, order]), gate(y))
@@ -143,12 +143,12 @@ def test_permuting_the_classes_permutes_the_logits_and_leaves_the_gates():
 
 def test_starts_at_the_zero_shot_logits_exactly():
     z, y, text = inputs()
-    assert torch.equal(SharedRefiner(res_scale=0.5)(z, y, neighbour_weights(text))[0], z)
+    assert torch.equal(SharedRefiner(res_scale=0.5)(z, y, neighbor_weights(text))[0], z)
 
 
 def test_gate_sees_the_clip_side_only():
     z, y, text = inputs()
-    glr, near = make_glr(), neighbour_weights(text)
+    glr, near = make_glr(), neighbor_weights(text)
     assert torch.equal(glr(z, y, near)[1], glr(z, y.flip(1), near)[1])
     assert not torch.allclose(glr(z, y, near)[1], glr(z.flip(1) / 2, y, near)[1])
 
@@ -156,13 +156,13 @@ def test_gate_sees_the_clip_side_only():
 def test_fixed_alpha_replaces_the_gate():
     z, y, text = inputs()
     glr = make_glr(fixed_alpha=0.25)
-    assert torch.equal(glr(z, y, neighbour_weights(text))[1], torch.full((4, 1), 0.25))
+    assert torch.equal(glr(z, y, neighbor_weights(text))[1], torch.full((4, 1), 0.25))
     assert not any("gate" in name for name, _ in glr.named_parameters())
 
 
 def test_tied_classes_and_certain_ones_have_finite_statistics_and_gradients():
     logits = torch.tensor([[5.0, 5.0, 1.0], [400.0, 0.0, -400.0]], requires_grad=True)
-    near = neighbour_weights(torch.eye(3))
+    near = neighbor_weights(torch.eye(3))
     statistics = branch_statistics(logits, near)
     assert statistics[0, 0, 1] == statistics[0, 1, 1] == 0
     (statistics.sum() + fusion_statistics(logits).sum()).backward()
@@ -194,7 +194,7 @@ class TestRuns:
             images = torch.stack([item["img"] for item in other.test_loader.dataset])
             report = other.model_report(images)
         heads, learner = report["heads"], other.network.learner
-        near = neighbour_weights(other.network.zeroshot)
+        near = neighbor_weights(other.network.zeroshot)
         glr, alpha = learner.glr(heads["clip"], heads["cma"], near)
         assert near.shape == (3, 3) and learner.classnames == NAMES
         torch.testing.assert_close(heads["glr"], glr)

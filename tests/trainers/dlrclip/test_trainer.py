@@ -122,7 +122,7 @@ class TestTraining:
         assert rates == pytest.approx([0.001] * 4)
         assert trainer.get_current_lr() > 0.001
 
-    def test_epsilon_of_the_optimiser(self, make):
+    def test_epsilon_of_the_optimizer(self, make):
         assert make()._optims["dlrclip"].param_groups[0]["eps"] == 1e-4
         assert "eps" not in make("OPTIM.NAME", "sgd")._optims["dlrclip"].param_groups[0]
 

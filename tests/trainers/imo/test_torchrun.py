@@ -43,9 +43,9 @@ def folder(tmp_path_factory):
             place = folder / "images" / part / name
             place.mkdir(parents=True)
             for i in range(count):
-                colour = [40 + 9 * i] * 3
-                colour[label] = 230 - 9 * i
-                picture = Image.new("RGB", (70, 64), tuple(colour))
+                color = [40 + 9 * i] * 3
+                color[label] = 230 - 9 * i
+                picture = Image.new("RGB", (70, 64), tuple(color))
                 picture.paste((255, 255, 255), (4 * i, 10, 4 * i + 20, 40))
                 picture.save(place / f"{i}.png")
     return folder

@@ -27,9 +27,9 @@ def images(tmp_path_factory):
         for label, name in enumerate(("red", "green", "blue")):
             (folder / part / name).mkdir(parents=True)
             for i in range(count):
-                colour = [60 + 9 * i] * 3
-                colour[label] = 220 - 9 * i
-                Image.new("RGB", (70, 64), tuple(colour)).save(folder / part / name / f"{i}.png")
+                color = [60 + 9 * i] * 3
+                color[label] = 220 - 9 * i
+                Image.new("RGB", (70, 64), tuple(color)).save(folder / part / name / f"{i}.png")
     return folder
 
 
@@ -235,7 +235,7 @@ def test_a_step_of_the_classifier_is_cross_entropy_on_corrected_features(make, o
     assert trainer.step(batch)["loss"] == pytest.approx(want.item(), rel=1e-4)
 
 
-def test_classifier_may_start_as_centred_class_means(make):
+def test_classifier_may_start_as_centered_class_means(make):
     trainer = make("IMO", "TRAINER.IMO.INIT_IMAGES", 3)
     items = trainer.dm.dataset.train_x
     picked = [[item for item in items if item.label == label][:3] for label in range(3)]

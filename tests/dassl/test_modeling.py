@@ -52,8 +52,8 @@ def test_shapes():
 
 
 def test_wrong_names_and_values():
-    with pytest.raises(KeyError, match="MeanColor"):
-        build_backbone("MeanColor")
+    with pytest.raises(KeyError, match="MeanColour"):
+        build_backbone("MeanColour")
     with pytest.raises(KeyError, match="HEAD"):
         build_head("mpl")
     with pytest.raises(InputError, match="HIDDEN_LAYERS"):

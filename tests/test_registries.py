@@ -21,6 +21,7 @@ from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.engine.hooks import HookBase, TensorBoard
 from dassl.evaluation.passes import Evaluation
 from dassl.utils import read_image, set_random_seed
+from trainers.clip import alike
 
 TRAINERS = TRAINER_REGISTRY.registered_names()
 DATASETS = DATASET_REGISTRY.registered_names()
@@ -201,6 +202,15 @@ def test_saved_and_loaded_gives_equal_logits(name, build, tmp_path):
     own = other.each_class_has(other.cfg)
     with pytest.raises(ValueError, match="that were trained on") if own else contextlib.nullcontext():
         other.load_model(str(tmp_path / "saved"), epoch=1)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_classes_that_texts_do_not_tell_apart_are_named_before_training(name, build, monkeypatch, caplog):
+    monkeypatch.setattr(alike, "CLOSE", -1.0)
+    with caplog.at_level("WARNING", logger=alike.__name__):
+        build(name)
+    (message,) = [record.getMessage() for record in caplog.records if record.name == alike.__name__]
+    assert "{zero, one, two," in message and "Digits" not in message
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dassl.optim import build_lr_scheduler, build_optimizer
 
-from ..clip import CLIP
+from ..clip import CLIP, tell_alike
 from .learner import Classifier
 from .learner_trainer import LearnerTrainer
 from .schedule import count_steps
@@ -37,6 +37,7 @@ class EncoderTrainer(LearnerTrainer):
         """Build CLIP, the classifier around it, and the optimizer and schedule of its learner."""
         clip, classnames = self.load_frozen_clip(self.settings.prec)
         self.network = self.build_network(clip, classnames, self.templates())
+        tell_alike(clip, classnames, self.network.zeroshot)
         learner = self.network.learner
         count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
         logger.info("Parameters to learn: %s", f"{count:,}")

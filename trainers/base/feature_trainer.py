@@ -19,7 +19,7 @@ from dassl.data import DatasetWrapper
 from dassl.data.transforms import build_transform
 from dassl.optim import build_lr_scheduler, build_optimizer
 
-from ..clip import CLIP, zeroshot_weights
+from ..clip import CLIP, tell_alike, zeroshot_weights
 from ..features.cache_key import feature_slot
 from ..features.corrected import CorrectedEncoder, check_adapters, load_adapters
 from ..features.encoder import FeatureSet, ImageEncoder
@@ -101,7 +101,9 @@ class FeatureTrainer(LearnerTrainer):
         """Build CLIP, the learner on its features, the loaders of features, and the learner's optimizer."""
         cfg = self.cfg
         clip, classnames = self.load_frozen_clip(self.settings.prec)
-        learner = self.build_learner(clip, classnames, self.zeroshot(clip, classnames).float())
+        zeroshot = self.zeroshot(clip, classnames).float()
+        tell_alike(clip, classnames, zeroshot)
+        learner = self.build_learner(clip, classnames, zeroshot)
         self.network = FeatureNetwork(self.build_encoder(clip), learner)
         self.selected = {}
         self._set_up_loaders()

@@ -3,6 +3,7 @@
 This package is plain torch over open_clip's modules; it knows neither the toolbox nor the datasets.
 """
 
+from .alike import tell_alike
 from .backbones import BACKBONES, check_backbone
 from .config import add_clip_config
 from .edits import BlockEdit, kinds
@@ -48,6 +49,7 @@ __all__ = [
     "mean_text_features",
     "preprocessing_of",
     "save_tiny",
+    "tell_alike",
     "tell_preprocessing",
     "templates_for",
     "zeroshot_weights",

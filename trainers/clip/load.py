@@ -14,7 +14,7 @@ from open_clip.pretrained import get_pretrained_cfg
 from .backbones import Backbone, resolve_backbone, weights_hint
 from .checkpoint import build_open_clip, checkpoint_form, read_checkpoint
 from .model import CLIP, PRECISIONS
-from .tiny import expand_vocabulary, read_record, tiny_files
+from .tiny import IDS, expand_vocabulary, read_record, tiny_files
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +46,19 @@ def load_clip(
     if precision not in PRECISIONS:
         raise ValueError(f"Expected precision to be one of {', '.join(PRECISIONS)} but got {precision!r}")
     backbone = resolve_backbone(name)
+    known = None
     if name == "tiny":
         record, path = tiny_files(weights or None)
         arch = read_record(record)["arch"]
-        state = expand_vocabulary(read_checkpoint(path), arch["text_cfg"]["vocab_size"])
+        stored = read_checkpoint(path)
+        state = expand_vocabulary(stored, arch["text_cfg"]["vocab_size"])
+        known = frozenset(stored[IDS].tolist())
     else:
         path = Path(weights).expanduser() if weights else _obtain(backbone)
         arch, state = backbone.arch, read_checkpoint(path)
     model = build_open_clip(arch, state, f"{name} in {path}")
     clip = CLIP(model, name, precision, backbone.pixel_mean, backbone.pixel_std)
+    clip.known_ids = known
     quick = bool(arch.get("quick_gelu", False))
     logger.info("CLIP %s from %s (%s, %s)", name, path, precision, _ACTIVATIONS[quick])
     if weights and name != "tiny":

@@ -26,6 +26,7 @@ class CLIP(nn.Module):
         embed_dim: E. image_size: input side length in pixels.
         logit_scale: exp of CLIP's learned log-temperature (about 100 for OpenAI's weights).
         pixel_mean, pixel_std: input normalization the weights were trained with, per RGB channel, for pixels in 0..1.
+        known_ids: token ids that the weights have an embedding for; None: all of the vocabulary.
         weights_digest: sha256 (hex) of the weights' fp32 values: the same for every file format and precision.
     """
 
@@ -55,6 +56,7 @@ class CLIP(nn.Module):
         self.logit_scale = float(model.logit_scale.detach().float().exp())
         self.pixel_mean = tuple(float(x) for x in pixel_mean)
         self.pixel_std = tuple(float(x) for x in pixel_std)
+        self.known_ids: frozenset[int] | None = None
         self._digest: str | None = None
         if precision in ("fp16", "bf16"):
             self._digest = self._compute_digest()  # before the values are rounded

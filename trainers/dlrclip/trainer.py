@@ -19,7 +19,7 @@ from dassl.engine import TRAINER_REGISTRY
 from dassl.optim import build_lr_scheduler
 
 from ..base import LearnerTrainer, build_optimizer_with_eps, count_steps
-from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
+from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT, tell_alike
 from ..features import FrozenPart, ImageEncoder, KnownFeatures, collect_features, feature_slot
 from ..features.kept_views import GIB, ViewLoader
 from ..portable import class_indices
@@ -75,6 +75,7 @@ class DLRCLIP(LearnerTrainer):
         settings, cfg = self.settings, self.cfg
         clip, classnames = self.load_frozen_clip(settings.prec)
         self.network = DLRCLIPNetwork(clip, classnames, self.templates(), settings)
+        tell_alike(clip, classnames, self.network.zeroshot)
         self.main_head = settings.head
         self.loss_terms = tuple(self.network.loss_weights)
         learner = self.network.learner

@@ -9,8 +9,9 @@ to every run. Without --trainers: every method that has such a config and leaves
 
 Written are STEM.md, STEM.csv (unrounded), STEM.tex (booktabs) and the figure STEM.pdf and .png (accuracy by shots, a
 panel per dataset and one for the average). A cell is the mean over seeds (standard deviation) ± half of Student's 95 %
-interval. The best of a column is bold only if it is better than each of the others by a paired t-test over seeds at the
-5 % level: the seeds' few-shot images are the same for all methods. Three seeds rarely suffice for that.
+interval (of two seeds: of their range). The best of a column is bold only if it is better than each of the others by a
+paired t-test over seeds at the 5 % level: the seeds' few-shot images are the same for all methods. Three seeds rarely
+suffice for that.
 
 Exit codes: 0 done; 1 a run failed (named on stderr, and its cell is left empty); 2 something given was wrong.
 """
@@ -38,7 +39,7 @@ from scripts.figures.plot_shots import shots_figure
 from scripts.figures.style import save
 from scripts.lib.grid import Run, few_shot_run, run_missing
 from scripts.lib.methods import check_datasets, choose_methods, whole_numbers
-from scripts.lib.tables import Record, collect, comma_separated, latex, markdown
+from scripts.lib.tables import SPREAD, Record, collect, comma_separated, latex, markdown
 
 METRICS = ("accuracy", "top5", "macro_f1", "ece")
 
@@ -100,7 +101,7 @@ def write_results(
     """Write the tables and the figure; return the Markdown."""
     cells = collect(records)
     higher = metric != "ece"
-    head = f"{metric} (%), mean over seeds (standard deviation) ±half of the 95 % interval\n\n    {command}\n"
+    head = f"{metric} (%), {SPREAD}\n\n    {command}\n"
     text = "\n".join([head, markdown(cells, higher), cost_table(costs)])
     for suffix, content in ((".md", text), (".csv", comma_separated(cells, higher)), (".tex", latex(cells, higher))):
         with atomic_write(stem.with_name(stem.name + suffix)) as stream:

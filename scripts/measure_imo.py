@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 from tabulate import tabulate
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from dassl.data.datasets import build_dataset
 from dassl.data.transforms import build_transform
 from dassl.utils.cli import run_main
 from scripts.lib.imo import config
+from scripts.lib.tables import mean_and_band
 from trainers.clip import CLIP, load_clip, templates_for, zeroshot_weights
 from trainers.features.corrected import load_adapters, read_recipe
 from trainers.imo import measure
@@ -72,11 +72,8 @@ class Known:
 
 def interval(values: Sequence[float]) -> str:
     """Return the mean as text, with half the width of its 95 % interval where there are several values."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:+.2f}"
-    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:+.2f} ± {half:.2f}"
+    mean, half = mean_and_band(values)
+    return f"{mean:+.2f} ± {half:.2f}" if len(values) > 1 else f"{mean:+.2f}"
 
 
 def accuracies(

@@ -18,8 +18,8 @@ each run is a job of a SLURM array, with its evaluations behind it; stop this pr
 same command waits for them and submits what is missing.
 
 Written are STEM.md, STEM.csv (unrounded) and STEM.tex (booktabs). A cell is the mean over seeds (standard deviation)
-± half of Student's 95 % interval, bold only if it is better than each other one of its column by a paired t-test over
-seeds at the 5 % level. Methods that train nothing are run once.
+± half of Student's 95 % interval (of two seeds: of their range), bold only if it is better than each other one of its
+column by a paired t-test over seeds at the 5 % level. Methods that train nothing are run once.
 
 Exit codes: 0 done; 1 a run failed (named on stderr, and its cell is left empty); 2 something given was wrong.
 """

@@ -37,7 +37,7 @@ from scripts.figures.plot_logits import logits_figure
 from scripts.figures.plot_shots import shots_figure
 from scripts.figures.style import readable, write_figure
 from scripts.lib.runs import Run, find_runs, read_records, run_records
-from scripts.lib.tables import BANDS, mean_and_band
+from scripts.lib.tables import BANDS, OF_TWO, mean_and_band
 
 # The figures of a run's predictions: what each shows -> the function that draws it.
 FIGURES: dict[str, Callable[[Predictions], Figure]] = {
@@ -173,7 +173,7 @@ def page(runs: Sequence[Run], unfinished: Sequence[Path], published: Sequence[Ma
         f"<link rel='icon' href='data:,'><style>{CSS}</style></head><body>\n<h1>Report of {len(runs)} runs</h1>\n",
         "<h2>Accuracy of every head</h2>\n",
         table(["dataset", "method", "shots", "runs", *heads], rows),
-        f"<p>Percent. Mean ± half of the {BANDS['t95']}, where there are several runs.</p>\n",
+        f"<p>Percent. Mean ± half of the {BANDS['t95']}{OF_TWO}, where there are several runs.</p>\n",
         "<h2>Accuracy by shots</h2>\n",
         attempt(lambda: shots_figure([*run_records(runs), *published]), "Accuracy by training images per class"),
         "<h2>Runs</h2>\n",

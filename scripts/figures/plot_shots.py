@@ -8,7 +8,8 @@ of published numbers are `dataset,method,shots,accuracy` and, with one line per 
 shots 0 for zero-shot, -1 for all images.
 
 Lines are means over seeds; bands are the 95 % t-interval of the mean (or one standard deviation, `--band sd`), where
-there are at least two seeds. The average is taken over the datasets that every method has.
+there are at least two seeds; of two seeds, the range of both. The average is taken over the datasets that every method
+has.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if __name__ == "__main__":  # run as a file
 from dassl.utils.cli import run_main
 from scripts.figures.style import COLUMN, GRAY, PAGE, add_output_options, look, new_figure, readable, save, style
 from scripts.lib.runs import find_runs, read_records, run_records
-from scripts.lib.tables import BANDS, mean_and_band
+from scripts.lib.tables import BANDS, OF_TWO, mean_and_band
 
 MAX_COLUMNS = 4
 
@@ -146,8 +147,10 @@ def shots_figure(
         for axes in figure.axes:
             handles.update(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
         entries = [handles[readable(method)] for method in methods if readable(method) in handles]
-        if any(not math.isnan(p.half) for panel in panels for points in panel.series.values() for p in points):
-            entries.append(Patch(color=GRAY, alpha=0.3, label=BANDS[band]))
+        values = {p.n for panel in panels for points in panel.series.values() for p in points}
+        if max(values) > 1:
+            label = BANDS[band] + (OF_TWO if band == "t95" and 2 in values else "")
+            entries.append(Patch(color=GRAY, alpha=0.3, label=label))
         figure.legend(handles=entries, loc="outside lower center", ncols=legend_columns, handlelength=3)
     return figure
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dassl.utils import atomic_write
 from scripts.lib.protocol_plan import Cell
-from scripts.lib.tables import AVERAGE, Cells, Record, collect, comma_separated, latex, markdown
+from scripts.lib.tables import AVERAGE, SPREAD, Cells, Record, collect, comma_separated, latex, markdown
 
 HARMONIC = "H"
 KWAY = "classes taken as new ones"
@@ -26,7 +26,6 @@ NOTES = {
     ),
     "ablation": "test accuracy (%) of each head",
 }
-SPREAD = "mean over seeds (standard deviation) ±half of the 95 % interval"
 
 
 def head_values(metrics: dict[str, Any], kway: bool = False) -> dict[str, float]:

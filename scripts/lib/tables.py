@@ -23,19 +23,22 @@ from dassl.utils import one_line
 
 AVERAGE = "average"
 LEVEL = 0.05  # significance level of the tests
+SPREAD = "mean over seeds (standard deviation) ±half of the 95 % interval (of two seeds: of their range)"
 
 
 Column = int | str  # a number of shots, or another column's name
 
 
 BANDS = {"t95": "95 % t-interval of the mean over seeds", "sd": "± one standard deviation over seeds"}
+OF_TWO = " (of two seeds: their range)"  # said where the first of these has points with two values
 
 
 def mean_and_band(values: Sequence[float], band: str = "t95") -> tuple[float, float]:
     """Return (mean, half the height of the band) of values; the band of a single value is nan.
 
-    "t95": the 95 % confidence interval of the mean by Student's t with n - 1 degrees of freedom; "sd": the standard
-    deviation (n - 1).
+    "t95": the 95 % confidence interval of the mean by Student's t with n - 1 degrees of freedom. Of two values it is
+    their range instead: their t-interval is 13 times as wide as that, and tells nothing. "sd": the standard deviation
+    (n - 1).
     """
     if band not in BANDS:
         raise ValueError(f'Expected band to be one of {", ".join(BANDS)} but got "{band}"')
@@ -43,6 +46,8 @@ def mean_and_band(values: Sequence[float], band: str = "t95") -> tuple[float, fl
     if len(values) < 2:
         return mean, math.nan
     sd = statistics.stdev(values)
+    if band == "t95" and len(values) == 2:
+        return mean, (max(values) - min(values)) / 2
     return mean, sd if band == "sd" else float(special.stdtrit(len(values) - 1, 0.975)) * sd / math.sqrt(len(values))
 
 
@@ -65,12 +70,12 @@ class Summary(NamedTuple):
 
     mean: float
     sd: float  # n - 1 in the denominator; nan for one seed
-    half: float  # half the width of the 95 % t-interval of the mean; nan for one seed
+    half: float  # half the width of the 95 % t-interval of the mean, of two seeds half of their range; nan for one seed
     n: int
 
 
 def summarize(values: Iterable[float]) -> Summary:
-    """Return the mean, the standard deviation and the half-width of Student's 95 % interval of the mean.
+    """Return the mean, the standard deviation and the half-width of Student's 95 % interval; see `mean_and_band`.
 
     Raises:
         ValueError: there are no values.
@@ -146,7 +151,7 @@ def bold_cells(cells: Cells, higher: bool = True) -> set[tuple[str, str, Column]
 
 
 def markdown(cells: Cells, higher: bool = True, digits: int = 1) -> str:
-    """Return a table per dataset, methods by shots: mean (standard deviation) ± half the 95 % interval."""
+    """Return a table per dataset, methods by shots: mean (standard deviation) ± half of `mean_and_band`."""
     bold = bold_cells(cells, higher)
 
     def cell(key: tuple[str, str, Column]) -> str:
@@ -189,7 +194,7 @@ def latex(cells: Cells, higher: bool = True, digits: int = 1) -> str:
 def comma_separated(cells: Cells, higher: bool = True) -> str:
     """Return CSV with one row per dataset, method and number of shots, unrounded.
 
-    Further columns: mean, sd, bounds of the interval, n, best (1 or 0), and the values by seed.
+    Further columns: mean, sd, bounds of the interval (from three seeds), n, best (1 or 0), and the values by seed.
     """
     bold = bold_cells(cells, higher)
     stream = io.StringIO()
@@ -211,7 +216,7 @@ def comma_separated(cells: Cells, higher: bool = True) -> str:
     )
     for (dataset, method, shots), values in cells.items():
         mean, sd, half, n = summarize(values.values())
-        spread = ["", "", ""] if n == 1 else [sd, mean - half, mean + half]
+        spread = ["" if n < 2 else sd, *(["", ""] if n < 3 else [mean - half, mean + half])]
         by_seed = " ".join(f"{seed}:{value!r}" for seed, value in sorted(values.items()))
         writer.writerow(
             [_cell(dataset), _cell(method), shots, mean, *spread, n, int((dataset, method, shots) in bold), by_seed]

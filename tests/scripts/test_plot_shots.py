@@ -38,6 +38,8 @@ def test_bands_are_students_interval_or_the_standard_deviation() -> None:
     assert mean == 84.0 and half == pytest.approx(4.302653 * 4.0 / math.sqrt(3))  # t of 2 degrees, from a table
     assert mean_and_band([80.0, 84.0, 88.0], "sd") == (84.0, pytest.approx(4.0))
     assert math.isnan(mean_and_band([80.0])[1])
+    assert mean_and_band([80.0, 84.0]) == (82.0, 2.0)  # the range
+    assert mean_and_band([80.0, 84.0], "sd") == (82.0, pytest.approx(8.0**0.5))
     with pytest.raises(ValueError, match="Expected band to be one of t95, sd"):
         mean_and_band([80.0, 81.0], "se")
 
@@ -77,7 +79,16 @@ def test_figure_has_a_panel_per_dataset_and_the_values_of_each_method() -> None:
         assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "1", "2", "16"]
         assert axes.collections, "no band"
     texts = [t.get_text() for t in figure.legends[0].get_texts()]
-    assert texts == ["ours", "zero", "95 % t-interval of the mean over seeds"]
+    assert texts == ["ours", "zero", "95 % t-interval of the mean over seeds (of two seeds: their range)"]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "end"), [((1,), None), ((1, 2, 3), "over seeds"), ((1, 2), "of two seeds: their range)")]
+)
+def test_the_legend_says_what_the_bands_are(seeds, end) -> None:
+    figure = shots_figure([record("A", "ours", k, s, 50 + k + s) for k in (1, 2) for s in seeds])
+    last = figure.legends[0].get_texts()[-1].get_text()
+    assert last == "ours" if end is None else last.endswith(end)
 
 
 def test_looks_differ_without_color_too() -> None:

@@ -37,6 +37,7 @@ def test_interval_is_students():
     assert (mean - half, mean + half) == pytest.approx((low, high))
     assert sd == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
     assert math.isnan(summarize([5.0]).half)
+    assert summarize([60.0, 65.4]) == (62.7, pytest.approx(5.4 / 2**0.5), pytest.approx(2.7), 2)  # t would say ±34.3
     with pytest.raises(ValueError, match="at least one value"):
         summarize([])
 
@@ -75,6 +76,13 @@ def test_average_over_datasets_is_taken_seed_by_seed():
     assert ("average", "y", 1) not in cells
     with pytest.raises(ValueError, match="one value"):
         collect([Record("A", "x", 1, 1, 1.0), Record("A", "x", 1, 1, 1.0)])
+
+
+def test_two_seeds_have_a_range_and_no_interval():
+    cells = collect(records(a={1: 60.0, 2: 65.4}))
+    assert "62.7 (3.8) ±2.7" in markdown(cells)
+    (row,) = csv.DictReader(io.StringIO(comma_separated(cells)))
+    assert row["ci95_low"] == row["ci95_high"] == "" and float(row["sd"]) == pytest.approx(5.4 / 2**0.5)
 
 
 def test_tables_show_the_same_numbers():

@@ -71,6 +71,11 @@ class SplitDataset(DatasetBase):
         self.data_digest = self.bind_data(split)
         index = zip(itertools.chain(*items[:2]), itertools.chain(*split[:2]), strict=True)
         train, val = self._pick(split, shots, cfg.SEED, {item[0]: datum for item, datum in index})
+        if len(train) < len(split.train):
+            logger.info(
+                f"Using {len(train):,} of {len(split.train):,} training images, at most {shots} per class "
+                "(DATASET.NUM_SHOTS; -1 takes all)"
+            )
         train, val, test = subsample_classes(
             train, self.choose_val(val, split, cfg), split.test, subsample=cfg.DATASET.SUBSAMPLE_CLASSES
         )

@@ -68,6 +68,19 @@ def test_twenty_photos_a_class_and_sixteen_shots(root, caplog):
     assert not set(paths(dataset, "train_x")) & set(paths(dataset, "test"))
 
 
+def test_what_few_shots_leave_unused_is_said(root, caplog):
+    caplog.set_level("INFO")
+    fill(root, dog=20, cat=20, Ape=6)  # half of each class is for training
+    said = "Using {} of 23 training images, at most {} per class (DATASET.NUM_SHOTS; -1 takes all)"
+    for shots, used in ((4, 11), (1, 3), (4, 11)):  # the last picks come out of their file
+        caplog.clear()
+        build(root, shots=shots)
+        assert said.format(used, shots) in caplog.messages
+    caplog.clear()
+    build(root)
+    assert "Using" not in caplog.text
+
+
 def test_a_split_is_made_once_and_reused(root, caplog):
     first = build(fill(root, cat=10, dog=12))
     content = json.loads((root / "split.json").read_text())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,14 +17,31 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the core
 SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")  # scripts/dev/mark_slow.py writes it
 
 
+def dotted(path: str, *names: str) -> str:
+    """Return the name of a test function or fixture as JUnit reports and `slow_tests.txt` have it."""
+    return "::".join([".".join([path.removesuffix(".py").replace("/", "."), *names[:-1]]), names[-1]])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that `pytest -m "not slow"` leaves out."""
+    """Mark the tests that `pytest -m "not slow"` leaves out: those listed, and those with a listed fixture."""
     slow = set(SLOW_TESTS.read_text(encoding="utf-8").split())
     for item in items:
         path, *names = item.nodeid.partition("[")[0].split("::")
-        module = ".".join([path.removesuffix(".py").replace("/", "."), *names[:-1]])
-        if f"{module}::{names[-1]}" in slow:
+        needed = {dotted(path, name) for name in getattr(item, "fixturenames", ())}
+        if not slow.isdisjoint({dotted(path, *names), *needed}):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: Any) -> Generator[None, Any, Any]:
+    """Note in the JUnit report how long the fixtures of whole files take: that time is counted to their first test."""
+    start = time.perf_counter()
+    try:
+        return (yield)
+    finally:
+        if fixturedef.scope == "module" and fixturedef.baseid.endswith(".py"):
+            name = f"fixture {dotted(fixturedef.baseid, fixturedef.argname)}"
+            request._pyfuncitem.user_properties.append((name, time.perf_counter() - start))
 
 
 # Six blocks like the bundled CLIP, so that its configs fit; everything else as small as it goes.

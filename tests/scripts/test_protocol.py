@@ -221,7 +221,7 @@ def test_harmonic_mean_is_taken_seed_by_seed(tmp_path, capsys):
     assert rows["shapes", "ZeroshotCLIP", "new"]["n"] == "2"  # the same for both seeds
     assert harmonic(0.0, 0.0) == 0.0
     shown = capsys.readouterr().out
-    assert "H = 2bn/(b+n) of each seed" in shown and "| 52.5 (10.6) ±95.3 |" in shown
+    assert "H = 2bn/(b+n) of each seed" in shown and "| 52.5 (10.6) ±7.5 |" in shown
     assert "\\mathbf" not in (tmp_path / "t.tex").read_text() and "$52.5_{" in (tmp_path / "t.tex").read_text()
     assert main([*arguments[:-1], "--shots=2", "--read-only"]) == 0  # zero-shot is there for any number of shots
 

@@ -89,7 +89,13 @@ class TipLearner(FeatureLearner):
         return tip_logits(images, clip_logits, self.keys, self.key_labels, alpha, beta)
 
 
-GRID_WORDS = "grid that is searched: Tip-Adapter's (tip), Tip-X's (tipx), or Tip-Adapter++'s and Tip-X++'s (overlap)"
+def grid_key(default: str) -> Any:
+    """Return the key GRID of a method whose own grid is `default`."""
+    return key(
+        default,
+        "grid that is searched: Tip-Adapter's (tip), Tip-X's (tipx), or Tip-Adapter++'s and Tip-X++'s (overlap)",
+        choices=tuple(GRIDS),
+    )
 
 
 @dataclass(frozen=True)
@@ -110,11 +116,7 @@ class TipConfig(MethodConfig):
         low=0,
         source="1; the paper's text: 5.5",
     )
-    grid: str = key(
-        "tip",
-        GRID_WORDS,
-        choices=tuple(GRIDS),
-    )
+    grid: str = grid_key("tip")
     search_scale: tuple[float, ...] = key(
         (), "upper ends of (beta, alpha), above the lower ones; (): the grid's", source="tip: by dataset"
     )

@@ -32,7 +32,7 @@ from ..base import CorrectedKeys, FeatureLearner, MethodConfig, key
 from ..clip import CLIP
 from ..features import FeatureSet
 from .search import GRIDS, Grid, grid_accuracy, grid_of
-from .tip import GRID_WORDS, TipAdapter, TipConfig, TipLearner
+from .tip import TipAdapter, TipConfig, TipLearner, grid_key
 
 
 def divergences(queries: Tensor, keys: Tensor) -> Tensor:
@@ -57,11 +57,7 @@ def scaling(kl: tuple[float, float], cosine: tuple[float, float]) -> tuple[float
 class TipPPConfig(TipConfig):
     """Settings of Tip-Adapter++."""
 
-    grid: str = key(
-        "overlap",
-        GRID_WORDS,
-        choices=tuple(GRIDS),
-    )
+    grid: str = grid_key("overlap")
 
 
 @TRAINER_REGISTRY.register()
@@ -166,11 +162,7 @@ def _extended(bounds: tuple[float, float], values: Tensor) -> tuple[float, float
 class TipXConfig(TipConfig):
     """Settings of Tip-X."""
 
-    grid: str = key(
-        "tipx",
-        GRID_WORDS,
-        choices=tuple(GRIDS),
-    )
+    grid: str = grid_key("tipx")
     gamma: float = key(
         0.1, "weight of the third term where it is not searched (ours: the source always searches)", low=0
     )
@@ -250,11 +242,7 @@ class TipX(TipAdapterPP):
 class TipXPPConfig(TipXConfig):
     """Settings of Tip-X++."""
 
-    grid: str = key(
-        "overlap",
-        GRID_WORDS,
-        choices=tuple(GRIDS),
-    )
+    grid: str = grid_key("overlap")
 
 
 @TRAINER_REGISTRY.register()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +14,17 @@ from benchmarks.measure import Stopwatch
 from benchmarks.naive import Naive
 
 
+@contextmanager
+def taken_back(pairs: Iterable[tuple[Any, Any]]) -> Iterator[None]:
+    """Forget at the end of the context what these (module, optimizer) pairs learned within it."""
+    kept = [(each, copy.deepcopy(each.state_dict())) for pair in pairs for each in pair]
+    yield
+    for each, state in kept:
+        each.load_state_dict(state)
+
+
 class Learner:
-    """What is learnt, its AdamW, and a way back to the state before a step.
+    """Hold what is learnt, its AdamW, and a way back to the state before a step.
 
     The optimizer's values are those of the published configuration.
     """
@@ -25,14 +34,9 @@ class Learner:
         self.module = network.learner
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=1e-4, eps=1e-4)
 
-    @contextmanager
-    def taken_back(self) -> Iterator[None]:
-        """What is learnt within is forgotten afterwards."""
-        state = copy.deepcopy(self.module.state_dict())
-        moments = copy.deepcopy(self.optimizer.state_dict())
-        yield
-        self.module.load_state_dict(state)
-        self.optimizer.load_state_dict(moments)
+    def taken_back(self) -> AbstractContextManager[None]:
+        """Return a context at whose end what was learned within is forgotten."""
+        return taken_back([(self.module, self.optimizer)])
 
 
 class FreshStep:
@@ -44,7 +48,7 @@ class FreshStep:
         self.network, self.learner = network, learner
 
     def prepare(self, images: Tensor) -> None:
-        """What is done before the clock runs."""
+        """Prepare the step's inputs, before the clock runs."""
         self.inputs: dict[str, Any] = {"images": images}
 
     def batch(self) -> dict[str, Any]:

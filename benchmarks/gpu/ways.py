@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import statistics
 from collections.abc import Iterator, Sequence
@@ -15,27 +14,20 @@ from torch import Tensor
 from benchmarks.gpu.session import Session
 from benchmarks.measure import Stopwatch
 from benchmarks.naive import Naive
+from benchmarks.steps import taken_back
 from dassl.engine.hooks.losses import as_numbers
 
 CHUNK = 100  # classes at once, as published, where the activations of all do not fit
 
 
-@contextmanager
-def taken_back(trainer: Any) -> Iterator[None]:
-    """What the trainer learns within is forgotten afterwards."""
-    kept = []
-    for name, model in trainer._models.items():
-        optim = trainer._optims[name]
-        kept.append((model, copy.deepcopy(model.state_dict()), optim, copy.deepcopy(optim.state_dict())))
-    yield
-    for model, state, optim, moments in kept:
-        model.load_state_dict(state)
-        optim.load_state_dict(moments)
+def registered(trainer: Any) -> list[tuple[Any, Any]]:
+    """Return the (model, optimizer) pairs that the trainer registered."""
+    return [(model, trainer._optims[name]) for name, model in trainer._models.items()]
 
 
 @contextmanager
 def matrix_precision(tf32: bool) -> Iterator[None]:
-    """Whether fp32 products may be computed in TF32."""
+    """Allow or forbid TF32 in fp32 products within this context."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
@@ -55,7 +47,7 @@ class Fresh:
         self.trainer = trainer
 
     def prepare(self, images: Tensor, labels: Tensor) -> None:
-        """What is done before the clock runs."""
+        """Prepare the batch, before the clock runs."""
         device = self.trainer.device
         self.batch = {"img": images.to(device), "label": labels.to(device)}
 
@@ -122,7 +114,7 @@ class Published:
 
 
 class Measured:
-    """What was measured of one way: seconds, losses and peak memory of its steps."""
+    """Hold the measurements of one way: seconds, losses and peak memory of its steps."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -164,7 +156,7 @@ def compare(session: Session, trainer: Any, ways: Sequence[Any], batches: Sequen
     found = {way.name: Measured() for way in ways}
     for way in ways:
         for _ in range(2):
-            with taken_back(trainer):
+            with taken_back(registered(trainer)):
                 try:
                     way.prepare(*batches[0])
                     one(session, way, None)
@@ -178,7 +170,7 @@ def compare(session: Session, trainer: Any, ways: Sequence[Any], batches: Sequen
         turn = number % len(ways)
         order = [*ways[turn:], *ways[:turn]]
         for way in order[:-1]:
-            with taken_back(trainer):
+            with taken_back(registered(trainer)):
                 way.prepare(images, labels)
                 one(session, way, found[way.name])
         order[-1].prepare(images, labels)

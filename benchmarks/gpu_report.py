@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import ROOT, replace_section
 from benchmarks.tables import gigabytes, made_by, seconds, table
-from dassl.utils.cli import run_main
+from dassl.utils.cli import fail, run_main
 
 BEGIN = "<!-- gpu day: begin (written by benchmarks/gpu_report.py) -->"
 END = "<!-- gpu day: end -->"
@@ -178,8 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = json.loads(args.file.read_text(encoding="utf-8"))
         text = replace_section(args.document.read_text(encoding="utf-8"), section(result), BEGIN, END)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     args.document.write_text(text, encoding="utf-8")
     return 0
 

@@ -1,4 +1,4 @@
-"""Whether a long run grows: memory, open files and files of a run over thousands of steps and many evaluations.
+"""Watch whether a long run grows: memory, open files and files over thousands of steps and many evaluations.
 
     python benchmarks/long_run.py --trainer CoOp --steps 2000 --evaluations 20 [--json out.json]
 

@@ -84,7 +84,7 @@ class MatrixRate:
             times.append(watch.seconds / repeats)
 
     def seconds(self, products: Sequence[Product]) -> float:
-        """What the products would take one after the other, each at the rate of its shape."""
+        """Return the seconds of the products one after the other, each at the rate of its shape."""
         known = [p for p in products if p.shape in self._times]
         taken = sum(p.times * statistics.median(self._times[p.shape]) for p in known)
         return taken * total(products) / total(known)
@@ -97,7 +97,7 @@ def biggest(values: Iterable[float]) -> float:
 
 
 def operator_times(function: Callable[[], Any], device: torch.device, rows: int = 12) -> list[dict[str, Any]]:
-    """Where the time of a call goes: the operators with the most time of their own, in shares of all."""
+    """Find the operators of a call with the most time of their own, in shares of all."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as found:
         function()
@@ -112,7 +112,7 @@ def operator_times(function: Callable[[], Any], device: torch.device, rows: int 
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Where and when a figure was measured."""
+    """Describe the machine and the date of a figure."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import bench_end_to_end, bench_eval, bench_memory, bench_step
 from benchmarks.tables import gigabytes, table
-from dassl.utils.cli import run_main
+from dassl.utils.cli import fail, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- benchmarks: begin (written by benchmarks/report.py) -->"
@@ -140,8 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         new = section(read_results(args.folder))
         text = replace_section(args.document.read_text(encoding="utf-8"), new)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     args.document.write_text(text, encoding="utf-8")
     return 0
 

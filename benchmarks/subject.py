@@ -1,4 +1,4 @@
-"""What is measured: a CLIP of real size with random weights, class names of a given length, and batches."""
+"""Make the subject of the measurements: a CLIP of real size with random weights, class names of one length, batches."""
 
 from __future__ import annotations
 

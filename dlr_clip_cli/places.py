@@ -1,4 +1,4 @@
-"""Where the project's packages lie and what they are called: in the checkout, and once installed.
+"""Find the project's packages, which have other places and names in the checkout than once installed.
 
 checkout      installed
 trainers      dlr_clip

@@ -1,4 +1,4 @@
-"""What adapters of IMO and IMODINO do on sets that they were not trained on: overlap, and the gain of Tip-Adapter++.
+"""Measure IMO's and IMODINO's adapters on sets that they were not trained on: overlap, and Tip-Adapter++'s gain.
 
     python scripts/measure_imo.py IMO=RUN_OF_SEED_1,RUN_OF_SEED_2,... IMODINO=...
 
@@ -29,7 +29,7 @@ if __name__ == "__main__":  # run as a file
 from dassl.data import DatasetWrapper
 from dassl.data.datasets import build_dataset
 from dassl.data.transforms import build_transform
-from dassl.utils.cli import run_main
+from dassl.utils.cli import fail, run_main
 from scripts.lib.imo import config
 from scripts.lib.tables import mean_and_band
 from trainers.clip import CLIP, load_clip, templates_for, zeroshot_weights
@@ -167,8 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(run(args))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dassl.utils.cli import run_main
+from dassl.utils.cli import fail, run_main
 from scripts.lib.runs import read_metrics
 
 TRAINED, TESTED = "Finish training", "=> result"
@@ -147,8 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"Expected folders of runs in {args.directory} but found none")
         print(f"Average performance\n* {args.keyword}: {statistics.fmean(means):.2f}%")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 

@@ -23,7 +23,7 @@ if __name__ == "__main__":  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dassl.utils import InputError
-from dassl.utils.cli import run_main
+from dassl.utils.cli import fail, run_main
 from trainers.app.data import open_images
 
 
@@ -106,8 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(run(args))
     except (InputError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 

@@ -27,7 +27,7 @@ if __name__ == "__main__":  # run as a file
 
 from dassl.evaluation.predictions import Predictions
 from dassl.utils import atomic_write
-from dassl.utils.cli import run_main
+from dassl.utils.cli import fail, run_main
 from scripts.figures.command import open_predictions
 from scripts.figures.plot_confusion import confusion_figure
 from scripts.figures.plot_curves import run_curves
@@ -203,8 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with atomic_write(args.output) as stream:
             stream.write(content)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     for folder in unfinished:
         print(f"left out, not finished: {folder}", file=sys.stderr)
     print(args.output)

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # run as a file
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.utils import InputError, did_you_mean, set_random_seed
-from dassl.utils.cli import run_main
+from dassl.utils.cli import fail, run_main
 from trainers.app.configuration import default_cfg
 from trainers.configs import CONFIGS
 from trainers.features.corrected import read_recipe
@@ -142,8 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(run(args))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 

@@ -199,7 +199,7 @@ class LinearProbe(FeatureTrainer):
 
     @property
     def raw(self) -> bool:
-        """Whether features come as CLIP gives them."""
+        """Say whether features come as CLIP gives them."""
         settings, corrected = self.settings, self.cfg.MODEL.get("IMO_WEIGHTS", "")
         return bool(settings.init == "zeros" and settings.features == "raw" and not corrected)
 

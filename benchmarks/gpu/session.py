@@ -1,4 +1,4 @@
-"""What the parts of a GPU day share: the device, the sizes, the time that is left, and the rows that they write."""
+"""Share a GPU day among its parts: the device, the sizes, the time that is left, and the rows that they write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class OutOfTime(BaseException):
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is that is measured.
+    """Set the sizes of everything that is measured.
 
     Attributes:
         classes, batches: of the steps.
@@ -92,7 +92,7 @@ class Session:
 
     @property
     def cuda(self) -> bool:
-        """Whether a GPU is measured."""
+        """Say whether a GPU is measured."""
         return self.device.type == "cuda"
 
     @property

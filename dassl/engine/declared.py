@@ -90,7 +90,7 @@ class Declared:
 
     @property
     def writes_files(self) -> bool:
-        """Whether this process writes the files of the run: of several, rank 0 alone does."""
+        """Say whether this process writes the files of the run: of several, rank 0 alone does."""
         return distributed.is_main()
 
     def model_inference(self, input: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the loop and its hooks know about the running epoch."""
+"""Hold what the loop and its hooks know about the running epoch."""
 
 from __future__ import annotations
 

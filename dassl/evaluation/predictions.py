@@ -1,4 +1,4 @@
-"""What every head said about every image of a split, in one small file that figures are drawn from.
+"""Keep what every head said about every image of a split, in one small file that figures are drawn from.
 
 Legend: N images, C classes, H heads, K = min(5, C), M images whose features are kept, E width of a feature.
 

@@ -29,7 +29,7 @@ TEXTURES = ("plain", "striped", "dotted", "checkered", "outlined", "shaded")
 
 @dataclass(frozen=True)
 class Style:
-    """How one picture is painted: `clutter` counts distracting blobs, `occlusion` is a bar's half width."""
+    """Describe how one picture is painted: `clutter` counts distracting blobs, `occlusion` is a bar's half width."""
 
     color: str
     background: str

@@ -1,4 +1,4 @@
-r"""How the values of configs/trainers/*/tiny.yaml that differ from the published ones were chosen.
+r"""Choose the values of configs/trainers/*/tiny.yaml that differ from the published ones.
 
     python scripts/dev/choose_tiny_config.py
     python scripts/dev/choose_tiny_config.py --config configs/trainers/mma/tiny.yaml \\

@@ -57,7 +57,7 @@ TRANSFORMS = ("random_resized_crop", "random_flip", "colorjitter", "normalize")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is compared: metrics without timings, and what the last checkpoint of each model holds without them."""
+    """Hold what is compared: metrics without timings, and the last checkpoint of each model without them."""
 
     metrics: dict[str, Any]
     checkpoints: dict[str, Any]

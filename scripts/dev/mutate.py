@@ -1,4 +1,4 @@
-"""Whether the tests notice: changes one line of the code at a time, in a copy, and runs the tests that should fail.
+"""Check the tests: change one line of the code at a time, in a copy, and run the tests that should fail.
 
     python scripts/dev/mutate.py [NUMBER ...]
 

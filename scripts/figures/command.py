@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from dassl.evaluation.predictions import Predictions, load_predictions
+from dassl.utils.cli import fail
 from scripts.figures.style import add_output_options, save
 
 
@@ -58,6 +58,5 @@ def figure_main(
         for path in save(figure, args.output or folder / "figures" / name, args.formats):
             print(path)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0

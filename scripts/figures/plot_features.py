@@ -34,7 +34,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")  # filled one
 
 
 class Branch(NamedTuple):
-    """What one panel shows."""
+    """Hold what one panel shows."""
 
     features: np.ndarray  # [M, E], normalized
     points: np.ndarray  # [M, 2]

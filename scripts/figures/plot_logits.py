@@ -1,4 +1,4 @@
-"""How far the true class's logit is from its strongest rival's, for each head.
+"""Draw how far the true class's logit is from its strongest rival's, for each head.
 
     python scripts/figures/plot_logits.py RUN [--heads clip cma glr final]
 
@@ -31,7 +31,7 @@ BINS = 40
 
 
 class Logits(NamedTuple):
-    """What one panel shows of a head."""
+    """Hold what one panel shows of a head."""
 
     true: np.ndarray  # [N]
     rival: np.ndarray  # [N]

@@ -27,7 +27,7 @@ from dassl.data import DatasetWrapper
 from dassl.data.datasets import DATASET_REGISTRY, build_dataset
 from dassl.data.transforms import build_transform
 from dassl.utils import InputError, did_you_mean
-from dassl.utils.cli import run_main
+from dassl.utils.cli import fail, run_main
 from scripts.lib.imo import config
 from trainers.clip import CLIP, load_clip
 from trainers.features.corrected import load_adapters, read_recipe
@@ -116,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(run(args))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 

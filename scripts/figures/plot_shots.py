@@ -29,7 +29,7 @@ from matplotlib.patches import Patch
 if __name__ == "__main__":  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dassl.utils.cli import run_main
+from dassl.utils.cli import fail, run_main
 from scripts.figures.style import COLUMN, GRAY, PAGE, add_output_options, look, new_figure, readable, save, style
 from scripts.lib.runs import find_runs, read_records, run_records
 from scripts.lib.tables import BANDS, OF_TWO, mean_and_band
@@ -47,7 +47,7 @@ class Point(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """What one panel shows."""
+    """Hold what one panel shows."""
 
     title: str
     series: dict[str, list[Point]]  # method -> points, fewest shots first, -1 (all images) last
@@ -215,8 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in save(figure, args.output or Path("figures/accuracy_by_shots"), args.formats):
             print(path)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 

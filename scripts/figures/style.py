@@ -1,4 +1,4 @@
-"""How the project's figures look, and how they are written.
+"""Style the project's figures, and write them.
 
 Sizes suit a two-column paper at 100 %: one column 3.5 inches, both 7.16. Colors are Okabe and Ito's, which people with
 any of the common kinds of color blindness tell apart; markers and line styles differ too, for print without color.
@@ -67,7 +67,7 @@ def style() -> Iterator[None]:
 
 
 class Look(NamedTuple):
-    """How one of several series is drawn."""
+    """Name the color, marker and line of one of several series."""
 
     color: str
     marker: str

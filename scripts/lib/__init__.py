@@ -1,1 +1,1 @@
-"""What the commands share: runs and their folders, grids and jobs, tables. No module here is a command."""
+"""Share among the commands: runs and their folders, grids and jobs, tables. No module here is a command."""

@@ -1,4 +1,4 @@
-"""Where the fifteen benchmarks are to be had, what their archives hold, and how many images a complete copy has.
+"""List the sources of the fifteen benchmarks, the contents of their archives, and the images of a complete copy.
 
 Addresses are the official ones where they still answer, and move now and then; the page says more than the address.
 """

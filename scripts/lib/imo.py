@@ -1,4 +1,4 @@
-"""What the commands on IMO's adapters share."""
+"""Configure the commands on IMO's adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a run is finished, who may work in its folder, and runs in sequence as one job of a cluster.
+"""Tell finished runs, claim their folders, and run several in sequence as one job of a cluster.
 
 This module does not import torch, so that a job is on its way at once.
 """

@@ -1,4 +1,4 @@
-"""What command lines of comparisons name: methods with their configs, datasets, lists of numbers."""
+"""Read what command lines of comparisons name: methods with their configs, datasets, lists of numbers."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ Column = int | str
 
 
 class Cell(NamedTuple):
-    """What a run fills in a table.
+    """Name the place in a table that a run fills.
 
     Attributes:
         block: the table's title.
@@ -58,7 +58,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line asks for; only few-shot takes several numbers of `shots`."""
+    """Hold what a command line asks for; only few-shot takes several numbers of `shots`."""
 
     methods: Sequence[Method]
     datasets: Sequence[str]

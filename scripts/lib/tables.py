@@ -66,7 +66,7 @@ Cells = dict[tuple[str, str, Column], dict[int, float]]  # (dataset, method, sho
 
 
 class Summary(NamedTuple):
-    """What stands in one cell of a table."""
+    """Hold the numbers of one cell of a table."""
 
     mean: float
     sd: float  # n - 1 in the denominator; nan for one seed

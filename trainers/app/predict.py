@@ -1,4 +1,4 @@
-"""What predict.py and `dlr-clip predict` do: exit codes, and what goes to stdout."""
+"""Run predict.py and `dlr-clip predict`: exit codes, and what goes to stdout."""
 
 from __future__ import annotations
 

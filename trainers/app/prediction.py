@@ -32,7 +32,7 @@ FEW_IMAGES = 64  # fewer are read faster than reader processes start
 
 
 class Prediction(NamedTuple):
-    """What was found for one image."""
+    """Hold the answer for one image."""
 
     path: str
     name: str  # relative to the folder given, or the file's name

@@ -1,4 +1,4 @@
-"""What train.py and `dlr-clip train` do: exit codes, signals, several processes."""
+"""Run train.py and `dlr-clip train`: exit codes, signals, several processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method's author reads: the trainers to derive from, the learner that is saved, and the keys of its settings.
+"""Give a method's author the trainers to derive from, the learner that is saved, and the keys of its settings.
 
 EncoderTrainer   trains what sits inside CLIP's encoders (prompts, adapters); every step encodes images
 FeatureTrainer   trains or fits a FeatureLearner on features of the frozen CLIP, which are computed once

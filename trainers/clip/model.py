@@ -71,7 +71,7 @@ class CLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device that the weights are on."""
         return self.text.positional_embedding.device
 
     @property

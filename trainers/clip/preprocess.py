@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Preprocessing(NamedTuple):
-    """How images were prepared when the weights were pretrained; the fields are named as in the node INPUT."""
+    """Describe how images were prepared in pretraining; the fields are named as in the node INPUT."""
 
     SIZE: tuple[int, int]  # height, width in pixels
     INTERPOLATION: str

@@ -1,4 +1,4 @@
-"""Where a backbone's weights come from: a URL with a checksum, or a repository of the Hugging Face hub.
+"""Fetch a backbone's weights from a URL with a checksum, or from a repository of the Hugging Face hub.
 
 Neither is contacted if the file already lies in the cache. A download goes to a temporary name and takes its real
 name only when it is complete and its checksum is right.

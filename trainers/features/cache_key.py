@@ -57,7 +57,7 @@ class FeatureSlot:
 
     @cached_property
     def facts(self) -> dict[str, Any] | None:
-        """What decides the features' bits, gathered at the first access; None where it cannot be determined."""
+        """Return what decides the features' bits, gathered at the first access; None where it cannot be determined."""
         clip, transform = self.encoder.clip, self.images.transform
         images, words = images_digest(item.impath for item in self.images.data_source), repr(transform)
         if images is None or " at 0x" in words:  # a memory address, which does not describe the transform

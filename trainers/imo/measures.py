@@ -1,4 +1,4 @@
-"""How well cosine similarity tells pairs of images of one class from pairs of two: overlap, variance, histograms.
+"""Measure how well cosine similarity tells pairs of images of one class from pairs of two: overlap and variance.
 
 Legend: N images, E width of the joint embedding, K bins of a histogram over [-1, 1].
 """

@@ -1,4 +1,4 @@
-"""What cuts across methods, as hooks around the training loop."""
+"""Hook into the training loop what cuts across methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes into the event files of a run."""
+"""Write a run's event files for TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens when numbers are lost, that is, when a loss or its gradients are NaN or infinite.
+"""Keep a loss or gradients that are NaN or infinite from reaching the model.
 
 Each step is checked twice before it may change the model: its loss must be finite, and its gradients must be, before
 the optimizer follows them. Where the engine makes the whole step, both answers are read at once, because a GPU has to

@@ -4,14 +4,15 @@
 
 Each run is `train.py` with the method's config of the given name (`--config tiny`: configs/trainers/*/tiny.yaml) and
 lies where train.py puts it; one that was cut short is resumed. A method may have a config of its own,
-`LinearProbe:tiny_text`, or be a variant of scripts/lib/ablations.py, `DLRCLIP@cma+glr`. KEY VALUE pairs at the end go
-to every run. Without --trainers: every method that has such a config and leaves the dataset open.
+`LinearProbe:tiny_text`, or be a variant of scripts/lib/ablations.py, `DLRCLIP@cma+glr`; `DLRCLIP:tiny_plus/final` shows
+another head than the main one of the same run. KEY VALUE pairs at the end go to every run. Without --trainers: every
+method that has such a config and leaves the dataset open.
 
 Written are STEM.md, STEM.csv (unrounded), STEM.tex (booktabs) and the figure STEM.pdf and .png (accuracy by shots, a
 panel per dataset and one for the average). A cell is the mean over seeds (standard deviation) ± half of Student's 95 %
 interval (of two seeds: of their range). The best of a column is bold only if it is better than each of the others by a
 paired t-test over seeds at the 5 % level: the seeds' few-shot images are the same for all methods. Three seeds rarely
-suffice for that.
+suffice for that. `--lead METHOD` adds a table that compares this method with the best other one, seed by seed.
 
 Exit codes: 0 done; 1 a run failed (named on stderr, and its cell is left empty); 2 something given was wrong.
 """
@@ -38,6 +39,7 @@ from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
 from scripts.figures.plot_shots import shots_figure
 from scripts.figures.style import save
 from scripts.lib.grid import Run, few_shot_run, run_missing
+from scripts.lib.lead import lead_table
 from scripts.lib.methods import check_datasets, choose_methods, whole_numbers
 from scripts.lib.tables import SPREAD, Record, collect, comma_separated, latex, markdown
 
@@ -57,21 +59,28 @@ def plan(args: argparse.Namespace) -> list[Run]:
     return [
         few_shot_run(method, dataset, shots, seed, output=args.output, flags=flags, options=args.opts)
         for dataset in args.dataset
-        for method in choose_methods(args.trainers, args.config)
+        for method in choose_methods(args.trainers, args.config, heads=True)
         for shots in args.shots
         for seed in args.seeds
     ]
 
 
 def read_records(runs: Sequence[Run], metric: str) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Return the records of the finished runs, and what each cost: trained parameters and training seconds."""
+    """Return the records of the finished runs, and what each cost: trained parameters and training seconds.
+
+    Raises:
+        InputError: a run does not have the head that is asked for.
+    """
     records, costs = [], []
     for run in runs:
         found = run.metrics()
         if found is None:
             continue
         results = found[found["split"]]
-        value = results["heads"][results["main"]][metric]
+        head = run.head or results["main"]
+        if head not in results["heads"]:
+            raise InputError(f"Expected {run.method} to have one of the heads {', '.join(results['heads'])}")
+        value = results["heads"][head][metric]
         records.append(Record(found["dataset"], run.method, run.shots, run.seed, value))
         seconds = found["timing"].get("train_seconds", 0.0)
         costs.append({**records[-1]._asdict(), "trainable": found["params"]["trainable"], "seconds": seconds})
@@ -96,13 +105,14 @@ def cost_table(costs: Sequence[dict[str, Any]]) -> str:
 
 
 def write_results(
-    records: Sequence[Record], costs: Sequence[dict[str, Any]], stem: Path, metric: str, command: str
+    records: Sequence[Record], costs: Sequence[dict[str, Any]], stem: Path, metric: str, command: str, lead: str = ""
 ) -> str:
-    """Write the tables and the figure; return the Markdown."""
+    """Write the tables and the figure; return the Markdown. `lead` names a method to compare with the best other."""
     cells = collect(records)
     higher = metric != "ece"
     head = f"{metric} (%), {SPREAD}\n\n    {command}\n"
-    text = "\n".join([head, markdown(cells, higher), cost_table(costs)])
+    leads = [lead_table(cells, lead, higher)] if lead else []
+    text = "\n".join([head, markdown(cells, higher), *leads, cost_table(costs)])
     for suffix, content in ((".md", text), (".csv", comma_separated(cells, higher)), (".tex", latex(cells, higher))):
         with atomic_write(stem.with_name(stem.name + suffix)) as stream:
             stream.write(content)
@@ -119,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trainers", default="", help="names, each perhaps with :CONFIG")
     parser.add_argument("--config", default="tiny", help="name of the configs in configs/trainers/*/ (default: tiny)")
     parser.add_argument("--metric", choices=METRICS, default="accuracy")
+    parser.add_argument("--lead", default="", metavar="METHOD", help="compare this one with the best other method")
     parser.add_argument("--root", help="folder that holds the datasets")
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder of all runs (default: output)")
     parser.add_argument("--write", type=Path, metavar="STEM", help="files to write (default: OUTPUT/compare/DATASETS)")
@@ -141,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = shlex.join(["python", "scripts/compare.py", *(sys.argv[1:] if argv is None else argv)])
         stem = args.write or args.output / "compare" / "_".join(args.dataset)
         stem.parent.mkdir(parents=True, exist_ok=True)
-        print(write_results(records, costs, stem, args.metric, command))
+        print(write_results(records, costs, stem, args.metric, command, args.lead))
         print(f"Written: {stem}.md, .csv, .tex, .pdf, .png")
     except SETUP_ERRORS as error:
         return fail(error, args.debug)

@@ -52,6 +52,7 @@ class Run:
         folder: its output folder.
         given: the rest of the command line, KEY VALUE pairs last.
         after: the run whose model this one evaluates; None: it trains (or has nothing to train).
+        head: the head whose numbers are shown; "": the main head. Runs that differ in that alone are one run.
     """
 
     method: str
@@ -61,6 +62,7 @@ class Run:
     folder: Path
     given: tuple[str, ...] = ()
     after: Run | None = None
+    head: str = ""
 
     def arguments(self) -> list[str]:
         """Return the command line, without "python train.py"."""
@@ -162,16 +164,17 @@ def few_shot_run(
 ) -> Run:
     """Return the run that trains and tests on one dataset, in the folder below `output` that train.py would choose."""
     folder = parent_folder(output, dataset, method.trainer, method.stem, shots) / f"seed{seed}"
-    return Run(method.name, dataset, shots, seed, folder, command_line(method, dataset, shots, flags, options))
+    given = command_line(method, dataset, shots, flags, options)
+    return Run(method.name, dataset, shots, seed, folder, given, head=method.head)
 
 
 def missing_runs(runs: Iterable[Run]) -> list[Run]:
-    """Return the runs that are not finished, each once.
+    """Return the runs that are not finished, each folder once.
 
     Raises:
         InputError: a finished run with other settings is there.
     """
-    return [run for run in dict.fromkeys(runs) if run.metrics() is None]
+    return [run for run in {run.folder: run for run in runs}.values() if run.metrics() is None]
 
 
 class Progress:

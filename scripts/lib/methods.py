@@ -16,19 +16,21 @@ from trainers.configs import CONFIGS
 
 
 class Method(NamedTuple):
-    """A method as a command line names it: `TRAINER[:CONFIG][@VARIANT]`.
+    """A method as a command line names it: `TRAINER[:CONFIG][@VARIANT][/HEAD]`.
 
     Attributes:
         name: what tables call it.
         trainer: registered name.
         config: its YAML.
         variant: "" or one of the trainer's in ablations.py.
+        head: the head whose numbers are shown; "": the run's main head.
     """
 
     name: str
     trainer: str
     config: Path
     variant: str = ""
+    head: str = ""
 
     @property
     def stem(self) -> str:
@@ -72,17 +74,25 @@ def methods_with(config: str) -> dict[str, Path]:
     return found
 
 
-def choose_methods(asked: str, config: str) -> list[Method]:
-    """Return the methods asked for, "A,B:config,C@variant"; "": all that have such a config.
+def choose_methods(asked: str, config: str, heads: bool = False) -> list[Method]:
+    """Return the methods asked for, "A,B:config,C@variant,D/head"; "": all that have such a config.
+
+    Args:
+        asked: names, separated by commas.
+        config: the config of those that name none.
+        heads: whether a method may name a head.
 
     Raises:
-        InputError: a trainer or a variant does not exist, or a trainer has no such config.
+        InputError: a trainer or a variant does not exist, a trainer has no such config, or a head is not wanted.
     """
     if not asked:
         return [Method(name, name, path) for name, path in methods_with(config).items()]
     chosen = []
     for item in asked.split(","):
-        rest, _, variant = item.strip().partition("@")
+        run, _, head = item.strip().partition("/")
+        if head and not heads:
+            raise InputError(f"Expected a method without a head but got {item!r}: --heads all shows every head")
+        rest, _, variant = run.partition("@")
         name, _, own = rest.partition(":")
         known = TRAINER_REGISTRY.registered_names()
         if name not in known:
@@ -92,7 +102,7 @@ def choose_methods(asked: str, config: str) -> list[Method]:
             raise InputError(f"Expected a config {own or config}.yaml of {name} in configs/trainers but there is none")
         if variant:
             find_variant(name, variant)
-        chosen.append(Method(item.strip(), name, paths[name], variant))
+        chosen.append(Method(item.strip(), name, paths[name], variant, head))
     return chosen
 
 

@@ -53,6 +53,23 @@ def test_runs_what_is_missing_and_reads_what_is_there(output):
     assert {path: path.stat().st_mtime_ns for path in output.rglob("metrics.json")} == before
 
 
+def test_another_head_of_the_same_run_has_a_row(output, capsys):
+    methods = "LinearProbe,LinearProbe/clip,ZeroshotCLIP"
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("metrics.json")}
+    arguments = ["--shots", "1", "--seeds", "1,2", "--output", str(output), "--write", str(output / "heads" / "h")]
+    assert main([*arguments, "--trainers", methods, "--lead", "LinearProbe"]) == 0
+    with open(output / "heads" / "h.csv", newline="") as stream:
+        probe, clip, zeroshot = csv.DictReader(stream)
+    assert clip["mean"] == zeroshot["mean"] != probe["mean"]
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("metrics.json")} == before
+    assert "LinearProbe against the best other method" in (output / "heads" / "h.md").read_text()
+    assert main([*arguments, "--trainers", "LinearProbe/none"]) == 2
+    assert "one of the heads clip, probe" in capsys.readouterr().err
+    assert main([*arguments, "--trainers", "LinearProbe", "--lead", "CoOp"]) == 2
+    assert protocol_main(["few-shot", "--trainers", "LinearProbe/clip", "--output", str(output)]) == 2
+    assert "--heads all" in capsys.readouterr().err
+
+
 def test_a_finished_run_with_other_settings_is_not_taken(output, capsys):
     arguments = ["--shots", "1", "--seeds", "1", "--trainers", "LinearProbe", "--output", str(output)]
     assert main([*arguments, "TRAINER.LINEARPROBE.C", "7.0"]) == 2

@@ -159,7 +159,8 @@ class FeatureTrainer(LearnerTrainer):
             self.register_model(self.model_name, learner, self._optim, build_lr_scheduler(self._optim, schedule))
         else:
             self.max_epoch = 1
-            self.train_loader_x = OneStep(self.train_features)
+            features = self.train_features
+            self.train_loader_x = OneStep(features.dataset, lambda: features.all().labels)
             self.register_model(self.model_name, learner, None, None)
 
     def _encode_training_images(self) -> FeatureSet:

@@ -12,6 +12,11 @@ from ..base import MethodConfig, key, precision
 
 HEADS = ("clip", "cma", "glr", "final", "fused")
 ROBUST_HEAD = "robust"  # the sixth, where TRAINER.DLRCLIP.FUSION is robust
+# Further heads where TRAINER.DLRCLIP.FUSION is mixture: prototype classifiers on frozen and on adapted features, and
+# the mixture of all branches.
+PROTO_HEAD, PROTO_CMA_HEAD, MIXED_HEAD = "proto", "proto_cma", "mixed"
+ALL_HEADS = (*HEADS, ROBUST_HEAD, PROTO_HEAD, PROTO_CMA_HEAD, MIXED_HEAD)
+NEEDED_FUSION = {ROBUST_HEAD: "robust", MIXED_HEAD: "mixture"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,26 @@ class LossWeights:
     ce_final: float = key(1.0, "cross-entropy of final_logits", low=0)
     l1_cma: float = key(1.0, "L1(cma, clip); absent when SKD is on or CMA is off", low=0)
     l1_glr: float = key(1.0, "L1(glr, clip); absent when GLR is off", low=0)
+
+
+@dataclass(frozen=True)
+class MixtureKeys:
+    """Keys of the third level (ours): prototype classifiers and the mixture of branches. They need FUSION mixture."""
+
+    proto: bool = key(True, "a prototype classifier on frozen features takes part: head proto")
+    proto_cma: bool = key(True, "one on adapted features takes part: head proto_cma; absent when CMA is off")
+    views: int = key(
+        4,
+        "seeded augmentations of each training image that prototypes are made of, beside the image as it is at test "
+        "time",
+        low=0,
+    )
+    ridge: float = key(
+        1.0,
+        "how strongly the weights of the branches are drawn to their starting point, at which each branch has a share "
+        "that grows with the probability it gives to the right class",
+        low=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -95,9 +120,11 @@ class DLRCLIPConfig(MethodConfig):
         "learned",
         "learned: the five heads; robust (ours): a sixth head beside them, which leans to zero-shot CLIP where signs "
         "that need no label speak against the adapted branch; fitted after training to validation images and "
-        "corruptions of them",
-        choices=("learned", "robust"),
+        "corruptions of them; mixture (ours): heads beside the five that compare images with images, and a mixture of "
+        "all branches; fitted after training to validation images",
+        choices=("learned", "robust", "mixture"),
     )
+    mixture: MixtureKeys = field(default_factory=MixtureKeys)
 
     loss: LossWeights = field(default_factory=LossWeights)
 
@@ -108,18 +135,20 @@ class DLRCLIPConfig(MethodConfig):
 
     eps: float = key(1e-4, "epsilon of Adam-type optimizers; others have none", above=0, source="1e-4")
     head: str = key(
-        "final", "the head that is reported as the accuracy; robust only with FUSION robust",
-        choices=(*HEADS, ROBUST_HEAD),
+        "final", "the head that is reported as the accuracy; robust and mixed only with FUSION of that kind",
+        choices=(*HEADS, ROBUST_HEAD, MIXED_HEAD),
     )  # fmt: skip
 
     def check(self, path: str) -> None:
         """See MethodConfig."""
-        if not (self.cma or self.glr):
+        if not (self.cma or self.glr or (self.mixes and self.mixture.proto)):
             raise ValueError(f"Expected {path}.CMA or .GLR to be on but got both off: nothing would be learnt")
-        if self.head == ROBUST_HEAD and self.fusion != "robust":
-            raise ValueError(
-                f"Expected {path}.HEAD to be one of {', '.join(HEADS)} but got {self.head!r}, which needs FUSION robust"
-            )
+        for head, fusion in NEEDED_FUSION.items():
+            if self.head == head and self.fusion != fusion:
+                names = ", ".join(HEADS)
+                raise ValueError(
+                    f"Expected {path}.HEAD to be one of {names} but got {head!r}, which needs FUSION {fusion}"
+                )
         if not self.text_ctx_init.strip() or "{" in self.text_ctx_init:
             raise ValueError(
                 f"Expected {path}.TEXT_CTX_INIT to be the words before the class name, such as 'a photo of a', "
@@ -130,6 +159,26 @@ class DLRCLIPConfig(MethodConfig):
         if self.grad_scaling and self.scale == 0:
             raise ValueError(f"Expected {path}.SCALE not to be 0 where .GRAD_SCALING is True but got 0")
 
+    @property
+    def mixes(self) -> bool:
+        """Whether the branches are mixed after training, and prototype classifiers may be among them."""
+        return self.fusion == "mixture"
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained; if not, all that is fitted has a closed form or takes a moment."""
+        return self.cma or self.glr
+
+    def prototypes(self) -> list[str]:
+        """Return the heads of the prototype classifiers that take part."""
+        wanted = {PROTO_HEAD: self.mixture.proto, PROTO_CMA_HEAD: self.mixture.proto_cma and self.cma}
+        return [head for head, on in wanted.items() if on and self.mixes]
+
+    def branches(self) -> list[str]:
+        """Return the heads that are mixed, the safest first."""
+        wanted = {"cma": self.cma, "glr": self.glr}
+        return ["clip", *self.prototypes(), *(head for head, on in wanted.items() if on)]
+
     def present_losses(self) -> dict[str, float]:
         """Return the weights, by name, of the losses that take part.
 
@@ -137,8 +186,10 @@ class DLRCLIPConfig(MethodConfig):
         direct losses of the adapted branch are left out, and the distillation of clip into final is added.
 
         Raises:
-            ValueError: no loss is left.
+            ValueError: something is trained, and no loss is left.
         """
+        if not self.trains:
+            return {}
         wanted = {
             "ce_cma": self.cma and not self.skd,
             "ce_glr": self.glr,

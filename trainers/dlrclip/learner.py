@@ -16,6 +16,8 @@ from ..clip import CLIP
 from ..modules.cross_modal_adapter import CrossModalAdapter
 from .config import DLRCLIPConfig
 from .glr import FusionGate, GateLogitRefiner
+from .mixture import Mixture
+from .prototypes import Prototypes
 from .robust import RobustMixture
 from .shared import SharedFusion, SharedRefiner
 
@@ -53,6 +55,9 @@ class DLRCLIPLearner(Learner):
         self.settings = settings
         self.cma = cma
         self.robust = RobustMixture(clip.embed_dim) if settings.fusion == "robust" else None
+        self.mixture = Mixture(settings.branches(), settings.mixture.ridge) if settings.mixes else None
+        self.prototypes: Any = torch.nn.ModuleDict()  # head -> Prototypes
+        self._width = clip.embed_dim
         self.glr: GateLogitRefiner | SharedRefiner | None = None
         self.fusion: FusionGate | SharedFusion | None = None
         self.shared = settings.glr_mode == "shared"
@@ -67,17 +72,21 @@ class DLRCLIPLearner(Learner):
     def _size_for(self, classnames: Sequence[str]) -> None:
         """Make the class list the training class list; build the layers of size C anew where C changes."""
         old, self.classnames = len(self.classnames), list(classnames)
-        if len(self.classnames) == old or (self.shared and old):
+        if len(self.classnames) == old:
             return
         device, dense = self.beta.device, () if self.shared else (len(classnames),)
         settings = self.settings
+        for head in settings.prototypes():
+            self.prototypes[head] = Prototypes(len(classnames), self._width).to(device)
+        if self.shared and old:
+            return
         if settings.glr:
             refiner: Any = SharedRefiner if self.shared else GateLogitRefiner
             dim = settings.shared_dim if self.shared else settings.glr_dim
             self.glr = refiner(*dense, dim=dim, res_scale=settings.res_scale, fixed_alpha=settings.fixed_alpha).to(
                 device
             )
-        if self.fixed_weight is None:
+        if self.fixed_weight is None and settings.trains:
             gate: Any = SharedFusion if self.shared else FusionGate
             self.fusion = gate(*dense, hidden=settings.fusion_dim).to(device)
 

@@ -8,6 +8,8 @@ Legend: B images, C classes, E width of the joint embedding. Logits are fp32, [B
     final  w * cma + (1 - w) * glr, w [B, 1] learnt per image
     fused  beta * cma + (1 - beta) * glr, beta one number chosen on validation images after training
     robust r * final + (1 - r) * clip, where asked for; see robust.py
+    proto, proto_cma, mixed: classifiers that compare images with images, on frozen and on adapted features, and the
+           mixture of all branches, where asked for; see prototypes.py and mixture.py
 
 Blocks before the first adapted one see no adapter, and the first adapted one differs only by what its adapter adds. So
 images run through these blocks once for both branches, without autograd. Callers may keep what does not depend on what
@@ -29,7 +31,7 @@ from ..base.learner import TextCache
 from ..clip import CLIP, clean_classname, zeroshot_weights
 from ..features import FrozenPart
 from ..modules.cross_modal_adapter import CrossModalAdapter, build_adapter
-from .config import HEADS, ROBUST_HEAD, DLRCLIPConfig
+from .config import ALL_HEADS, MIXED_HEAD, PROTO_HEAD, ROBUST_HEAD, DLRCLIPConfig
 from .glr import fuse
 from .learner import DLRCLIPLearner
 from .shared import neighbor_weights
@@ -238,7 +240,8 @@ class DLRCLIPNetwork(nn.Module):
 
         Returns:
             clip, cma, glr, final [B, C], weight [B, 1] and, where GLR is applied, alpha [B, 1]. While the learner is in
-            evaluation mode, also fused and, where there is one, robust [B, C] with trust [B, 1].
+            evaluation mode, also fused and, where there are such, robust [B, C] with trust [B, 1], and proto,
+            proto_cma and mixed [B, C].
 
         Raises:
             ValueError: the learner is in training mode, and the class list is not the training class list.
@@ -264,9 +267,26 @@ class DLRCLIPNetwork(nn.Module):
             logits["fused"] = fuse(cma_logits, glr_logits, learner.coefficient())
             if learner.robust is not None:
                 logits[ROBUST_HEAD], values["trust"] = learner.robust(frozen, clip_logits, logits["final"])
+            if learner.mixture is not None:
+                logits |= self._mixed(logits, frozen, adapted)
         if self.columns is not None:
             logits = {name: value[:, self.columns] for name, value in logits.items()}
         return {**logits, **values}
+
+    def _mixed(self, logits: Mapping[str, Tensor], frozen: Tensor, adapted: Tensor | None) -> dict[str, Tensor]:
+        """Return the logits [B, C] of the prototype classifiers and of the mixture, which are for trained classes.
+
+        For another class list the mixture is zero-shot CLIP: the images of other classes say nothing about it, and
+        what the branches learnt from them harms (docs/METHODS.md).
+        """
+        if not self.seen:
+            return {MIXED_HEAD: logits["clip"]}
+        found = {
+            head: classifier(frozen if head == PROTO_HEAD else adapted)
+            for head, classifier in self.learner.prototypes.items()
+        }
+        assert self.learner.mixture is not None
+        return {**found, MIXED_HEAD: self.learner.mixture({**logits, **found})}
 
     @torch.no_grad()
     def heads(self, images: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
@@ -282,7 +302,7 @@ class DLRCLIPNetwork(nn.Module):
         frozen, adapted = self.image_features(images, features)
         outputs = self._outputs(frozen, adapted)
         return {
-            "heads": {head: outputs[head] for head in (*HEADS, ROBUST_HEAD) if head in outputs},
+            "heads": {head: outputs[head] for head in ALL_HEADS if head in outputs},
             "values": {name: outputs[name] for name in ("alpha", "weight", "trust") if name in outputs},
             "features": {"clip": frozen} if adapted is None else {"clip": frozen, "cma": adapted},
         }

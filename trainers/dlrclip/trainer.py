@@ -20,9 +20,18 @@ from dassl.optim import build_lr_scheduler
 
 from ..base import LearnerTrainer, build_optimizer_with_eps, count_steps
 from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT, tell_alike
-from ..features import FrozenPart, ImageEncoder, KnownFeatures, collect_features, feature_slot
+from ..features import (
+    FrozenPart,
+    ImageEncoder,
+    KnownFeatures,
+    OneStep,
+    SeededViews,
+    collect_features,
+    feature_slot,
+)
 from ..features.kept_views import GIB, ViewLoader
 from ..portable import class_indices
+from .calibration import all_features, all_reports, fit_mixture
 from .config import DLRCLIPConfig, ViewsKeys
 from .glr import best_beta
 from .network import DLRCLIPNetwork
@@ -72,20 +81,30 @@ class DLRCLIP(LearnerTrainer):
 
     def build_model(self) -> None:
         """Build CLIP, the network around it, and the optimizer of what is learnt; its schedule steps per batch."""
-        settings, cfg = self.settings, self.cfg
+        settings = self.settings
         clip, classnames = self.load_frozen_clip(settings.prec)
         self.network = DLRCLIPNetwork(clip, classnames, self.templates(), settings)
         tell_alike(clip, classnames, self.network.zeroshot)
         self.main_head = settings.head
         self.loss_terms = tuple(self.network.loss_weights)
-        learner = self.network.learner
-        logger.info("Parameters to learn: %s", f"{sum(p.numel() for p in learner.parameters()):,}")
-        optim = build_optimizer_with_eps(learner, cfg.OPTIM, settings.eps)
-        sched = build_lr_scheduler(optim, count_steps(cfg.OPTIM, len(self.train_loader_x)))
-        self.register_model(self.model_name, learner, optim, sched)
         self.selected = {}
+        self._register()
         self._keep_views()
         self._share_features(clip)
+
+    def _register(self) -> None:
+        """Register the learner with optimizer and schedule; where nothing is trained, an epoch is one empty step."""
+        learner, cfg = self.network.learner, self.cfg
+        logger.info("Parameters to learn: %s", f"{sum(p.numel() for p in learner.parameters()):,}")
+        if not self.settings.trains:
+            self.max_epoch = 1
+            items = self.dm.dataset.train_x
+            self.train_loader_x = OneStep(items, lambda: torch.tensor([item.label for item in items]))
+            self.register_model(self.model_name, learner, None, None)
+            return
+        optim = build_optimizer_with_eps(learner, cfg.OPTIM, self.settings.eps)
+        sched = build_lr_scheduler(optim, count_steps(cfg.OPTIM, len(self.train_loader_x)))
+        self.register_model(self.model_name, learner, optim, sched)
 
     def _keep_views(self) -> None:
         """Replace the training loader, where INPUT.VIEWS is set, by one of kept views.
@@ -95,7 +114,7 @@ class DLRCLIP(LearnerTrainer):
         cfg, loader, items = self.cfg, self.train_loader_x, self.dm.dataset.train_x
         views = int(cfg.INPUT.get("VIEWS", 0))
         self._views: ViewLoader | None = None
-        if not views or not items:  # built without images, to predict
+        if not views or not items or not self.settings.trains:  # built without images, to predict
             return
         seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
         budget = cfg.INPUT.VIEWS_MEMORY * GIB
@@ -173,6 +192,14 @@ class DLRCLIP(LearnerTrainer):
             inside |= {f"cma_scale/{name}": scale for name, scale in learner.cma.scales().items()}
         return inside
 
+    def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """Make one step, unless nothing is trained; see CLIPTrainer."""
+        return super().forward_backward(batch) if self.settings.trains else {}
+
+    def get_current_lr(self, names: Any = None) -> float:
+        """Return the learning rate; 0 where nothing is trained."""
+        return super().get_current_lr(names) if self.settings.trains else 0.0
+
     # Evaluation
 
     def parse_batch_test(self, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
@@ -243,14 +270,60 @@ class DLRCLIP(LearnerTrainer):
 
     @torch.no_grad()
     def calibrate(self) -> None:
-        """Fit the robust head, where there is one, to validation images as they are and corrupted.
+        """Fit the mixture, or the robust head, where there is one."""
+        if self.network.learner.mixture is not None:
+            self._calibrate_mixture()
+        if self.network.learner.robust is not None:
+            self._calibrate_robust()
+
+    def _calibrate_mixture(self) -> None:
+        """Fit the prototype classifiers to the training images, and the mixture to the validation images."""
+        self.set_model_mode("eval")
+        network, items, views = self.network, self.dm.dataset.train_x, self.settings.mixture.views
+        seed = self.cfg.SEED if self.cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
+        plain = DatasetWrapper(self.cfg, items, transform=build_transform(self.cfg, is_train=False))
+        loaders = [(self.in_order(plain), 1)]
+        if views:
+            augmented = DatasetWrapper(self.cfg, items, transform=build_transform(self.cfg, is_train=True))
+            loaders.append((self.in_order(SeededViews(augmented, views, seed)), views))
+        with self._autocast():
+            training = all_features(loaders, self._branch_features)
+            texts = {"clip": network.zeroshot}
+            if network.learner.cma is not None:
+                texts["cma"] = network.text_features()
+        validation = None if self.no_validation() else all_reports(self.val_loader, self._report_and_labels)
+        fit_mixture(network.learner, training, texts, validation, lambda known: network.branches(known, None)[0])
+        self.selected["mixture"] = self._mixture_choice()
+        logger.info("Mixture: %s", self.selected["mixture"])
+
+    def _branch_features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        frozen, adapted = self.network.image_features(batch["img"].to(self.device))
+        return {"clip": frozen} if adapted is None else {"clip": frozen, "cma": adapted}
+
+    def _report_and_labels(self, batch: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+        given, labels = self.parse_batch_test(batch)
+        return self.model_report(given), labels
+
+    def _mixture_choice(self) -> dict[str, Any]:
+        """Return the entry of `selected` for the mixture: the weight of each branch."""
+        mixture = self.network.learner.mixture
+        assert mixture is not None
+        n = int(mixture.count)
+        on = "val"
+        if not n:
+            on = "nothing (no validation set, no prototypes): zero-shot CLIP"
+        elif bool(mixture.left_out):
+            on = "training images, each left out in turn (no validation set)"
+        return {"value": mixture.chosen(), "on": on, "n": n}
+
+    def _calibrate_robust(self) -> None:
+        """Fit the robust head to validation images as they are and corrupted.
 
         Without validation images the trust of the head stays 1/2. Training images cannot replace them: the adapted
         branch knows those, and is always right on them.
         """
         robust = self.network.learner.robust
-        if robust is None:
-            return
+        assert robust is not None
         transform = build_transform(self.cfg, is_train=False)
         loader = self.in_order(DatasetWrapper(self.cfg, self.dm.dataset.train_x, transform=transform))
         parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -298,3 +371,5 @@ class DLRCLIP(LearnerTrainer):
         self.selected = {"beta": {"value": beta, "on": on, "n": n}}
         if learner.robust is not None:
             self.selected["robust"] = self._robust_choice()
+        if learner.mixture is not None:
+            self.selected["mixture"] = self._mixture_choice()

@@ -239,17 +239,22 @@ class TrainingFeatures:
 
 
 class OneStep:
-    """Stand in for a loader where a method is fitted to all images at once: give one batch, of the labels alone."""
+    """Stand in for a loader where a method is fitted to all images at once: give one batch, of the labels alone.
 
-    def __init__(self, features: TrainingFeatures) -> None:
-        self.features = features
-        self.dataset = features.dataset
+    Args:
+        dataset: the training images, which are only counted.
+        labels: gives their labels [N].
+    """
+
+    def __init__(self, dataset: Sized, labels: Callable[[], Tensor]) -> None:
+        self.dataset = dataset
+        self._labels = labels
 
     def __len__(self) -> int:
         return 1
 
     def __iter__(self) -> Iterator[Batch]:
-        yield {"label": self.features.all().labels}
+        yield {"label": self._labels()}
 
 
 def _pick(known: FeatureSet, rows: Tensor, view: Tensor | int = 0, listed: Tensor | None = None) -> Batch:

@@ -165,7 +165,8 @@ def test_every_view_in_one_pass():
 
 
 def test_one_step():
-    (batch,) = OneStep(make_training())
+    features = make_training()
+    (batch,) = OneStep(features.dataset, lambda: features.all().labels)
     assert batch["label"].tolist() == list(range(7))
 
 

@@ -59,7 +59,7 @@ def test_plain_yacs_nodes_are_extended_in_kind():
         (("COMPILE", "yes"), "COMPILE to be True or False but got 'yes'"),
         (("TEXT_CHUNK", -1), "TEXT_CHUNK to be a whole number, at least 0, but got -1"),
         (("PREC", "fp8"), "PREC to be one of fp32, fp16, amp, bf16 but got 'fp8'"),
-        (("HEAD", "best"), "HEAD to be one of clip, cma, glr, final, fused, robust but got 'best'"),
+        (("HEAD", "best"), "HEAD to be one of clip, cma, glr, final, fused, robust, mixed but got 'best'"),
         (
             ("HEAD", "robust"),
             "HEAD to be one of clip, cma, glr, final, fused but got 'robust', which needs FUSION robust",
@@ -148,6 +148,8 @@ FILES = {
     "rn101": "RN101",
     "tiny": "tiny",
     "tiny_shared": "tiny",
+    "tiny_plus": "tiny",
+    "vit_b16_plus": "ViT-B/16",
 }
 
 

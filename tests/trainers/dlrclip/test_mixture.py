@@ -1,0 +1,372 @@
+"""The third level of DLR-CLIP: prototype classifiers, and the mixture of all branches."""
+
+import itertools
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from trainers.dlrclip.mixture import Mixture
+from trainers.dlrclip.prototypes import (
+    KAPPAS,
+    RHOS,
+    TEMPERATURES,
+    UNKNOWN,
+    Gaussians,
+    Prototypes,
+    best_temperature,
+)
+
+from .conftest import NAMES
+
+MIXTURE = ("TRAINER.DLRCLIP.FUSION", "mixture")
+NO_TEST = ("TEST.NO_TEST", True)
+V, C, E = 3, 4, 6
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def images(per_class=(3, 3, 3, 3)):
+    """Features [V, N, E] of images around class centers, their labels, and text features that know a little of them."""
+    labels = torch.tensor([k for k, n in enumerate(per_class) for _ in range(n)])
+    centers = unit(C, E)
+    features = F.normalize(centers[labels] + 0.4 * torch.randn(V, len(labels), E, dtype=torch.float64), dim=-1)
+    return features, labels, F.normalize(centers + 0.3 * torch.randn(C, E, dtype=torch.float64), dim=-1)
+
+
+def naive_said(x, labels, text):
+    """What the text says of each class, image by image and class by class."""
+    present = [k for k in range(C) if (labels == k).any()]
+    means = {k: np.mean([x[i] for i in range(len(x)) if labels[i] == k], axis=0) for k in present}
+    center, middle = np.mean(list(means.values()), axis=0), np.mean([text[k] for k in present], axis=0)
+    above = sum(float((means[k] - center) @ (text[k] - middle)) for k in present)
+    below = sum(float((text[k] - middle) @ (text[k] - middle)) for k in present)
+    return [center + max(above / below, 0) * (text[k] - middle) for k in range(C)]
+
+
+def naive(features, labels, text, kappa, rho, left_out=None):
+    """The classifier (prototypes, precision) by loops; or that without the image `left_out`."""
+    features, labels, text = features.numpy(), labels.numpy(), text.numpy()
+    x, said = features.mean(0), naive_said(features.mean(0), labels, text)
+
+    def prototype(k, without):
+        rows = [x[i] for i in range(len(x)) if labels[i] == k and i not in without]
+        return (sum(rows, np.zeros(E)) + kappa * said[k]) / (len(rows) + kappa)
+
+    scatter = np.zeros((E, E))
+    for v, i in itertools.product(range(len(features)), range(len(x))):
+        away = features[v, i] - x[i]
+        scatter += np.outer(away, away) / (len(features) * len(x))
+    full = scatter.copy()
+    for i in range(len(x)):
+        away = x[i] - prototype(labels[i], {i})
+        full += np.outer(away, away) / len(x)
+        if i != left_out:
+            scatter += np.outer(away, away) / len(x)
+    covariance = (1 - rho) * scatter + rho * np.trace(full) / E * np.eye(E)
+    gone = set() if left_out is None else {left_out}
+    return np.stack([prototype(k, gone) for k in range(C)]), np.linalg.inv(covariance)
+
+
+def distances(x, means, precision):
+    return np.array([-0.5 * (x - m) @ precision @ (x - m) for m in means])
+
+
+@pytest.mark.parametrize("per_class", [(3, 3, 3, 3), (1, 1, 1, 1), (4, 1, 0, 2)])
+def test_prototypes_against_loops(per_class):
+    torch.manual_seed(0)
+    features, labels, text = images(per_class)
+    gaussians = Gaussians(features, labels, text)
+    points = list(gaussians.grid())
+    assert [(p.kappa, p.rho) for p in points] == list(itertools.product(KAPPAS, RHOS))
+    query = unit(5, E)
+    for point in (points[0], points[8], points[-1]):
+        means, precision = naive(features, labels, text, point.kappa, point.rho)
+        np.testing.assert_allclose(point.means, means, atol=1e-10)
+        np.testing.assert_allclose(point.precision, precision, rtol=1e-7, atol=1e-7)
+        weight, bias = point.linear()
+        got = torch.softmax(query @ weight.t() + bias, dim=1)
+        want = torch.softmax(torch.tensor(np.stack([distances(q, means, precision) for q in query.numpy()])), dim=1)
+        torch.testing.assert_close(got, want)
+        left = gaussians.left_out(point)
+        for i, x in enumerate(features.mean(0).numpy()):
+            want = distances(x, *naive(features, labels, text, point.kappa, point.rho, left_out=i))
+            np.testing.assert_allclose(left[i], want, rtol=1e-6, atol=1e-8)
+
+
+def naive_loss(logits, labels):
+    """The negative log-likelihood of all images, and of 0.05 images of any class."""
+    p = torch.softmax(logits, dim=1).tolist()
+    known = -sum(math.log(row[label]) for row, label in zip(p, labels.tolist(), strict=True))
+    return known - UNKNOWN * sum(math.log(value) for row in p for value in row) / (len(p) * len(p[0]))
+
+
+def naive_temperature(logits, labels):
+    losses = [naive_loss(factor * logits, labels) for factor in TEMPERATURES]
+    return TEMPERATURES[losses.index(min(losses))]
+
+
+def test_all_right_does_not_mean_certain():
+    torch.manual_seed(4)
+    labels = torch.arange(C)
+    logits = 5 * F.one_hot(labels, C).double() + torch.randn(C, C)
+    assert best_temperature(logits, labels)[0] == naive_temperature(logits, labels) < max(TEMPERATURES)
+
+
+def test_the_grid_is_averaged_by_likelihood_on_validation_images():
+    torch.manual_seed(1)
+    features, labels, text = images()
+    seen, known = unit(7, E), torch.randint(C, (7,))
+    classifier = Prototypes(C, E)
+    assert classifier.fit(features, labels, text, (seen, known)) is None
+    logits, scores = [], []
+    for point in Gaussians(features, labels, text).grid():
+        weight, bias = point.linear()
+        raw = seen @ weight.t() + bias
+        factor = naive_temperature(raw, known)
+        scores.append(-7 * float(F.cross_entropy(factor * raw, known)))
+        logits.append(factor * raw)
+    share = torch.softmax(torch.tensor(scores, dtype=torch.float64), 0)
+    want = sum(s * value for s, value in zip(share, logits, strict=True))
+    torch.testing.assert_close(classifier(seen.float()), want.float(), rtol=1e-4, atol=1e-4)
+    assert int(classifier.count) == 7 and min(KAPPAS) < float(classifier.kappa) < max(KAPPAS)
+
+
+def test_without_validation_images_all_points_count_the_same():
+    torch.manual_seed(2)
+    features, labels, text = images()
+    classifier = Prototypes(C, E)
+    left_out = classifier.fit(features, labels, text, None)
+    gaussians, want, want_left = Gaussians(features, labels, text), 0.0, 0.0
+    for point in gaussians.grid():
+        raw = gaussians.left_out(point)
+        factor, _ = best_temperature(raw, labels)
+        weight, bias = point.linear()
+        want = want + factor * (features[0] @ weight.t() + bias) / (len(KAPPAS) * len(RHOS))
+        want_left = want_left + factor * raw / (len(KAPPAS) * len(RHOS))
+    torch.testing.assert_close(classifier(features[0].float()), want.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(left_out, want_left)
+    assert int(classifier.count) == 0 and float(classifier.kappa) == pytest.approx(sum(KAPPAS) / len(KAPPAS))
+
+
+def test_prototypes_need_an_image():
+    with pytest.raises(ValueError, match="at least one training image"):
+        Gaussians(torch.zeros(1, 0, E), torch.zeros(0, dtype=torch.long), unit(C, E))
+
+
+def branches(n=40):
+    labels = torch.randint(C, (n,))
+    right = F.one_hot(labels, C).double()
+    return {"clip": 2 * torch.randn(n, C, dtype=torch.float64), "good": 3 * right + torch.randn(n, C)}, labels
+
+
+def starting_point(mixture, logits, labels):
+    """Each branch's temperature, times its share of the whole."""
+    found, means = [], []
+    for name in mixture.branches:
+        factor = naive_temperature(logits[name], labels)
+        p = torch.softmax(factor * logits[name], dim=1)
+        means.append(math.prod(float(p[i, label]) for i, label in enumerate(labels)) ** (1 / len(labels)))
+        found.append(factor)
+    return [factor * mean**3 / sum(m**3 for m in means) for factor, mean in zip(found, means, strict=True)]
+
+
+class TestMixture:
+    def test_is_the_first_branch_until_it_is_fitted(self):
+        logits, _ = branches()
+        torch.testing.assert_close(Mixture(("clip", "good"), 3.0)(logits), logits["clip"].float())
+
+    @pytest.mark.parametrize("ridge", [0.1, 3.0])
+    def test_weights_are_the_best_of_a_fine_grid(self, ridge):
+        torch.manual_seed(3)
+        logits, labels = branches()
+        mixture = Mixture(("clip", "good"), ridge)
+        mixture.fit(logits, labels)
+        start = starting_point(mixture, logits, labels)
+
+        def loss(a, b):
+            mixed = a * start[0] * logits["clip"] + b * start[1] * logits["good"]
+            return naive_loss(mixed, labels) + ridge * ((a - 1) ** 2 + (b - 1) ** 2)
+
+        steps = [i / 25 for i in range(1, 100)]
+        best = min(itertools.product(steps, steps), key=lambda pair: loss(*pair))
+        mixed = sum(a * s * logits[name] for a, s, name in zip(best, start, mixture.branches, strict=True))
+        factor = naive_temperature(logits["clip"], labels)
+        gain = float(F.cross_entropy(factor * logits["clip"], labels) - F.cross_entropy(mixed, labels)) * len(labels)
+        belief = 1 / (1 + math.exp(1 - gain))
+        assert belief > 0.9
+        got = [mixture.weights[0] - (1 - belief) * factor, mixture.weights[1]]
+        got = [float(weight) / belief / first for weight, first in zip(got, start, strict=True)]
+        assert got == pytest.approx(best, abs=0.05)
+        assert loss(*got) <= loss(*best) + 1e-6
+        assert int(mixture.count) == 40 and not bool(mixture.left_out)
+
+    def test_a_strong_ridge_keeps_the_start(self):
+        logits, labels = branches()
+        mixture = Mixture(("clip", "good"), 1e8)
+        mixture.fit(logits, labels)
+        start = starting_point(mixture, logits, labels)
+        mixed = sum(weight * logits[name] for weight, name in zip(start, mixture.branches, strict=True))
+        factor = naive_temperature(logits["clip"], labels)
+        gain = float(F.cross_entropy(factor * logits["clip"], labels) - F.cross_entropy(mixed, labels)) * len(labels)
+        belief = 1 / (1 + math.exp(1 - gain))
+        start = [belief * weight for weight in start]
+        start[0] += (1 - belief) * factor
+        assert mixture.weights.tolist() == pytest.approx(start, rel=1e-4)
+
+    def test_zero_shot_it_is_where_the_others_are_worse(self):
+        torch.manual_seed(5)
+        logits, labels = branches()
+        logits = {"clip": logits["good"], "good": torch.randn_like(logits["clip"])}
+        mixture = Mixture(("clip", "good"), 1e8)
+        mixture.fit(logits, labels)
+        factor = naive_temperature(logits["clip"], labels)
+        assert mixture.weights.tolist() == pytest.approx([factor, 0], rel=0.02, abs=1e-3)
+
+    def test_branches_that_are_not_given_weigh_nothing_and_may_share(self):
+        logits, labels = branches()
+        mixture = Mixture(("clip", "good", "other"), 1.0)
+        mixture.fit(logits, labels, left_out=True)
+        before = mixture.chosen()
+        assert before["other"] == 0 and bool(mixture.left_out)
+        mixture.share("good", "none")
+        assert mixture.chosen() == before
+        mixture.share("good", "other")
+        assert mixture.chosen() == {"clip": before["clip"], **dict.fromkeys(("good", "other"), before["good"] / 2)}
+
+    def test_refuses_nothing(self):
+        with pytest.raises(ValueError, match="images and branches"):
+            Mixture(("clip",), 1.0).fit({}, torch.zeros(0, dtype=torch.long))
+
+
+def heads_on_test(trainer):
+    return trainer._collect(trainer.test_loader)[0]
+
+
+class TestRuns:
+    HEADS = ("clip", "cma", "glr", "final", "fused", "proto", "proto_cma", "mixed")
+
+    def test_the_published_heads_stay_and_the_checkpoint_holds_the_others(self, make, tmp_path):
+        plain = make("SEED", 1, out="plain")
+        plain.train()
+        trainer = make(*MIXTURE, "SEED", 1, "TRAINER.DLRCLIP.HEAD", "mixed")
+        trainer.train()
+        want, got = plain.network.learner.state_dict(), trainer.network.learner.state_dict()
+        assert all(torch.equal(got[name], want[name]) for name in want if name != "_extra_state")
+        results = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        published = json.loads((tmp_path / "plain" / "metrics.json").read_text())["test"]["heads"]
+        assert tuple(results["test"]["heads"]) == self.HEADS
+        assert {head: results["test"]["heads"][head] for head in published} == published
+        assert results["accuracy"] == results["test"]["heads"]["mixed"]["accuracy"]
+        chosen = results["selected"]["mixture"]
+        assert set(chosen["value"]) == {"clip", "cma", "glr", "proto", "proto_cma"}
+        assert (chosen["on"], chosen["n"]) == ("val", 10)
+        heads = heads_on_test(trainer)
+        mixed = sum(weight * heads[name] for name, weight in chosen["value"].items())
+        torch.testing.assert_close(heads["mixed"], mixed)
+        loaded = make(*MIXTURE, out="again")
+        loaded.load_model(str(tmp_path / "run"))
+        again = heads_on_test(loaded)
+        assert all(torch.equal(heads[head], again[head]) for head in self.HEADS)
+        assert loaded.selected["mixture"] == trainer.selected["mixture"]
+        with pytest.raises(ValueError, match="made with the same settings"):
+            make(out="other").load_model(str(tmp_path / "run"))
+
+    def test_is_fitted_to_training_and_validation_images_only(self, make):
+        class Untouchable:
+            def __iter__(self):
+                raise AssertionError("test images were read")
+
+        trainer = make(*MIXTURE, *NO_TEST, "OPTIM.MAX_EPOCH", 1)
+        trainer.test_loader = Untouchable()
+        trainer.train()
+        assert trainer.selected["mixture"]["n"] == 10
+
+    def test_without_validation_images_training_images_are_left_out(self, make, dataset):
+        dataset(val=0)
+        trainer = make(*MIXTURE, *NO_TEST, "OPTIM.MAX_EPOCH", 1)
+        trainer.train()
+        chosen = trainer.selected["mixture"]
+        assert chosen["on"] == "training images, each left out in turn (no validation set)" and chosen["n"] == 20
+        assert chosen["value"]["cma"] == chosen["value"]["glr"] == 0
+        assert chosen["value"]["proto"] == chosen["value"]["proto_cma"] > 0
+        assert set(make(*MIXTURE, "TRAINER.DLRCLIP.MIXTURE.PROTO", False, out="b").network.learner.prototypes) == {
+            "proto_cma"
+        }
+
+    def test_without_validation_images_and_prototypes_it_is_zero_shot(self, make, dataset):
+        dataset(val=0)
+        off = ("TRAINER.DLRCLIP.MIXTURE.PROTO", False, "TRAINER.DLRCLIP.MIXTURE.PROTO_CMA", False)
+        trainer = make(*MIXTURE, *off, *NO_TEST, "OPTIM.MAX_EPOCH", 1)
+        trainer.train()
+        assert "zero-shot" in trainer.selected["mixture"]["on"]
+        heads = heads_on_test(trainer)
+        torch.testing.assert_close(heads["mixed"], heads["clip"])
+
+    @pytest.mark.parametrize("mode", ["dense", "shared"])
+    def test_other_classes_columns_and_resuming(self, make, dataset, tmp_path, mode):
+        pairs = (*MIXTURE, "TRAINER.DLRCLIP.GLR_MODE", mode, "TRAIN.CHECKPOINT_FREQ", 1, "SEED", 1, *NO_TEST)
+        trainer = make(*pairs)
+        trainer.train()
+        want = trainer.network.learner.state_dict()
+        shutil.copytree(tmp_path / "run", tmp_path / "again")
+        folder = tmp_path / "again" / "dlrclip"
+        (folder / "model.pth.tar-2").unlink()
+        (folder / "checkpoint").write_text("model.pth.tar-1\n")
+        resumed = make(*pairs, out="again")
+        resumed.train()
+        got = resumed.network.learner.state_dict()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+        seen = torch.stack([item["img"] for item in trainer.test_loader.dataset])
+        trainer.set_model_mode("eval")
+        full = trainer.model_report(seen)["heads"]
+        dataset(names=[NAMES[1], NAMES[3]], class_indices=[1, 3])
+        part = make(*MIXTURE, "TRAINER.DLRCLIP.GLR_MODE", mode, out="part")
+        part.load_model(str(tmp_path / "run"))
+        part.set_model_mode("eval")
+        cut = part.model_report(seen)["heads"]
+        for head in ("proto", "proto_cma", "mixed"):
+            torch.testing.assert_close(cut[head], full[head][:, [1, 3]])
+        part.bind_classes(["airport", "bridge", "desert"])
+        new = part.model_report(seen)["heads"]
+        assert set(new) == {"clip", "cma", "glr", "final", "fused", "mixed"}
+        torch.testing.assert_close(new["mixed"], new["clip"])
+
+    def test_without_adapter_nothing_is_trained(self, make, tmp_path):
+        off = ("TRAINER.DLRCLIP.CMA", False, "TRAINER.DLRCLIP.GLR", False, "TRAINER.DLRCLIP.HEAD", "mixed")
+        trainer = make(*MIXTURE, *off, "OPTIM.MAX_EPOCH", 50, "SEED", 1)
+        trainer.train()
+        assert trainer.max_epoch == 1 and not list(trainer.network.learner.parameters())
+        results = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        assert set(results["selected"]["mixture"]["value"]) == {"clip", "proto"}
+        loaded = make(*MIXTURE, *off, out="again")
+        loaded.load_model(str(tmp_path / "run"))
+        a, b = heads_on_test(trainer), heads_on_test(loaded)
+        assert "proto_cma" not in a and all(torch.equal(a[head], b[head]) for head in a)
+
+    @pytest.mark.parametrize("views", [0, 2])
+    def test_views_are_seeded(self, make, views):
+        runs = []
+        for out in ("a", "b"):
+            trainer = make(*MIXTURE, "TRAINER.DLRCLIP.MIXTURE.VIEWS", views, "SEED", 1, *NO_TEST, out=out)
+            trainer.calibrate()
+            runs.append(trainer.network.learner.state_dict())
+        fitted = [name for name in runs[0] if name.startswith(("prototypes.", "mixture."))]
+        assert fitted and all(torch.equal(runs[0][name], runs[1][name]) for name in fitted)
+        assert math.isfinite(float(runs[0]["prototypes.proto.kappa"]))
+
+    def test_settings_that_do_not_go_together(self, make):
+        off = ("TRAINER.DLRCLIP.CMA", False, "TRAINER.DLRCLIP.GLR", False)
+        with pytest.raises(ValueError, match="nothing would be learnt"):
+            make(*off)
+        with pytest.raises(ValueError, match="nothing would be learnt"):
+            make(*off, *MIXTURE, "TRAINER.DLRCLIP.MIXTURE.PROTO", False)
+        with pytest.raises(ValueError, match="needs FUSION mixture"):
+            make("TRAINER.DLRCLIP.HEAD", "mixed")

@@ -1,0 +1,221 @@
+"""The prototype classifier of DLR-CLIP's third level: it compares images with images, in closed form.
+
+A class is a Gaussian around its prototype, and all classes share one covariance (linear discriminant analysis). Both
+are shrunk, because a class has few images:
+
+    m_k = (n_k x_k + kappa p_k) / (n_k + kappa)         x_k: mean of the class's n_k images
+    p_k = c + g (t_k - t)                               what the text says: c mean of the x_k, t mean of the texts t_k,
+                                                        g >= 0 the least-squares slope of x_k - c on t_k - t
+    S   = (1 - rho) S_0 + rho tr(S_0) / E * I           S_0: scatter of images around prototypes that leave them out,
+                                                        plus the scatter of an image's views around their mean
+    logits_k = w_k f + b_k          w_k = S^-1 m_k      b_k = -1/2 m_k S^-1 m_k
+
+(kappa, rho) are not chosen but averaged over: the classifiers of a grid, each at its best temperature, are weighted by
+their likelihood on validation images. The average of linear classifiers is one linear classifier.
+
+Legend: V views, N images, B images in a batch, C classes, E width of the joint embedding, G points of the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+KAPPAS = (0.1, 0.3, 1.0, 3.0, 10.0)  # how many images the text counts for
+RHOS = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9)  # how far the covariance goes toward a multiple of the identity
+TEMPERATURES = tuple(2 ** (i / 2) for i in range(-16, 9))  # factors of logits
+UNKNOWN = 0.05  # how many images of any class count beside the validation images
+
+
+class Point(NamedTuple):
+    """The classifier at one point of the grid.
+
+    Attributes:
+        kappa, rho: the point.
+        means: prototypes [C, E].
+        away: [N, E], each image minus the prototype of its class without it.
+        precision: S^-1 [E, E].
+    """
+
+    kappa: float
+    rho: float
+    means: Tensor
+    away: Tensor
+    precision: Tensor
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """Return the weight [C, E] and the bias [C]."""
+        weight = self.means @ self.precision
+        return weight, -0.5 * (weight * self.means).sum(dim=1)
+
+
+class Gaussians:
+    """The statistics of training images that prototypes are made of, in double precision.
+
+    Args:
+        features: [V, N, E], of V views of N images.
+        labels: [N].
+        text: text features [C, E].
+
+    Raises:
+        ValueError: there is no image.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, text: Tensor) -> None:
+        if not len(labels):
+            raise ValueError("Expected at least one training image to make prototypes of but got none")
+        self.labels = labels
+        text = text.double()
+        self.images = features.double().mean(dim=0)
+        self.counts = torch.bincount(labels, minlength=len(text)).to(text)
+        sums = torch.zeros_like(text).index_add_(0, labels, self.images)
+        means = sums / self.counts.clamp(min=1).unsqueeze(1)
+        self.sums = sums
+        # A class without images has no say in where the images lie.
+        present = self.counts > 0
+        center = means[present].mean(dim=0)
+        differences = text - text[present].mean(dim=0)
+        seen = differences[present]
+        slope = ((means[present] - center) * seen).sum() / seen.square().sum().clamp(min=1e-12)
+        self.said = center + slope.clamp(min=0) * differences
+        self.view_scatter = torch.zeros(text.shape[1], text.shape[1], dtype=text.dtype, device=text.device)
+        for view in features:
+            away = view.double() - self.images
+            self.view_scatter += away.t() @ away
+        self.view_scatter /= features.shape[0] * features.shape[1]
+
+    def prototypes(self, kappa: float) -> Tensor:
+        """Return m [C, E]."""
+        return (self.sums + kappa * self.said) / (self.counts + kappa).unsqueeze(1)
+
+    def others(self, kappa: float) -> Tensor:
+        """Return for each image the prototype of its class without it, [N, E]."""
+        rest = self.sums[self.labels] - self.images + kappa * self.said[self.labels]
+        return rest / (self.counts[self.labels] - 1 + kappa).unsqueeze(1)
+
+    def grid(self) -> Iterator[Point]:
+        """Yield the classifier of each point of the grid."""
+        for kappa in KAPPAS:
+            means, away = self.prototypes(kappa), self.images - self.others(kappa)
+            scatter = away.t() @ away / len(away) + self.view_scatter
+            values, vectors = torch.linalg.eigh(scatter)
+            for rho in RHOS:
+                shrunk = (1 - rho) * values.clamp(min=0) + rho * values.mean().clamp(min=1e-12)
+                precision = (vectors / shrunk) @ vectors.t()
+                yield Point(kappa, rho, means, away, precision)
+
+    def left_out(self, point: Point) -> Tensor:
+        """Return the logits [N, C] that each training image gets from the classifier without it.
+
+        Its class's prototype and the covariance leave the image out (Sherman and Morrison's formula); what the text
+        says of the classes, and the scatter of views, do not.
+        """
+        _, rho, means, away, precision = point
+        share = (1 - rho) / len(away)
+        moved = away @ precision
+        own = (moved * away).sum(dim=1)
+        weight = means @ precision
+        distance = (self.images @ precision * self.images).sum(dim=1, keepdim=True) - 2 * self.images @ weight.t()
+        distance = distance + (weight * means).sum(dim=1)
+        along = (moved * self.images).sum(dim=1, keepdim=True) - moved @ means.t()
+        rows = torch.arange(len(away), device=away.device)
+        distance[rows, self.labels], along[rows, self.labels] = own, own
+        gain = share / (1 - share * own).clamp(min=1e-6)
+        return -0.5 * (distance + gain.unsqueeze(1) * along.square())
+
+
+def doubtful_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the cross-entropy over images, plus UNKNOWN times that of an image of any class.
+
+    The second part is what keeps logits finite that classify every image rightly.
+
+    Args:
+        logits: [n, C]. labels: [n].
+    """
+    log_p = F.log_softmax(logits, dim=1)
+    return F.nll_loss(log_p, labels, reduction="sum") - UNKNOWN * log_p.mean()
+
+
+def best_temperature(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return the best factor of TEMPERATURES for logits [n, C], and the mean cross-entropy at it.
+
+    Best is the one with the least `doubtful_cross_entropy`.
+    """
+    doubts = torch.stack([doubtful_cross_entropy(factor * logits, labels) for factor in TEMPERATURES])
+    factor = TEMPERATURES[int(doubts.argmin())]
+    return factor, float(F.cross_entropy(factor * logits, labels))
+
+
+class Prototypes(nn.Module):
+    """The averaged prototype classifier. It has buffers only: nothing of it is trained with the rest.
+
+    Args:
+        classes: C.
+        width: E.
+    """
+
+    weight: Tensor  # [C, E]
+    bias: Tensor  # [C]
+    kappa: Tensor  # mean over the grid
+    rho: Tensor
+    count: Tensor  # validation images that weighed the grid; 0: none
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(classes, width))
+        self.register_buffer("bias", torch.zeros(classes))
+        self.register_buffer("kappa", torch.tensor(float("nan")))
+        self.register_buffer("rho", torch.tensor(float("nan")))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits [B, C] for normalized features [B, E], in fp32."""
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            return features.float() @ self.weight.t() + self.bias
+
+    @torch.no_grad()
+    def fit(
+        self, features: Tensor, labels: Tensor, text: Tensor, validation: tuple[Tensor, Tensor] | None
+    ) -> Tensor | None:
+        """Fit the classifier to training images.
+
+        Args:
+            features: [V, N, E], normalized, of V views of the images.
+            labels: [N].
+            text: text features [C, E].
+            validation: features [n, E] and labels [n] of validation images, which weigh the points of the grid; None:
+                all count the same, at the temperatures that are best for leave-one-out logits.
+
+        Returns:
+            Without validation images, the leave-one-out logits [N, C] of the training images; else None.
+
+        Raises:
+            ValueError: there is no training image.
+        """
+        gaussians = Gaussians(features, labels, text)
+        scores, kappas, rhos, weights, biases, left_out = [], [], [], [], [], None
+        for point in gaussians.grid():
+            weight, bias = point.linear()
+            if validation is None:
+                logits, known = gaussians.left_out(point), labels
+            else:
+                logits, known = validation[0].double() @ weight.t() + bias, validation[1]
+            factor, entropy = best_temperature(logits, known)
+            scores.append(0.0 if validation is None else -entropy * len(known))
+            weights.append(factor * weight)
+            biases.append(factor * bias)
+            kappas.append(point.kappa)
+            rhos.append(point.rho)
+            if validation is None:  # all points count the same
+                left_out = factor * logits if left_out is None else left_out + factor * logits
+        share = torch.softmax(torch.tensor(scores, dtype=torch.float64, device=text.device), dim=0)
+        self.weight.copy_(torch.einsum("g,gce->ce", share, torch.stack(weights)))
+        self.bias.copy_(torch.einsum("g,gc->c", share, torch.stack(biases)))
+        self.kappa.fill_(float(share @ share.new_tensor(kappas)))
+        self.rho.fill_(float(share @ share.new_tensor(rhos)))
+        self.count.fill_(0 if validation is None else len(validation[1]))
+        return None if left_out is None else left_out / len(scores)

@@ -65,6 +65,7 @@ ALIASES = {
     "TaskResidual": "TaskRes",
     "ClassAdaptiveLinearProbe": "CLAP",
     "ADAPTER": "CLAP",
+    "GaussianDiscriminantAnalysis": "GDA",
     "TransductiveDirichlet": "EMDirichlet",
     "TransductiveCLIP": "EMDirichlet",
     "LoRA": "CLIPLoRA",

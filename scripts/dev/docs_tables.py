@@ -33,7 +33,7 @@ _TABLE = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 # What a dataset is -> whether a registered class is of that kind, the first that fits.
 _KINDS = {
     "your own images": lambda name, cls: name in ("ImageFolder", "OpenImages"),
-    "made on your machine": lambda name, cls: name == "Digits" or name.startswith("Shapes"),
+    "made on your machine": lambda name, cls: name.startswith(("Digits", "Shapes")),
     "shifted test sets of ImageNet": lambda name, cls: cls.test_only,
     "few-shot benchmarks": lambda name, cls: True,
 }

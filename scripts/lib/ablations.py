@@ -41,6 +41,13 @@ def _values(group: str, key: str, *values: float, tiny: bool | None = None) -> l
     ]
 
 
+def _mixture(name: str, without: str = "", **off: bool) -> Variant:
+    """Return the form with the third level, without the parts that are switched off."""
+    keys = {"FUSION": "mixture", "HEAD": "mixed", **{key.replace("__", "."): value for key, value in off.items()}}
+    pairs = [part for key, value in keys.items() for part in (f"TRAINER.DLRCLIP.{key}", str(value))]
+    return Variant("third level", name, f"FUSION mixture{without}", tuple(pairs))
+
+
 VARIANTS: dict[str, list[Variant]] = {
     "DLRCLIP": [
         _switches("cma", "CMA", GLR=False, SKD=False),
@@ -49,6 +56,13 @@ VARIANTS: dict[str, list[Variant]] = {
         _switches("cma+skd", "CMA + SKD", GLR=False),
         Variant("refiner", "shared", "GLR_MODE shared", ("TRAINER.DLRCLIP.GLR_MODE", "shared")),
         Variant("fusion", "robust", "FUSION robust", ("TRAINER.DLRCLIP.FUSION", "robust")),
+        _mixture("mixture"),
+        _mixture("no-proto", ", no prototypes of frozen features", MIXTURE__PROTO=False),
+        _mixture("no-proto-cma", ", no prototypes of adapted features", MIXTURE__PROTO_CMA=False),
+        _mixture("no-glr", ", no GLR", GLR=False),
+        _mixture("no-cma", ", no CMA", CMA=False),
+        _mixture("no-skd", ", no SKD", SKD=False),
+        _mixture("training-free", ", no CMA, no GLR: nothing is trained", CMA=False, GLR=False),
         *_values("alpha", "FIXED_ALPHA", 0.2, 0.5, 1),
         *_values("weight", "FIXED_WEIGHT", 0, 0.5, 1),
         *_values("layers", "START", 1),

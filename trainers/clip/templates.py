@@ -41,6 +41,8 @@ TEMPLATES: dict[str, str] = {
     "ShapesSketch": DEFAULT_TEMPLATE,
     "ShapesA": DEFAULT_TEMPLATE,
     "ShapesR": DEFAULT_TEMPLATE,
+    "DigitsNonsense": DEFAULT_TEMPLATE,
+    "ShapesNonsense": DEFAULT_TEMPLATE,
 }
 
 # The seven of OpenAI's eighty ImageNet templates that were selected for ensembling.

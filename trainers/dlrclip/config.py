@@ -32,7 +32,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class MixtureKeys:
-    """Keys of the third level (ours): prototype classifiers and the mixture of branches. They need FUSION mixture."""
+    """Hold the settings of the third level (ours), which count where FUSION is mixture."""
 
     proto: bool = key(True, "a prototype classifier on frozen features takes part: head proto")
     proto_cma: bool = key(True, "one on adapted features takes part: head proto_cma; absent when CMA is off")
@@ -161,12 +161,12 @@ class DLRCLIPConfig(MethodConfig):
 
     @property
     def mixes(self) -> bool:
-        """Whether the branches are mixed after training, and prototype classifiers may be among them."""
+        """Say whether branches are mixed after training; prototype classifiers may be among them."""
         return self.fusion == "mixture"
 
     @property
     def trains(self) -> bool:
-        """Whether anything is trained; if not, all that is fitted has a closed form or takes a moment."""
+        """Say whether anything is trained; if not, all that is fitted takes a moment."""
         return self.cma or self.glr
 
     def prototypes(self) -> list[str]:

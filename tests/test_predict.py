@@ -101,6 +101,36 @@ def test_new_files_are_predicted(run, new, tmp_path, capsys):
         assert [int(word) for word in line.split()[-3:]] == [guess["index"] for guess in image["predictions"]]
 
 
+def test_the_third_level_predicts_without_its_training_images(photos, run, new, tiny_weights, tmp_path, capsys):
+    """Nothing is trained in this run; its checkpoint holds the prototypes and the mixture."""
+    elsewhere = photos.with_name("elsewhere")
+    code = train.main(
+        [
+            *("--root", str(elsewhere), "--dataset-config-file", str(ROOT / "configs/datasets/image_folder.yaml")),
+            *(
+                "--trainer",
+                "DLRCLIP",
+                "--config-file",
+                str(ROOT / "configs/trainers/dlr/tiny_plus.yaml"),
+                "--seed",
+                "1",
+            ),
+            *("--output-dir", str(tmp_path / "free"), "MODEL.BACKBONE.WEIGHTS", tiny_weights, "USE_CUDA", "False"),
+            *("TRAINER.DLRCLIP.CMA", "False", "TRAINER.DLRCLIP.GLR", "False"),
+        ]
+    )
+    assert code == 0
+    accuracy = json.loads((tmp_path / "free" / "metrics.json").read_text())["accuracy"]
+    split = json.loads((elsewhere / "split.json").read_text())
+    paths = [str(elsewhere / item[0]) for item in split["test"]]
+    capsys.readouterr()
+    assert predict.main(["--model-dir", str(tmp_path / "free"), *paths, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    guesses = [image["predictions"][0]["index"] for image in answer["images"]]
+    assert answer["head"] == "mixed"
+    assert 100 * np.mean([g == item[1] for g, item in zip(guesses, split["test"], strict=True)]) == accuracy >= 90
+
+
 def test_it_agrees_with_the_run(run, photos, capsys):
     """The images of the run's own test set, predicted one by one and in a batch, give the accuracy of its records."""
     split = json.loads((photos.with_name("elsewhere") / "split.json").read_text())

@@ -26,6 +26,9 @@ TIMEOUT = 600  # seconds, for machines with other things to do
 HELPER = str(ROOT / "tests" / "helpers" / "two_processes.py")
 
 
+MIXTURE = ("TRAINER.DLRCLIP.FUSION", "mixture", "TRAINER.DLRCLIP.HEAD", "mixed", "TRAINER.DLRCLIP.MIXTURE.VIEWS", "1")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, random_tiny) -> Path:
     """Three classes of pictures: 24 to train on, 6 for validation, 15 to test on."""
@@ -78,7 +81,7 @@ def runs(folder, command):
     found = {}
     for name in ("one", "two"):
         argv = [
-            command("DLRCLIP", "dlr", f"{name}/dlr"),
+            command("DLRCLIP", "dlr", f"{name}/dlr", *MIXTURE),
             command("CoOp", "coop", f"{name}/coop"),
             command("TipAdapterF", "tip_adapter_f", f"{name}/tip"),
         ]
@@ -117,6 +120,15 @@ def test_two_processes_have_the_numbers_of_one(runs, folder, number, method):
     assert metrics["two"]["selected"].keys() == metrics["one"]["selected"].keys()
     total = re.findall(r"\* total: (\d+)", (folder / "two" / method / "log.txt").read_text())
     assert set(total) == {"6", "15"}
+
+
+def test_two_processes_mix_the_branches_as_one(runs, folder):
+    one, two = (json.loads((folder / name / "dlr" / "metrics.json").read_text()) for name in ("one", "two"))
+    weights = [metrics["selected"]["mixture"]["value"] for metrics in (one, two)]
+    assert set(weights[0]) == {"clip", "cma", "glr", "proto", "proto_cma"}
+    assert weights[1] == pytest.approx(weights[0], abs=0.02)
+    for head in ("proto", "proto_cma", "mixed"):
+        assert two["test"]["heads"][head]["accuracy"] == one["test"]["heads"][head]["accuracy"]
 
 
 @pytest.mark.parametrize("method", ["dlr", "coop", "tip"])

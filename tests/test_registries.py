@@ -85,6 +85,33 @@ def logits(trainer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", TRAINERS)
+def test_descriptions_stand_in_place_of_templates(name, build, tmp_path):
+    """A file in CuPL's layout, with one sentence for the first class, two for the second, ..."""
+    path, words = tmp_path / "texts.json", ("red", "a", "the", "two")
+    names = datasets.digits.CLASSES
+    described = {one: [f"{word} {one}." for word in words[: 1 + i % 4]] for i, one in enumerate(names)}
+
+    def trainer_with(texts: dict[str, list[str]]):
+        path.write_text(json.dumps(texts))
+        return build(name, "DATASET.DESCRIPTIONS", str(path))
+
+    trainer = trainer_with(described)
+    network, want = trainer.network, []
+    for texts in described.values():
+        rows = [network.clip.encode_text([text])[0].float() for text in texts]
+        if not getattr(trainer, "raw_mean", False):
+            rows = [row / row.norm() for row in rows]
+        want.append(sum(rows) / torch.norm(sum(rows)))
+    got = network.zeroshot if isinstance(getattr(network, "zeroshot", None), torch.Tensor) else network.learner.zeroshot
+    torch.testing.assert_close(got, torch.stack(want), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="at least one sentence"):
+        trainer_with({**described, "zero": []})
+    described["zer0"] = described.pop("zero")
+    with pytest.raises(ValueError, match="lacks 'zero' .it has \"zer0\""):
+        trainer_with(described)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
 def test_gradients_reach_exactly_what_the_trainer_tunes(name, build):
     trainer = build(name)
     if not learns(trainer):

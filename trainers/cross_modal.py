@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dassl.engine import TRAINER_REGISTRY
 
 from .base import CorrectedKeys, FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
-from .clip import CLIP, IMAGENET_TEMPLATES_SELECT, zeroshot_weights
+from .clip import CLIP, IMAGENET_TEMPLATES_SELECT, sentence_features, sentences_of, zeroshot_weights
 from .clip.templates import ensemble_templates
 
 
@@ -118,8 +118,14 @@ class CrossModalProbe(FeatureTrainer):
         """Build the classifier, and keep the features of the prompts beside it."""
         own = self.templates()
         templates = own if self.settings.templates == "dataset" else ensemble_templates(own, "select", "")
-        texts = torch.stack([zeroshot_weights(clip, classnames, [template]) for template in templates])
-        self.texts = texts.flatten(0, 1)  # [T * C, E]
+        described = sentences_of(templates, classnames)
+        if described:
+            texts, self.text_labels = sentence_features(clip, described)
+            self.texts = F.normalize(texts, dim=-1)
+        else:
+            texts = torch.stack([zeroshot_weights(clip, classnames, [template]) for template in templates])
+            self.texts = texts.flatten(0, 1)  # [T * C, E]
+            self.text_labels = torch.arange(len(classnames), device=texts.device).repeat(len(templates))
         start = zeroshot_weights(clip, classnames, templates, self.raw_mean)
         return CrossModalLearner(clip, classnames, zeroshot, F.normalize(start, dim=-1))
 
@@ -131,7 +137,7 @@ class CrossModalProbe(FeatureTrainer):
         """
         step = self.epoch * len(self.train_loader_x) + self.batch_idx
         rows = text_rows(len(self.texts), n, self._seed, step).to(self.texts.device)
-        return self.texts[rows], rows % len(self.network.learner.classnames)
+        return self.texts[rows], self.text_labels[rows]
 
     def run(self, inputs: Tensor, labels: Tensor) -> Outputs:
         """Classify the images and as many prompts."""

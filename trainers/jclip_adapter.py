@@ -110,11 +110,14 @@ class JCLIPAdapter(FeatureTrainer):
     def check_settings(cls, cfg: Any) -> None:
         """Check the settings, and the map of prompts; see CLIPTrainer."""
         super().check_settings(cfg)
-        parse_prompt_map(cfg.DATASET.PROMPT_MAP)
+        if parse_prompt_map(cfg.DATASET.PROMPT_MAP) and cls.read_prompts(cfg).sentences:
+            raise ValueError("Expected DATASET.PROMPT_MAP or DATASET.DESCRIPTIONS to be empty but got both")
 
     def zeroshot(self, clip: CLIP, classnames: Sequence[str]) -> Tensor:
         """Return the weights [C, E] of the prompts by super-category, normalized."""
         prompt_map, weights = parse_prompt_map(self.cfg.DATASET.PROMPT_MAP), []
+        if self.templates().sentences:
+            return super().zeroshot(clip, classnames)
         for default in self.templates():
             prompts = [mapped_prompt(name, prompt_map, default) for name in classnames]
             weights.append(zeroshot_weights(clip, prompts, ["{}"]))

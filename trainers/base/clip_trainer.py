@@ -16,7 +16,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from dassl.metrics import compute_accuracy
 
-from ..clip import CLIP, DEFAULT_TEMPLATE, check_backbone, load_clip, tell_preprocessing, templates_for
+from ..clip import (
+    CLIP,
+    DEFAULT_TEMPLATE,
+    Prompts,
+    check_backbone,
+    load_clip,
+    read_descriptions,
+    sentences_of,
+    tell_preprocessing,
+    templates_for,
+)
 from ..configs import without_config
 from ..features.loaders import workers_like
 from ..portable import OWN_TOOLBOX, PortableTrainer
@@ -116,7 +126,7 @@ class CLIPTrainer(PortableTrainer):
         cls.check_adapters(cfg)
         if not cfg.MODEL.BACKBONE.NAME:
             raise ValueError(without_config(cfg.TRAINER.NAME))
-        templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE, cls.imagenet_templates)
+        cls.read_prompts(cfg)
         check_number(cfg.FEATURE_CACHE.LIMIT, "FEATURE_CACHE.LIMIT", low=0)
         check_backbone(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None)
 
@@ -163,9 +173,21 @@ class CLIPTrainer(PortableTrainer):
 
     # Building
 
-    def templates(self) -> list[str]:
-        """Return the prompt templates of zero-shot CLIP."""
-        return templates_for(self.cfg.DATASET.NAME, self.cfg.DATASET.TEMPLATE, self.imagenet_templates)
+    def templates(self) -> Prompts:
+        """Return the prompt templates of zero-shot CLIP, with the classes' own sentences where there are such."""
+        return self.read_prompts(self.cfg)
+
+    @classmethod
+    def read_prompts(cls, cfg: Any) -> Prompts:
+        """Return the prompts that the configuration asks for.
+
+        Raises:
+            ValueError: a template or the file of descriptions is wrong.
+            FileNotFoundError: there is no such file.
+        """
+        templates = templates_for(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE, cls.imagenet_templates)
+        path = cfg.DATASET.get("DESCRIPTIONS", "")
+        return Prompts(templates, read_descriptions(path), path) if path else Prompts(templates)
 
     def load_frozen_clip(self, prec: str) -> tuple[CLIP, list[str]]:
         """Load the frozen CLIP that the configuration names, and set up the precision.
@@ -174,7 +196,8 @@ class CLIPTrainer(PortableTrainer):
             The CLIP, and the class names.
 
         Raises:
-            ValueError: the labels do not fit the class names, or the image size does not fit CLIP.
+            ValueError: the labels do not fit the class names, a class has no description, or the image size does not
+                fit CLIP.
         """
         cfg = self.cfg
         classnames = list(self.dm.dataset.classnames)
@@ -183,6 +206,7 @@ class CLIPTrainer(PortableTrainer):
                 f"Expected labels 0 to {len(classnames) - 1} for the {len(classnames)} class names of the training "
                 f"images but got labels up to {self.num_classes - 1}"
             )
+        sentences_of(self.templates(), classnames)  # raises if some are missing, before CLIP is loaded
         self._set_up_precision(prec)
         logger.info("Loading CLIP (backbone: %s)", cfg.MODEL.BACKBONE.NAME)
         # Without CUDA, fp16 autocasts to bfloat16, so the backbone is kept in bfloat16 too.
@@ -191,7 +215,7 @@ class CLIPTrainer(PortableTrainer):
             cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None, precision=precision, device=self.device
         )
         tell_preprocessing(cfg)
-        logger.info("Prompts of zero-shot CLIP: %s", " | ".join(self.templates()))
+        logger.info("Prompts of zero-shot CLIP: %s", self.templates())
         size = (clip.image_size, clip.image_size)
         if tuple(cfg.INPUT.SIZE) != size:
             raise ValueError(f"Expected INPUT.SIZE to be {size} for {clip.name} but got {tuple(cfg.INPUT.SIZE)}")

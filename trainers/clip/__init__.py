@@ -6,6 +6,7 @@ This package is plain torch over open_clip's modules; it knows neither the toolb
 from .alike import tell_alike
 from .backbones import BACKBONES, check_backbone
 from .config import add_clip_config
+from .descriptions import Prompts, read_descriptions, sentences_of
 from .edits import BlockEdit, kinds
 from .load import load_clip
 from .model import CLIP
@@ -19,6 +20,7 @@ from .templates import (
     clean_classname,
     fill_template,
     mean_text_features,
+    sentence_features,
     templates_for,
     zeroshot_weights,
 )
@@ -27,6 +29,10 @@ from .tiny import save_tiny
 from .vision import VisionTower
 
 __all__ = [
+    "sentences_of",
+    "sentence_features",
+    "read_descriptions",
+    "Prompts",
     "BACKBONES",
     "CLIP",
     "DEFAULT_TEMPLATE",

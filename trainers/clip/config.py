@@ -19,6 +19,10 @@ def add_clip_config(cfg: Any) -> None:
         # Zero-shot prompt with exactly one "{}" for the class name, or a list of such prompts, whose mean counts;
         # "" = the dataset's own, and on ImageNet those of the method's source (see templates.py).
         cfg.DATASET.TEMPLATE = ""
+    if "DESCRIPTIONS" not in cfg.DATASET:
+        # JSON file {class name: [sentence, ...]}, as CuPL's: zero-shot CLIP, and every method that starts from its
+        # texts, takes the mean of a class's sentences in place of templates; "" = templates (see descriptions.py).
+        cfg.DATASET.DESCRIPTIONS = ""
     declare = getattr(cfg, "declare_text_or_list", None)
     if callable(declare):  # elsewhere a list is written as a text: "['a photo of a {}.', 'art of the {}.']"
         declare("DATASET.TEMPLATE")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .descriptions import Prompts, sentences_of
 from .model import CLIP
 
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -125,19 +126,23 @@ def zeroshot_weights(clip: CLIP, classnames: Sequence[str], templates: Sequence[
 
     Args:
         classnames: C names as the dataset spells them.
-        templates: at least one template with one ``{}`` each.
-        raw_mean: average the features of several templates as CLIP gives them, without normalizing them first.
+        templates: at least one template with one ``{}`` each; or Prompts, whose sentences then count, if it has any.
+        raw_mean: average the features of several prompts as CLIP gives them, without normalizing them first.
 
     Returns:
         fp32 weights [C, E] with unit rows, on CLIP's device.
 
     Raises:
-        ValueError: there are no classes or no templates.
+        ValueError: there are no classes or no templates, or a class has no sentences.
     """
     if not classnames or not templates:
         raise ValueError(f"Expected at least one class and one template but got {len(classnames)} and {len(templates)}")
-    if raw_mean and len(templates) > 1:
+    described = sentences_of(templates, classnames)
+    if raw_mean and (described or len(templates) > 1):
         return F.normalize(mean_text_features(clip, classnames, templates), dim=-1)
+    if described:
+        features, labels = sentence_features(clip, described)
+        return F.normalize(_class_means(F.normalize(features, dim=-1), labels, len(classnames)), dim=-1)
     total = torch.zeros(len(classnames), clip.embed_dim, device=clip.device)
     for template in templates:  # one template at a time: its leading words are then shared by all prompts
         prompts = [fill_template(template, name) for name in classnames]
@@ -148,10 +153,13 @@ def zeroshot_weights(clip: CLIP, classnames: Sequence[str], templates: Sequence[
 
 @torch.no_grad()
 def mean_text_features(clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return the mean over the templates of each class's text features, fp32 [C, E].
+    """Return the mean over the templates, or over its own sentences, of each class's text features, fp32 [C, E].
 
     Features are taken as CLIP gives them. Neither they nor the mean are normalized.
     """
+    described = sentences_of(templates, classnames)
+    if described:
+        return _class_means(*sentence_features(clip, described), len(classnames))
     total = torch.zeros(len(classnames), clip.embed_dim, device=clip.device)
     for template in templates:
         prompts = [fill_template(template, name) for name in classnames]
@@ -160,15 +168,36 @@ def mean_text_features(clip: CLIP, classnames: Sequence[str], templates: Sequenc
     return total / len(templates)
 
 
+@torch.no_grad()
+def sentence_features(clip: CLIP, described: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+    """Return the features [M, E] of all sentences as CLIP gives them, fp32, and the class [M] of each.
+
+    Args:
+        described: the sentences of each class.
+    """
+    sentences = [text for texts in described for text in texts]
+    chunks = [sentences[i : i + _CHUNK] for i in range(0, len(sentences), _CHUNK)]
+    features = torch.cat([clip.encode_text(chunk).float() for chunk in chunks])
+    counts = torch.tensor([len(texts) for texts in described])
+    return features, torch.arange(len(described)).repeat_interleave(counts).to(features.device)
+
+
+def _class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    total = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features)
+    return total / torch.bincount(labels, minlength=classes).unsqueeze(1)
+
+
 def ensemble_templates(own: Sequence[str], which: str, dataset: str) -> list[str]:
     """Return the templates of the ensemble: ImageNet's, and for any other dataset also its own.
 
-    A template of the dataset that is already among ImageNet's is not repeated.
+    A template of the dataset that is already among ImageNet's is not repeated. Sentences of the classes stay alone.
 
     Args:
         own: the dataset's templates.
         which: "select" for seven of ImageNet's templates, "all" for all eighty.
         dataset: the dataset's name.
     """
+    if isinstance(own, Prompts) and own.sentences:
+        return own
     templates = list(IMAGENET_TEMPLATES_SELECT if which == "select" else IMAGENET_TEMPLATES)
     return templates if dataset == "ImageNet" else [*templates, *(one for one in own if one not in templates)]

@@ -64,7 +64,7 @@ class DLRCLIPNetwork(nn.Module):
         super().__init__()
         settings.check("TRAINER.DLRCLIP")
         self.clip = clip
-        self.templates = list(templates)
+        self.templates = templates
         self.context = settings.text_ctx_init.strip()
         adapter = None
         if settings.cma:

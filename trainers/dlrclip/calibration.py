@@ -32,19 +32,18 @@ def all_features(loaders: Iterable[tuple[Any, int]], features: Callable[[Any], B
         The features [V, N, E] by branch, and the labels [N].
     """
     views: dict[str, list[Tensor]] = {}
-    labels: list[Tensor] = []
+    labels = torch.empty(0)
     for loader, count in loaders:
         parts: dict[str, list[Tensor]] = {}
-        labels = []
+        every = []
         for batch in loader:
-            known = features(batch)
-            for name, value in known.items():
+            for name, value in features(batch).items():
                 parts.setdefault(name, []).append(value)
-            labels.append(batch["label"].to(known["clip"].device))
+            every.append(batch["label"])
         for name, part in parts.items():
             views.setdefault(name, []).append(torch.cat(part).unflatten(0, (count, -1)))
-        labels = list(torch.cat(labels).chunk(count))
-    return {name: torch.cat(value) for name, value in views.items()}, labels[0]
+        labels = torch.cat(every)[: sum(map(len, every)) // count]  # each view repeats them
+    return {name: torch.cat(value) for name, value in views.items()}, labels.to(views["clip"][0].device)
 
 
 @torch.no_grad()

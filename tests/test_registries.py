@@ -112,6 +112,22 @@ def test_descriptions_stand_in_place_of_templates(name, build, tmp_path):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
+def test_another_loss_takes_the_place_of_cross_entropy(name, build):
+    if not TRAINER_REGISTRY.get(name).cross_entropy:
+        with pytest.raises(ValueError, match=f"OPTIM.LOSS to be ce for {name}, which is not trained by cross-entropy"):
+            build(name, "OPTIM.LOSS", "mae")
+        return
+    losses = {}
+    for kind in ("ce", "mae"):
+        trainer = build(name, "OPTIM.LOSS", kind)
+        assert any(trainer._optims.values())
+        losses[kind] = one_step(trainer)["loss"]
+    assert losses["ce"] != losses["mae"]
+    with pytest.raises(ValueError, match="OPTIM.LOSS to be one of ce, mae but got 'huber'"):
+        build(name, "OPTIM.LOSS", "huber")
+
+
+@pytest.mark.parametrize("name", TRAINERS)
 def test_gradients_reach_exactly_what_the_trainer_tunes(name, build):
     trainer = build(name)
     if not learns(trainer):

@@ -119,4 +119,4 @@ class CLAP(FeatureTrainer):
         """Return the cross-entropy and the penalty."""
         learner: Any = self.network.learner
         penalty = clap_penalty(learner.prototypes, learner.base, learner.multipliers)
-        return {"ce": F.cross_entropy(outputs, labels), "penalty": penalty}
+        return {"ce": self.class_loss(outputs, labels), "penalty": penalty}

@@ -33,11 +33,6 @@ class Outputs(NamedTuple):
     text_labels: Tensor
 
 
-def cross_modal_loss(image_logits: Tensor, image_labels: Tensor, text_logits: Tensor, text_labels: Tensor) -> Tensor:
-    """Return the cross-entropy over image and text examples together; logits are [B, C], labels [B]."""
-    return F.cross_entropy(torch.cat([image_logits, text_logits]), torch.cat([image_labels, text_labels]))
-
-
 def text_rows(total: int, n: int, seed: int, step: int) -> Tensor:
     """Draw the rows [n] of `total` prompts in the batch of a step; see `CrossModalProbe.sample_texts`."""
     batches = max(1, total // n)  # in a pass
@@ -145,8 +140,9 @@ class CrossModalProbe(FeatureTrainer):
         return Outputs(self.network(inputs), self.network(texts), text_labels)
 
     def loss(self, outputs: Outputs, labels: Tensor) -> dict[str, Tensor]:
-        """Return the cross-entropy over images and prompts."""
-        return {"loss": cross_modal_loss(outputs.images, labels, outputs.texts, outputs.text_labels)}
+        """Return the cross-entropy over images and prompts together."""
+        logits = torch.cat([outputs.images, outputs.texts])
+        return {"loss": self.class_loss(logits, torch.cat([labels, outputs.text_labels]))}
 
     def shown_logits(self, outputs: Outputs) -> Tensor:
         """Return the logits of the images."""

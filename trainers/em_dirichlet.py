@@ -273,6 +273,7 @@ class EMDirichlet(FeatureTrainer):
     node_name = "EMDIRICHLET"
     paper = "Martin et al. 2024"
     learns = "nothing; clusters the test images"
+    cross_entropy = False
     config = EMDirichletConfig
     model_name = "em_dirichlet"
     main_head = "em"

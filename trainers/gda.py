@@ -276,6 +276,7 @@ class GDA(FeatureTrainer):
 
     paper = "Wang et al. 2024"
     learns = "class means and one covariance, in closed form"
+    cross_entropy = False
     config = GDAConfig
     imagenet_templates = IMAGENET_TEMPLATES_SELECT
 

@@ -181,6 +181,7 @@ class LinearProbe(FeatureTrainer):
     node_name = "LINEARPROBE"
     paper = "Radford et al. 2021"
     learns = "a linear classifier on image features"
+    cross_entropy = False
     config = LinearProbeConfig
     extra_keys = {"MODEL": CorrectedKeys}
     model_name = "probe"

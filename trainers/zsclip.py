@@ -30,6 +30,7 @@ class ZeroshotCLIP(FeatureTrainer):
     paper = "Radford et al. 2021"
     learns = "nothing"
     main_head = "clip"
+    cross_entropy = False
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """Build a learner that learns nothing and gives zero-shot logits."""

@@ -1,13 +1,15 @@
 """Methods that start from the zero-shot class weights: CrossModalProbe, TaskRes, CLAP."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from trainers.base.losses import class_loss
 from trainers.clap import CLAPLearner, clap_penalty, class_multipliers
 from trainers.clip import mean_text_features
-from trainers.cross_modal import CrossModalLearner, cross_modal_loss, text_rows
+from trainers.cross_modal import CrossModalLearner, CrossModalProbe, Outputs, text_rows
 from trainers.taskres import TaskResLearner, taskres_logits
 
 
@@ -30,8 +32,17 @@ def naive_cross_entropy(logits, labels):
 
 def test_cross_modal_loss_is_over_the_union():
     logits, labels = normal(6, 5), torch.tensor([0, 4, 2, 2, 1, 3])
-    got = cross_modal_loss(logits[:4], labels[:4], logits[4:], labels[4:])
+    outputs = Outputs(logits[:4], logits[4:], labels[4:])
+    got = CrossModalProbe.loss(SimpleNamespace(class_loss=class_loss), outputs, labels[:4])["loss"]
     assert float(got) == pytest.approx(naive_cross_entropy(logits, labels), rel=1e-5)
+
+
+def test_the_mean_absolute_error_is_that_of_probabilities():
+    logits, labels = normal(6, 5), torch.tensor([0, 4, 2, 2, 1, 3])
+    rows = logits.double().softmax(dim=1).tolist()
+    want = [sum(abs(p - (k == y)) for k, p in enumerate(row)) for row, y in zip(rows, labels.tolist(), strict=True)]
+    assert float(class_loss(logits, labels, "mae")) == pytest.approx(sum(want) / len(want), rel=1e-5)
+    assert float(class_loss(logits, labels)) == pytest.approx(naive_cross_entropy(logits, labels), rel=1e-5)
 
 
 def test_prompts_come_in_passes_without_the_last_smaller_batch():

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dassl.metrics import compute_accuracy
@@ -31,6 +30,7 @@ from ..configs import without_config
 from ..features.loaders import workers_like
 from ..portable import OWN_TOOLBOX, PortableTrainer
 from .keys import MethodConfig, add_keys, check_number, has_keys, read_keys
+from .losses import LossKeys, class_loss
 from .transfers import sent
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class CLIPTrainer(PortableTrainer):
     # images always leave it out.
     drop_last = True
     adapters = "none"  # whether MODEL.IMO_WEIGHTS corrects the features: none (it is refused) | optional | needed
+    cross_entropy = True  # whether it is trained by cross-entropy, so that OPTIM.LOSS may name another loss
     per_step = False  # True: the learning-rate schedule counts steps; False: it counts epochs, as CoOp's does
     network: Any
 
@@ -82,7 +83,7 @@ class CLIPTrainer(PortableTrainer):
         if cls.node_name not in cfg.TRAINER:
             cfg.TRAINER[cls.node_name] = type(cfg)()
             add_keys(cfg, cfg.TRAINER[cls.node_name], cls.config)
-        for section, keys in cls.extra_keys.items():
+        for section, keys in {"OPTIM": LossKeys, **cls.extra_keys}.items():
             add_keys(cfg, cfg[section], keys)
 
     @classmethod
@@ -111,9 +112,14 @@ class CLIPTrainer(PortableTrainer):
             FileNotFoundError: the backbone's weights are not there.
         """
         settings = cls.read_settings(cfg)
-        for section, keys in cls.extra_keys.items():
+        for section, keys in {"OPTIM": LossKeys, **cls.extra_keys}.items():
             if has_keys(cfg[section], keys):
                 read_keys(cfg[section], section, keys)
+        if not cls.cross_entropy and cfg.OPTIM.get("LOSS", "ce") != "ce":
+            raise ValueError(
+                f"Expected OPTIM.LOSS to be ce for {cls.__name__}, which is not trained by cross-entropy, "
+                f"but got {cfg.OPTIM.LOSS!r}"
+            )
         if "WEIGHTS" not in cfg.MODEL.BACKBONE or "TEMPLATE" not in cfg.DATASET:
             raise ValueError(
                 "Expected the configuration to have MODEL.BACKBONE.WEIGHTS and DATASET.TEMPLATE: call extend_cfg(cfg)"
@@ -245,13 +251,17 @@ class CLIPTrainer(PortableTrainer):
         return self.network(inputs)
 
     def loss(self, outputs: Any, labels: Tensor) -> dict[str, Tensor]:
-        """Return the named losses of a step; their sum is minimized. Here: cross-entropy.
+        """Return the named losses of a step; their sum is minimized. Here: cross-entropy, or what OPTIM.LOSS says.
 
         Args:
             outputs: what `run` returned.
             labels: [B].
         """
-        return {"loss": F.cross_entropy(outputs, labels)}
+        return {"loss": self.class_loss(outputs, labels)}
+
+    def class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of logits [B, C], or the loss that OPTIM.LOSS puts in its place."""
+        return class_loss(logits, labels, self.cfg.OPTIM.get("LOSS", "ce"))
 
     def shown_logits(self, outputs: Any) -> Tensor:
         """Return the logits [B, C] whose accuracy on the training batch is shown."""

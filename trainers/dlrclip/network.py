@@ -307,16 +307,26 @@ class DLRCLIPNetwork(nn.Module):
             "features": {"clip": frozen} if adapted is None else {"clip": frozen, "cma": adapted},
         }
 
-    def losses(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self,
+        outputs: Mapping[str, Tensor],
+        labels: Tensor,
+        class_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    ) -> dict[str, Tensor]:
         """Return the named losses, each times its weight; their sum is to be minimized.
 
         A loss that is switched off is absent.
+
+        Args:
+            outputs: what `forward` returns.
+            labels: [B].
+            class_loss: the cross-entropy of logits and labels, or what stands in its place.
         """
         terms = {}
         for name, weight in self.loss_weights.items():
             kind, _, branch = name.partition("_")
             if kind == "ce":
-                value = F.cross_entropy(outputs[branch], labels)
+                value = class_loss(outputs[branch], labels)
             elif kind == "l1":
                 value = mean_abs_difference(outputs[branch], outputs["clip"])
             else:

@@ -168,7 +168,7 @@ class DLRCLIP(LearnerTrainer):
 
     def loss(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """Return the losses by name, each times its weight."""
-        return self.network.losses(outputs, labels)
+        return self.network.losses(outputs, labels, self.class_loss)
 
     def shown_logits(self, outputs: Mapping[str, Tensor]) -> Tensor:
         """Return the logits of the main head, or of `final` where a step does not compute the main head."""

@@ -249,6 +249,7 @@ class IMODINO(AdapterTrainer):
     node_name = "IMODINO"
     paper = "Kravets and Namboodiri 2024"
     learns = "adapters that correct image features, without labels"
+    cross_entropy = False
     config = IMODINOConfig
     model_name = "imodino"
 

@@ -143,6 +143,7 @@ class TipAdapter(FeatureTrainer):
     node_name = "TIPADAPTER"
     paper = "Zhang et al. 2022"
     learns = "nothing; a cache of training features"
+    cross_entropy = False
     config: type[MethodConfig] = TipConfig
     model_name = "tip"
     main_head = "tip"
@@ -256,6 +257,7 @@ class TipAdapterF(TipAdapter):
     node_name = "TIPADAPTERF"
     paper = "Zhang et al. 2022"
     learns = "the keys of a cache of training features"
+    cross_entropy = True
     config = TipFConfig
     model_name = "tip_f"
     main_head = "tip_f"

@@ -10,6 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def class_counts(labels: Tensor, num_classes: int) -> Tensor:
+    """Return the number of images of each class, [C], for labels [N].
+
+    Raises:
+        ValueError: a class has no image.
+    """
+    counts = labels.bincount(minlength=num_classes)
+    missing = (counts == 0).nonzero().flatten().tolist()
+    if missing:
+        raise ValueError(f"Expected training images of all {num_classes} classes but got none of {missing[:5]}")
+    return counts
+
+
 def class_means(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Return the mean of each class over its images and their views, [C, E], float64.
 
@@ -20,10 +33,7 @@ def class_means(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     Raises:
         ValueError: a class has no image.
     """
-    counts = labels.bincount(minlength=num_classes)
-    missing = (counts == 0).nonzero().flatten().tolist()
-    if missing:
-        raise ValueError(f"Expected training images of all {num_classes} classes but got none of {missing[:5]}")
+    counts = class_counts(labels, num_classes)
     # A product, not index_add, whose sums on a GPU depend on the order in which threads arrive.
     members = F.one_hot(labels, num_classes).double()
     return members.t() @ values.mean(dim=0, dtype=torch.float64) / counts[:, None]

@@ -17,8 +17,10 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_at_most_700_words():
-    assert len([word for word in TEXT.split() if re.search(r"[A-Za-z]", word)]) <= 700
+def test_at_most_400_words_beside_the_tables():
+    """Tables grow with the registries: a new method must not drive out what people read first."""
+    prose = re.sub(r"<!-- table: .*?<!-- end -->", "", TEXT, flags=re.DOTALL)
+    assert len([word for word in prose.split() if re.search(r"[A-Za-z]", word)]) <= 400
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/METHODS.md"])

@@ -114,7 +114,7 @@ def test_descriptions_stand_in_place_of_templates(name, build, tmp_path):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_another_loss_takes_the_place_of_cross_entropy(name, build):
     if not TRAINER_REGISTRY.get(name).cross_entropy:
-        with pytest.raises(ValueError, match=f"OPTIM.LOSS to be ce for {name}, which is not trained by cross-entropy"):
+        with pytest.raises(ValueError, match=f"OPTIM.LOSS to be ce for {name}, which takes no other loss"):
             build(name, "OPTIM.LOSS", "mae")
         return
     losses = {}

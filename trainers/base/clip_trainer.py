@@ -60,7 +60,7 @@ class CLIPTrainer(PortableTrainer):
     # images always leave it out.
     drop_last = True
     adapters = "none"  # whether MODEL.IMO_WEIGHTS corrects the features: none (it is refused) | optional | needed
-    cross_entropy = True  # whether it is trained by cross-entropy, so that OPTIM.LOSS may name another loss
+    cross_entropy = True  # whether OPTIM.LOSS may put another loss in the place of cross-entropy
     per_step = False  # True: the learning-rate schedule counts steps; False: it counts epochs, as CoOp's does
     network: Any
 
@@ -117,7 +117,7 @@ class CLIPTrainer(PortableTrainer):
                 read_keys(cfg[section], section, keys)
         if not cls.cross_entropy and cfg.OPTIM.get("LOSS", "ce") != "ce":
             raise ValueError(
-                f"Expected OPTIM.LOSS to be ce for {cls.__name__}, which is not trained by cross-entropy, "
+                f"Expected OPTIM.LOSS to be ce for {cls.__name__}, which takes no other loss, "
                 f"but got {cfg.OPTIM.LOSS!r}"
             )
         if "WEIGHTS" not in cfg.MODEL.BACKBONE or "TEMPLATE" not in cfg.DATASET:

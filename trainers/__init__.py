@@ -66,6 +66,8 @@ ALIASES = {
     "ClassAdaptiveLinearProbe": "CLAP",
     "ADAPTER": "CLAP",
     "GaussianDiscriminantAnalysis": "GDA",
+    "LP++": "LPPlusPlus",
+    "LinearProbe_P2": "LPPlusPlus",
     "TransductiveDirichlet": "EMDirichlet",
     "TransductiveCLIP": "EMDirichlet",
     "LoRA": "CLIPLoRA",

@@ -141,8 +141,8 @@ def zeroshot_weights(clip: CLIP, classnames: Sequence[str], templates: Sequence[
     if raw_mean and (described or len(templates) > 1):
         return F.normalize(mean_text_features(clip, classnames, templates), dim=-1)
     if described:
-        features, labels = sentence_features(clip, described)
-        return F.normalize(_class_means(F.normalize(features, dim=-1), labels, len(classnames)), dim=-1)
+        features, _ = sentence_features(clip, described)
+        return F.normalize(_class_means(F.normalize(features, dim=-1), described), dim=-1)
     total = torch.zeros(len(classnames), clip.embed_dim, device=clip.device)
     for template in templates:  # one template at a time: its leading words are then shared by all prompts
         prompts = [fill_template(template, name) for name in classnames]
@@ -159,7 +159,7 @@ def mean_text_features(clip: CLIP, classnames: Sequence[str], templates: Sequenc
     """
     described = sentences_of(templates, classnames)
     if described:
-        return _class_means(*sentence_features(clip, described), len(classnames))
+        return _class_means(sentence_features(clip, described)[0], described)
     total = torch.zeros(len(classnames), clip.embed_dim, device=clip.device)
     for template in templates:
         prompts = [fill_template(template, name) for name in classnames]
@@ -182,9 +182,8 @@ def sentence_features(clip: CLIP, described: Sequence[Sequence[str]]) -> tuple[T
     return features, torch.arange(len(described)).repeat_interleave(counts).to(features.device)
 
 
-def _class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    total = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features)
-    return total / torch.bincount(labels, minlength=classes).unsqueeze(1)
+def _class_means(features: Tensor, described: Sequence[Sequence[str]]) -> Tensor:
+    return torch.stack([rows.mean(dim=0) for rows in features.split([len(texts) for texts in described])])
 
 
 def ensemble_templates(own: Sequence[str], which: str, dataset: str) -> list[str]:

@@ -71,10 +71,11 @@ class Gaussians:
         self.labels = labels
         text = text.double()
         self.images = features.double().mean(dim=0)
-        self.counts = torch.bincount(labels, minlength=len(text)).to(text)
-        sums = torch.zeros_like(text).index_add_(0, labels, self.images)
-        means = sums / self.counts.clamp(min=1).unsqueeze(1)
-        self.sums = sums
+        # A product, not index_add, whose sums on a GPU depend on the order in which threads arrive.
+        members = F.one_hot(labels, len(text)).to(text)
+        self.counts = members.sum(dim=0)
+        self.sums = members.t() @ self.images
+        means = self.sums / self.counts.clamp(min=1).unsqueeze(1)
         # A class without images has no say in where the images lie.
         present = self.counts > 0
         center = means[present].mean(dim=0)

@@ -99,6 +99,10 @@ class CLIP(nn.Module):
         """Return image features [B, E], not L2-normalized, for normalized images [B, 3, S, S]."""
         return self.visual(images)
 
+    def pool_image(self, images: Tensor) -> Tensor:
+        """Return image features before the last projection, [B, P], for normalized images [B, 3, S, S]."""
+        return self.visual.pooled(images)
+
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Return text features [N, E], not L2-normalized, for N prompts."""
         return self.text(prompts)

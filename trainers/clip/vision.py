@@ -1,6 +1,6 @@
 """CLIP's image encoder as blocks that can be run from anywhere to anywhere, with or without edits (edits.py).
 
-Legend: B images, N tokens (class token first), D width, C channels, E joint embedding.
+Legend: B images, N tokens (class token first), D width, C channels, E joint embedding, P width before the projection.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class VisionTower(nn.Module):
         adaptable: block numbers that are adapted by default (ViT: all; ResNet: those of the last two stages).
         image_size: side length of the square input in pixels.
         embed_dim: E.
+        pooled_dim: P, the width of what the last matrix projects to E (ViT: D; ResNet: C of the last stage).
     """
 
     kind: str
@@ -35,6 +36,7 @@ class VisionTower(nn.Module):
     adaptable: tuple[int, ...]
     image_size: int
     embed_dim: int
+    pooled_dim: int
     _inside: tuple[str, ...] = INSIDE  # methods of edits that change what ``enter`` computes
 
     @property
@@ -55,8 +57,16 @@ class VisionTower(nn.Module):
         """
 
     @abstractmethod
-    def _head(self, hidden: Tensor, edits: Edits) -> Tensor:
-        """Return image features [B, E] for what leaves the last block."""
+    def _pool(self, hidden: Tensor, edits: Edits) -> Tensor:
+        """Return what the last matrix projects, [B, P], for what leaves the last block."""
+
+    @abstractmethod
+    def _project(self, pooled: Tensor) -> Tensor:
+        """Return image features [B, E] for what ``_pool`` returned."""
+
+    @abstractmethod
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        """Return the matrix [P, E] that gives image features, and what is added to them, [E]; None: nothing."""
 
     def check_edits(self, edits: Sequence[BlockEdit], method: str = "") -> Edits:
         """Refuse edits that this tower cannot make, and return the edits sorted by the methods they override.
@@ -116,12 +126,24 @@ class VisionTower(nn.Module):
         Returns:
             Image features [B, E], not normalized.
         """
+        return self._project(self._pooled_suffix(hidden, start, edits, checkpointing))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Return features before the projection, [B, P], for images [B, 3, S, S].
+
+        With ``projection`` W, b, the image features are these times W plus b.
+        """
+        return self._pooled_suffix(self.prefix(images, 0), 1)
+
+    def _pooled_suffix(
+        self, hidden: Tensor, start: int, edits: Sequence[BlockEdit] = (), checkpointing: bool = False
+    ) -> Tensor:
         self._check_start(start, self.depth + 1)
         planned = self.check_edits(edits)
         for number in range(start, self.depth + 1):
             arguments = (number, hidden, planned, number == self.depth)
             hidden = recompute(self._block, *arguments) if checkpointing else self._block(*arguments)
-        return self._head(hidden, planned)
+        return self._pool(hidden, planned)
 
     def prefix(self, images: Tensor, stop: int, edits: Sequence[BlockEdit] = ()) -> Tensor:
         """Run the stem and blocks 1..``stop``, and return what enters block ``stop + 1`` before its tokens are edited.
@@ -185,7 +207,7 @@ class ViTTower(VisionTower):
         self.widths = {i: self.width for i in range(1, self.depth + 1)}
         self.adaptable = tuple(self.widths)
         self.image_size = int(visual.image_size[0])
-        self.embed_dim = int(visual.proj.shape[1])
+        self.pooled_dim, self.embed_dim = (int(size) for size in visual.proj.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -210,8 +232,14 @@ class ViTTower(VisionTower):
             hidden, normed = hidden[:, :1], normed[:, :1]
         return normed, finish_block(block, hidden, attended, number, edits)
 
-    def _head(self, hidden: Tensor, edits: Edits) -> Tensor:
-        return edits.normalize(self.visual.ln_post, hidden[:, 0], self.depth + 1, "ln_post") @ self.visual.proj
+    def _pool(self, hidden: Tensor, edits: Edits) -> Tensor:
+        return edits.normalize(self.visual.ln_post, hidden[:, 0], self.depth + 1, "ln_post")
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        return pooled @ self.visual.proj
+
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        return self.visual.proj, None
 
 
 class ResNetTower(VisionTower):
@@ -235,6 +263,7 @@ class ResNetTower(VisionTower):
         self.widths = {i: int(block.conv3.out_channels) for i, block in enumerate(self._blocks, start=1)}
         self.adaptable = tuple(range(len(stages[0]) + len(stages[1]) + 1, self.depth + 1))
         self.image_size = int(visual.image_size)
+        self.pooled_dim = int(visual.attnpool.c_proj.in_features)
         self.embed_dim = int(visual.attnpool.c_proj.out_features)
 
     @property
@@ -263,11 +292,8 @@ class ResNetTower(VisionTower):
         out = edits.parallel(out, number, seen)
         return edits.after(edits.beside_mlp(out, number, out), number)
 
-    def _head(self, hidden: Tensor, edits: Edits) -> Tensor:
-        return self._pool(hidden)
-
-    def _pool(self, hidden: Tensor) -> Tensor:
-        """Pool the positions of ``hidden`` [B, C, H, W] by attention, and return image features [B, E].
+    def _pool(self, hidden: Tensor, edits: Edits) -> Tensor:
+        """Pool the positions of ``hidden`` [B, C, H, W] by attention, and return features [B, C].
 
         Only one query is computed, the one that is read: the mean over positions.
         """
@@ -280,7 +306,14 @@ class ResNetTower(VisionTower):
             for y in (pool.q_proj(x[:, :1]), pool.k_proj(x), pool.v_proj(x))
         )
         out = F.scaled_dot_product_attention(q, k, v)
-        return pool.c_proj(out.transpose(1, 2).flatten(2)).squeeze(1)
+        return out.transpose(1, 2).flatten(2).squeeze(1)
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        return self.visual.attnpool.c_proj(pooled)
+
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        projection = self.visual.attnpool.c_proj
+        return projection.weight.t(), projection.bias
 
 
 def build_vision_tower(visual: nn.Module) -> VisionTower:

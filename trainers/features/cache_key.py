@@ -69,6 +69,7 @@ class FeatureSlot:
             "images": images,
             "weights": self.encoder.weights_digest,
             **({} if self.encoder.unit else {"raw": True}),
+            **({} if self.encoder.projected else {"before_projection": True}),  # of the same width, perhaps
             "transform": words,
             **({"views": self.views, "seed": self.seed} if self.views else {}),
             "precision": self.encoder.precision,

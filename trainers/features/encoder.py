@@ -31,10 +31,12 @@ class ImageEncoder:
     Attributes:
         parts: how many kinds of features lie side by side in the result.
         unit: whether the features of each kind are L2-normalized.
+        projected: whether features are CLIP's, in the space of the texts; else those before CLIP's last projection.
     """
 
     parts = 1
     unit = True
+    projected = True
 
     def __init__(self, clip: CLIP, precision: str, autocast: Callable[[], Any]) -> None:
         self.clip = clip
@@ -44,7 +46,7 @@ class ImageEncoder:
     @property
     def width(self) -> int:
         """Width of the features that are returned."""
-        return self.parts * self.clip.embed_dim
+        return self.parts * (self.clip.embed_dim if self.projected else self.clip.visual.pooled_dim)
 
     @property
     def weights_digest(self) -> str:
@@ -57,11 +59,24 @@ class ImageEncoder:
         other.unit = False
         return other
 
+    def before_projection(self) -> ImageEncoder:
+        """Return a copy of the encoder whose features are those before CLIP's last projection, with their lengths.
+
+        Raises:
+            ValueError: the encoder gives features of several kinds.
+        """
+        if self.parts > 1:
+            raise ValueError(f"Expected an encoder of one kind of features but got one of {self.parts}")
+        other = self.raw()
+        other.projected = False
+        return other
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return features [B, E] of images [B, 3, H, W], fp32, on CLIP's device, L2-normalized if `unit`."""
+        """Return features [B, width] of images [B, 3, H, W], fp32, on CLIP's device, L2-normalized if `unit`."""
+        encode = self.clip.encode_image if self.projected else self.clip.pool_image
         with self.autocast():
-            features = self.clip.encode_image(images.to(self.clip.device))
+            features = encode(images.to(self.clip.device))
         return F.normalize(features.float(), dim=-1) if self.unit else features.float()
 
 

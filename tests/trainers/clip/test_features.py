@@ -196,3 +196,19 @@ def test_encoder(make_clip, raw):
     got = (encoder.raw() if raw else encoder)(images)
     want = clip.encode_image(images)
     torch.testing.assert_close(got, want if raw else want / want.pow(2).sum(1, keepdim=True).sqrt())
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_encoder_before_the_projection(make_clip, kind):
+    clip = make_clip(kind)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    encoder = ImageEncoder(clip, "fp32", contextlib.nullcontext)
+    before = encoder.before_projection()
+    got = before(images)
+    torch.testing.assert_close(got, clip.pool_image(images))
+    assert got.shape == (3, before.width) == (3, clip.visual.pooled_dim)
+    assert (encoder.projected, encoder.unit, encoder.width) == (True, True, 24)  # it is a copy
+    assert not before.raw().projected
+    encoder.parts = 2
+    with pytest.raises(ValueError, match="Expected an encoder of one kind of features but got one of 2"):
+        encoder.before_projection()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import open_clip
@@ -44,6 +45,27 @@ def test_plain_features_equal_open_clip(build_model, images, prompts, kind, quic
         assert_close(clip.encode_text(prompts), model.encode_text(open_clip.tokenize(prompts)))
     assert clip.logit_scale == pytest.approx(model.logit_scale.exp().item())
     assert (clip.embed_dim, clip.image_size, clip.dtype) == (32, 64, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_features_before_the_projection(build_model, images, kind):
+    """They are what open_clip gives without the projection; projected, they are CLIP's features."""
+    model = build_model(kind)
+    clip, plain = CLIP(copy.deepcopy(model)), model.visual
+    if kind == "vit":
+        plain.proj = None
+    else:
+        layer = plain.attnpool.c_proj
+        layer.weight = torch.nn.Parameter(torch.eye(layer.in_features))
+        layer.bias = torch.nn.Parameter(torch.zeros(layer.in_features))
+    weight, bias = clip.visual.projection()
+    with torch.no_grad():
+        pooled = clip.pool_image(images)
+        assert_close(pooled, plain(images))
+        projected = pooled @ weight
+        assert_close(projected if bias is None else projected + bias, clip.encode_image(images))
+    assert (bias is None) == (kind == "vit")
+    assert pooled.shape == (len(images), clip.visual.pooled_dim) and weight.shape == (clip.visual.pooled_dim, 32)
 
 
 @pytest.mark.parametrize(

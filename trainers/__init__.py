@@ -68,6 +68,8 @@ ALIASES = {
     "GaussianDiscriminantAnalysis": "GDA",
     "LP++": "LPPlusPlus",
     "LinearProbe_P2": "LPPlusPlus",
+    "RegLinearAdapter": "RLA",
+    "RegularizedLinearAdapter": "RLA",
     "TransductiveDirichlet": "EMDirichlet",
     "TransductiveCLIP": "EMDirichlet",
     "LoRA": "CLIPLoRA",

@@ -194,6 +194,27 @@ def test_other_weights_miss(make, tmp_path, random_tiny):
     assert sum(seen) == 13
 
 
+def test_features_before_the_projection_are_other_features(make, entries):
+    """Even where they are as wide, features are never taken for those of another kind."""
+    first, other = make("RLA"), make("ProLIP")
+    everything(first)
+    for trainer in (first, other):
+        trainer.network.clip.visual.pooled_dim = 32
+        assert trainer.network.encode.width == 32
+    a, b = (trainer.test_loader.slot.facts for trainer in (first, other))
+    assert {name for name in {*a, *b} if a.get(name) != b.get(name)} == {"raw", "before_projection"}
+    assert other.test_loader.slot.load() is None
+    trainer, seen = make("ProLIP"), []
+    pool = trainer.network.clip.pool_image
+    trainer.network.clip.pool_image = lambda images: seen.append(len(images)) or pool(images)
+    plain = everything(trainer)
+    assert sum(seen) == 13 and len(entries()) == 6
+    again = make("ProLIP")
+    again.network.clip.pool_image = None  # nothing is encoded
+    assert_same(everything(again), plain)
+    assert first.test_loader.all().values.shape[-1] == 32 and again.test_loader.all().values.shape[-1] == 64
+
+
 def test_an_image_that_changed_behind_the_same_size_and_date_misses(make, files):
     path = files[7].impath
     Image.open(path).save(path, format="BMP")  # the size of a bitmap depends on its shape only

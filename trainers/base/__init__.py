@@ -2,9 +2,11 @@
 
 EncoderTrainer   trains what sits inside CLIP's encoders (prompts, adapters); every step encodes images
 FeatureTrainer   trains or fits a FeatureLearner on features of the frozen CLIP, which are computed once
+AnchoredTrainer  trains one matrix that features go through, and holds it near where it starts
 CLIPTrainer      is the base class of both, for methods that fit neither
 """
 
+from .anchored_trainer import AnchoredConfig, AnchoredLearner, AnchoredTrainer
 from .clip_trainer import CLIPTrainer
 from .encoder_trainer import EncoderTrainer
 from .feature_learner import FeatureLearner, FeatureNetwork
@@ -15,6 +17,9 @@ from .learner_trainer import LearnerTrainer, checkpoint_path
 from .schedule import build_optimizer_with_eps, count_steps
 
 __all__ = [
+    "AnchoredConfig",
+    "AnchoredLearner",
+    "AnchoredTrainer",
     "CLIPTrainer",
     "Classifier",
     "CorrectedKeys",

@@ -41,11 +41,18 @@ def make_cfg(folder: Path, *pairs: Any):
     return cfg
 
 
+def few_views(name: str) -> tuple[Any, ...]:
+    """Two views of each training image, for methods that keep more: some keep 300."""
+    node = TRAINER_REGISTRY.get(name).config_node()
+    views = make_cfg(Path("unused")).TRAINER.get(node, {}).get("VIEWS", 0)
+    return (f"TRAINER.{node}.VIEWS", 2) if views > 2 else ()
+
+
 @pytest.fixture
 def build(tmp_path, random_tiny, random_adapters):
     def build(name: str, *pairs: Any, seed: int = 1):
         weights = ("MODEL.BACKBONE.WEIGHTS", str(random_tiny))
-        cfg = make_cfg(tmp_path, "TRAINER.NAME", name, *weights, "SEED", seed, *pairs)
+        cfg = make_cfg(tmp_path, "TRAINER.NAME", name, *few_views(name), *weights, "SEED", seed, *pairs)
         if getattr(TRAINER_REGISTRY.get(name), "adapters", "none") == "needed":
             cfg = cfg.clone()
             cfg.defrost()

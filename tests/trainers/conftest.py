@@ -4,6 +4,9 @@ import pytest
 import torch
 from random_clip import NAMES, random_open_clip
 
+import datasets
+import trainers
+from dassl.config import get_cfg_default
 from dassl.engine import build_trainer
 from dassl.utils import set_random_seed
 from trainers.clip import CLIP
@@ -32,6 +35,27 @@ def images():
 @pytest.fixture
 def labels():
     return torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+@pytest.fixture
+def small_run(tmp_path, random_tiny):
+    """small_run(folder in configs/trainers, KEY, VALUE, ...) -> a `make_cfg` for its tiny.yaml: Digits, two shots."""
+
+    def of(folder, *usual):
+        def make(name, *pairs, out="run"):
+            cfg = get_cfg_default()
+            datasets.extend_cfg(cfg)
+            trainers.extend_cfg(cfg)
+            cfg.merge_from_file(f"configs/trainers/{folder}/tiny.yaml")
+            cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / out), "DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", 2])
+            cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", False, "TEST.NO_TEST", True])
+            cfg.merge_from_list(["FEATURE_CACHE.USE", False, *usual, *pairs])
+            cfg.freeze()
+            return cfg
+
+        return make
+
+    return of
 
 
 @pytest.fixture

@@ -1,16 +1,16 @@
 """GDA beside the formulas of its docstring, written out with numpy, image by image."""
 
+import functools
 import json
 import math
 from types import SimpleNamespace
 
+import feature_world
 import numpy as np
 import pytest
 import torch
+from feature_world import CLASSES, WIDTH
 
-import datasets
-import trainers
-from dassl.config import get_cfg_default
 from trainers import gda
 from trainers.app import predict
 from trainers.features.encoder import FeatureSet
@@ -25,20 +25,8 @@ from trainers.gda import (
     precision_matrix,
 )
 
-WIDTH, CLASSES = 12, 5
-
-
-def unit(*shape, seed=0):
-    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
-def world(views, counts, seed=0):
-    """Features [V, N, E] of images in the order of no class, and their labels [N]."""
-    labels = torch.cat([torch.full((count,), c) for c, count in enumerate(counts)])
-    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
-    centers = unit(len(counts), WIDTH, seed=seed + 1)
-    noise = 0.4 * unit(1, len(labels), WIDTH, seed=seed + 2) + 0.2 * unit(views, len(labels), WIDTH, seed=seed + 3)
-    return torch.nn.functional.normalize(centers[labels] + noise, dim=-1), labels
+unit = functools.partial(feature_world.unit, dtype=torch.float32)
+world = functools.partial(feature_world.world, dtype=torch.float32)
 
 
 def naive_inverse(scatter, n):
@@ -193,19 +181,8 @@ def test_other_class_lists(make_clip, names):
 
 
 @pytest.fixture
-def make_cfg(tmp_path, random_tiny):
-    def make(name, *pairs, out="run"):
-        cfg = get_cfg_default()
-        datasets.extend_cfg(cfg)
-        trainers.extend_cfg(cfg)
-        cfg.merge_from_file("configs/trainers/gda/tiny.yaml")
-        cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / out), "DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", 2])
-        cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", False, "TEST.NO_TEST", True])
-        cfg.merge_from_list(["TRAINER.GDA.VIEWS", 2, "FEATURE_CACHE.USE", False, *pairs])
-        cfg.freeze()
-        return cfg
-
-    return make
+def make_cfg(small_run):
+    return small_run("gda", "TRAINER.GDA.VIEWS", 2)
 
 
 def test_alpha_is_the_least_of_the_best_on_validation_images(make):

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from feature_world import CLASSES, WIDTH, unit, world
 from torch.nn import functional as F
 
-import datasets
 import trainers
-from dassl.config import get_cfg_default
 from trainers import lpplusplus
 from trainers.app import predict
 from trainers.features.encoder import FeatureSet
@@ -23,20 +22,6 @@ from trainers.lpplusplus import (
     start_probe,
     step_sizes,
 )
-
-WIDTH, CLASSES = 12, 5
-
-
-def unit(*shape, seed=0):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double(), dim=-1)
-
-
-def world(views, counts, seed=0):
-    """Features [V, N, E] of images in the order of no class, and their labels [N]."""
-    labels = torch.cat([torch.full((count,), c) for c, count in enumerate(counts)])
-    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
-    noise = 0.4 * unit(1, len(labels), WIDTH, seed=seed + 2) + 0.2 * unit(views, len(labels), WIDTH, seed=seed + 3)
-    return F.normalize(unit(len(counts), WIDTH, seed=seed + 1)[labels] + noise, dim=-1), labels
 
 
 def naive_start(rows, labels, zeroshot):
@@ -157,19 +142,8 @@ def test_logits_and_part_of_the_classes(make_clip, names):
 
 
 @pytest.fixture
-def make_cfg(tmp_path, random_tiny):
-    def make(name, *pairs, out="run"):
-        cfg = get_cfg_default()
-        datasets.extend_cfg(cfg)
-        trainers.extend_cfg(cfg)
-        cfg.merge_from_file("configs/trainers/lpplusplus/tiny.yaml")
-        cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / out), "DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", 2])
-        cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", False, "TEST.NO_TEST", True])
-        cfg.merge_from_list(["FEATURE_CACHE.USE", False, *pairs])
-        cfg.freeze()
-        return cfg
-
-    return make
+def make_cfg(small_run):
+    return small_run("lpplusplus")
 
 
 @pytest.mark.parametrize("validation", [True, False])

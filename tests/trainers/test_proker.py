@@ -5,14 +5,13 @@ import logging
 import math
 from types import SimpleNamespace
 
+import feature_world
 import numpy as np
 import pytest
 import torch
+from feature_world import CLASSES, WIDTH, unit
 from torch.nn import functional as F
 
-import datasets
-import trainers
-from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from trainers import proker
 from trainers.app import predict
@@ -28,20 +27,12 @@ from trainers.proker import (
     pick_landmarks,
 )
 
-WIDTH, CLASSES = 12, 5
+GRIDS_SEARCHED = ("TRAINER.PROKER.BETA_GRID", (0.5, 3.0, 4), "TRAINER.PROKER.LAMBDA_GRID", (0.001, 1, 3))
 
 
-def unit(*shape, seed=0):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double(), dim=-1)
-
-
-def world(views, counts, seed=0):
-    """Features [V, N, E] of images in the order of no class, their labels [N], and zero-shot weights [C, E]."""
-    labels = torch.cat([torch.full((count,), c) for c, count in enumerate(counts)])
-    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
-    noise = 0.4 * unit(1, len(labels), WIDTH, seed=seed + 2) + 0.2 * unit(views, len(labels), WIDTH, seed=seed + 3)
-    values = F.normalize(unit(len(counts), WIDTH, seed=seed + 1)[labels] + noise, dim=-1)
-    return values, labels, unit(len(counts), WIDTH, seed=seed + 4)
+def world(views, counts):
+    """Features [V, N, E] and labels [N] of images, and zero-shot weights [C, E]."""
+    return *feature_world.world(views, counts), unit(len(counts), WIDTH, seed=4)
 
 
 def naive_kernel(x, y, beta):
@@ -149,20 +140,8 @@ def test_part_of_the_classes(make_clip, names):
 
 
 @pytest.fixture
-def make_cfg(tmp_path, random_tiny):
-    def make(name, *pairs, out="run"):
-        cfg = get_cfg_default()
-        datasets.extend_cfg(cfg)
-        trainers.extend_cfg(cfg)
-        cfg.merge_from_file("configs/trainers/proker/tiny.yaml")
-        cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / out), "DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", 2])
-        cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", False, "TEST.NO_TEST", True])
-        cfg.merge_from_list(["TRAINER.PROKER.BETA_GRID", (0.5, 3.0, 4), "TRAINER.PROKER.LAMBDA_GRID", (0.001, 1, 3)])
-        cfg.merge_from_list(["TRAINER.PROKER.VIEWS", 2, "FEATURE_CACHE.USE", False, *pairs])
-        cfg.freeze()
-        return cfg
-
-    return make
+def make_cfg(small_run):
+    return small_run("proker", "TRAINER.PROKER.VIEWS", 2, *GRIDS_SEARCHED)
 
 
 def naive_of(trainer, features, beta, lambda_):

@@ -8,28 +8,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import datasets
-import trainers
-from dassl.config import get_cfg_default
 from trainers.app import predict
 from trainers.prolip import ProLIPLearner
 
+FEW_STEPS = ("TRAINER.PROLIP.VIEWS", 2, "TRAINER.PROLIP.LAMBDA", 1.0, "OPTIM.LR", 0.01, "OPTIM.MAX_EPOCH", 4)
+
 
 @pytest.fixture
-def make_cfg(tmp_path, random_tiny):
-    def make(name, *pairs, out="run"):
-        cfg = get_cfg_default()
-        datasets.extend_cfg(cfg)
-        trainers.extend_cfg(cfg)
-        cfg.merge_from_file("configs/trainers/prolip/tiny.yaml")
-        cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / out), "DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", 2])
-        cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", False, "TEST.NO_TEST", True])
-        cfg.merge_from_list(["TRAINER.PROLIP.VIEWS", 2, "FEATURE_CACHE.USE", False, "TRAINER.PROLIP.LAMBDA", 1.0])
-        cfg.merge_from_list(["OPTIM.LR", 0.01, "OPTIM.MAX_EPOCH", 4, *pairs])
-        cfg.freeze()
-        return cfg
-
-    return make
+def make_cfg(small_run):
+    return small_run("prolip", *FEW_STEPS)
 
 
 @pytest.fixture

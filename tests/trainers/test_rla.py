@@ -1,24 +1,21 @@
 """RLA, and what it shares with ProLIP: a matrix that is held near its start."""
 
+import functools
 import json
 import math
 from types import SimpleNamespace
 
+import feature_world
 import numpy as np
 import pytest
 import torch
 
-import datasets
-import trainers
-from dassl.config import get_cfg_default
 from trainers.app import predict
 from trainers.base import AnchoredLearner
 
 WIDTH, CLASSES = 24, 5
-
-
-def unit(*shape, seed=0):
-    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+FEW_STEPS = ("TRAINER.RLA.VIEWS", 2, "TRAINER.RLA.LAMBDA", 1.0, "OPTIM.LR", 0.01, "OPTIM.MAX_EPOCH", 4)
+unit = functools.partial(feature_world.unit, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -27,20 +24,8 @@ def learner(make_clip, names):
 
 
 @pytest.fixture
-def make_cfg(tmp_path, random_tiny):
-    def make(name, *pairs, out="run"):
-        cfg = get_cfg_default()
-        datasets.extend_cfg(cfg)
-        trainers.extend_cfg(cfg)
-        cfg.merge_from_file("configs/trainers/rla/tiny.yaml")
-        cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / out), "DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", 2])
-        cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", False, "TEST.NO_TEST", True])
-        cfg.merge_from_list(["TRAINER.RLA.VIEWS", 2, "FEATURE_CACHE.USE", False, "TRAINER.RLA.LAMBDA", 1.0])
-        cfg.merge_from_list(["OPTIM.LR", 0.01, "OPTIM.MAX_EPOCH", 4, *pairs])
-        cfg.freeze()
-        return cfg
-
-    return make
+def make_cfg(small_run):
+    return small_run("rla", *FEW_STEPS)
 
 
 def naive_training(values, labels, texts, scale, *, lr, weight, epochs):

@@ -1,5 +1,7 @@
 """A dataset of plain colors, a trainer on it, and what the tests here take from the helpers."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,9 @@ from dassl.utils import set_random_seed
 from trainers.clip import save_tiny
 from trainers.features.views import SeededViews
 
-__all__ = ["NAMES", "ToyScenes", "Uncached", "epochs", "random_open_clip"]
+__all__ = [
+    "NAMES", "ToyScenes", "Uncached", "epochs", "gone_on_after_one_epoch", "heads_on_test", "random_open_clip",
+]  # fmt: skip
 
 COLORS = np.random.default_rng(0).integers(0, 256, (8, 3))
 
@@ -110,6 +114,22 @@ def make(make_cfg):
         return build_trainer(make_cfg(*pairs, **arguments))
 
     return build
+
+
+def heads_on_test(trainer):
+    """Logits of each head for all test images."""
+    return trainer._collect(trainer.test_loader)[0]
+
+
+def gone_on_after_one_epoch(make, pairs, tmp_path):
+    """A run of two epochs of which the second is made anew, from a copy of the finished run in `run`."""
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    folder = tmp_path / "again" / "dlrclip"
+    (folder / "model.pth.tar-2").unlink()
+    (folder / "checkpoint").write_text("model.pth.tar-1\n")
+    resumed = make(*pairs, out="again")
+    resumed.train()
+    return resumed
 
 
 def epochs(trainer, loader, count):

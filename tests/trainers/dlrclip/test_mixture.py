@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import shutil
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from trainers.dlrclip.prototypes import (
     best_temperature,
 )
 
-from .conftest import NAMES
+from .conftest import NAMES, gone_on_after_one_epoch, heads_on_test
 
 MIXTURE = ("TRAINER.DLRCLIP.FUSION", "mixture")
 NO_TEST = ("TEST.NO_TEST", True)
@@ -245,10 +244,6 @@ class TestMixture:
             Mixture(("clip",), 1.0).fit({}, torch.zeros(0, dtype=torch.long))
 
 
-def heads_on_test(trainer):
-    return trainer._collect(trainer.test_loader)[0]
-
-
 class TestRuns:
     HEADS = ("clip", "cma", "glr", "final", "fused", "proto", "proto_cma", "mixed")
 
@@ -315,13 +310,7 @@ class TestRuns:
         trainer = make(*pairs)
         trainer.train()
         want = trainer.network.learner.state_dict()
-        shutil.copytree(tmp_path / "run", tmp_path / "again")
-        folder = tmp_path / "again" / "dlrclip"
-        (folder / "model.pth.tar-2").unlink()
-        (folder / "checkpoint").write_text("model.pth.tar-1\n")
-        resumed = make(*pairs, out="again")
-        resumed.train()
-        got = resumed.network.learner.state_dict()
+        got = gone_on_after_one_epoch(make, pairs, tmp_path).network.learner.state_dict()
         assert all(torch.equal(got[name], want[name]) for name in want)
 
         seen = torch.stack([item["img"] for item in trainer.test_loader.dataset])

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from trainers.dlrclip import robust
 from trainers.dlrclip.pseudo_shifts import SHIFTS, shifted
 from trainers.dlrclip.robust import SIGNS, Evidence, RobustMixture, neighbor_distance
 
-from .conftest import NAMES
+from .conftest import NAMES, gone_on_after_one_epoch, heads_on_test
 
 ROBUST = ("TRAINER.DLRCLIP.FUSION", "robust")
 NO_TEST = ("TEST.NO_TEST", True)
@@ -128,10 +127,6 @@ def test_shifts_change_images_and_are_the_same_each_time(name):
     assert torch.isfinite(shifted(plain, name)).all()
 
 
-def heads_on_test(trainer):
-    return trainer._collect(trainer.test_loader)[0]
-
-
 class TestRuns:
     def test_training_is_the_same_and_the_checkpoint_holds_the_head(self, make, tmp_path):
         plain = make(*NO_TEST, "SEED", 1, out="plain")
@@ -189,13 +184,7 @@ class TestRuns:
         trainer = make(*pairs)
         trainer.train()
         want = trainer.network.learner.state_dict()
-        shutil.copytree(tmp_path / "run", tmp_path / "again")
-        folder = tmp_path / "again" / "dlrclip"
-        (folder / "model.pth.tar-2").unlink()
-        (folder / "checkpoint").write_text("model.pth.tar-1\n")
-        resumed = make(*pairs, out="again")
-        resumed.train()
-        got = resumed.network.learner.state_dict()
+        got = gone_on_after_one_epoch(make, pairs, tmp_path).network.learner.state_dict()
         assert all(torch.equal(got[name], want[name]) for name in want)
 
         images = torch.stack([item["img"] for item in trainer.test_loader.dataset])

@@ -13,7 +13,7 @@ from trainers.dlrclip.shared import (
     neighbor_weights,
 )
 
-from .conftest import NAMES
+from .conftest import NAMES, heads_on_test
 
 MODE = ("TRAINER.DLRCLIP.GLR_MODE", "shared")
 NO_TEST = ("TEST.NO_TEST", True)
@@ -167,10 +167,6 @@ def test_tied_classes_and_certain_ones_have_finite_statistics_and_gradients():
     assert statistics[0, 0, 1] == statistics[0, 1, 1] == 0
     (statistics.sum() + fusion_statistics(logits).sum()).backward()
     assert torch.isfinite(statistics).all() and torch.isfinite(logits.grad).all()
-
-
-def heads_on_test(trainer):
-    return trainer._collect(trainer.test_loader)[0]
 
 
 class TestRuns:

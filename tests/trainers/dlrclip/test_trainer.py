@@ -9,13 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dassl.engine import build_trainer
 from trainers.dlrclip.glr import BETA_GRID, best_beta
 
-from .conftest import NAMES, ToyScenes
+from .conftest import NAMES, ToyScenes, heads_on_test
 
 HEADS = ("clip", "cma", "glr", "final", "fused")
-
-
-def heads_on_test(trainer):
-    return trainer._collect(trainer.test_loader)[0]
 
 
 def trained(trainer):

@@ -37,7 +37,7 @@ from .base import FeatureLearner, FeatureTrainer, MethodConfig, class_rows, kept
 from .base.search import best_place
 from .clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from .features import FeatureSet
-from .modules.gaussian import class_means, pooled_scatter
+from .modules.gaussian import class_counts, class_means, pooled_scatter
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 NEAREST, COPIES = 64, 16  # views that describe a new class, and how often its text counts beside them
@@ -61,7 +61,7 @@ def fit_gaussians(values: Tensor, labels: Tensor, num_classes: int) -> Gaussians
         ValueError: a class has no image.
     """
     means = class_means(values, labels, num_classes)
-    return Gaussians(means, pooled_scatter(values, labels, means), labels.bincount(minlength=num_classes))
+    return Gaussians(means, pooled_scatter(values, labels, means), class_counts(labels, num_classes))
 
 
 def precision_matrix(scatter: Tensor, n: int) -> Tensor:

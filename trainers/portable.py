@@ -84,6 +84,11 @@ if not OWN_TOOLBOX:
             self.model_backward(loss)
             return self.model_update(names)
 
+        def get_current_lr(self, names: Any = None) -> float:
+            """Return the learning rate; 0 where nothing is trained: upstream would look for an optimizer."""
+            trained = [name for name in self.get_model_names(names) if self._optims[name] is not None]
+            return super().get_current_lr(trained) if trained else 0.0
+
         def train(self) -> None:  # type: ignore[override]  # upstream's signature
             """Train; where there is nothing to train, go straight to the test: upstream's loop would ask for a step."""
             if type(self).trains(self.cfg):

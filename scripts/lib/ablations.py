@@ -6,6 +6,7 @@ the KEY VALUE pairs that make it of the configuration. A value that the configur
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 FULL = "as configured"  # label of the method without a variant
@@ -29,9 +30,13 @@ class Variant(NamedTuple):
         return self.tiny is None or self.tiny == (backbone == "tiny")
 
 
+def _options(values: Mapping[str, object]) -> tuple[str, ...]:
+    """Return KEY VALUE pairs for keys of TRAINER.DLRCLIP."""
+    return tuple(part for key, value in values.items() for part in (f"TRAINER.DLRCLIP.{key}", str(value)))
+
+
 def _switches(name: str, label: str, **on: bool) -> Variant:
-    pairs = [part for key, value in on.items() for part in (f"TRAINER.DLRCLIP.{key}", str(value))]
-    return Variant("parts", name, label, tuple(pairs))
+    return Variant("parts", name, label, _options(on))
 
 
 def _values(group: str, key: str, *values: float, tiny: bool | None = None) -> list[Variant]:
@@ -41,11 +46,10 @@ def _values(group: str, key: str, *values: float, tiny: bool | None = None) -> l
     ]
 
 
-def _mixture(name: str, without: str = "", **off: bool) -> Variant:
-    """Return the form with the third level, without the parts that are switched off."""
-    keys = {"FUSION": "mixture", "HEAD": "mixed", **{key.replace("__", "."): value for key, value in off.items()}}
-    pairs = [part for key, value in keys.items() for part in (f"TRAINER.DLRCLIP.{key}", str(value))]
-    return Variant("third level", name, f"FUSION mixture{without}", tuple(pairs))
+def _mixture(name: str, without: str = "", *off: str) -> Variant:
+    """Return the form with the third level, without the parts whose switches are named."""
+    values = {"FUSION": "mixture", "HEAD": "mixed", **dict.fromkeys(off, False)}
+    return Variant("third level", name, f"FUSION mixture{without}", _options(values))
 
 
 VARIANTS: dict[str, list[Variant]] = {
@@ -57,12 +61,12 @@ VARIANTS: dict[str, list[Variant]] = {
         Variant("refiner", "shared", "GLR_MODE shared", ("TRAINER.DLRCLIP.GLR_MODE", "shared")),
         Variant("fusion", "robust", "FUSION robust", ("TRAINER.DLRCLIP.FUSION", "robust")),
         _mixture("mixture"),
-        _mixture("no-proto", ", no prototypes of frozen features", MIXTURE__PROTO=False),
-        _mixture("no-proto-cma", ", no prototypes of adapted features", MIXTURE__PROTO_CMA=False),
-        _mixture("no-glr", ", no GLR", GLR=False),
-        _mixture("no-cma", ", no CMA", CMA=False),
-        _mixture("no-skd", ", no SKD", SKD=False),
-        _mixture("training-free", ", no CMA, no GLR: nothing is trained", CMA=False, GLR=False),
+        _mixture("no-proto", ", no prototypes of frozen features", "MIXTURE.PROTO"),
+        _mixture("no-proto-cma", ", no prototypes of adapted features", "MIXTURE.PROTO_CMA"),
+        _mixture("no-glr", ", no GLR", "GLR"),
+        _mixture("no-cma", ", no CMA", "CMA"),
+        _mixture("no-skd", ", no SKD", "SKD"),
+        _mixture("training-free", ", no CMA, no GLR: nothing is trained", "CMA", "GLR"),
         *_values("alpha", "FIXED_ALPHA", 0.2, 0.5, 1),
         *_values("weight", "FIXED_WEIGHT", 0, 0.5, 1),
         *_values("layers", "START", 1),

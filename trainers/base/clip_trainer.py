@@ -63,6 +63,7 @@ class CLIPTrainer(PortableTrainer):
     cross_entropy = True  # whether OPTIM.LOSS may put another loss in the place of cross-entropy
     per_step = False  # True: the learning-rate schedule counts steps; False: it counts epochs, as CoOp's does
     network: Any
+    _prompts: Prompts | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Let config key, checkpoint folder and head follow from the class's name, unless it names them itself.
@@ -180,8 +181,13 @@ class CLIPTrainer(PortableTrainer):
     # Building
 
     def templates(self) -> Prompts:
-        """Return the prompt templates of zero-shot CLIP, with the classes' own sentences where there are such."""
-        return self.read_prompts(self.cfg)
+        """Return the prompt templates of zero-shot CLIP, with the classes' own sentences where there are such.
+
+        They are read once: a file of sentences may be large.
+        """
+        if self._prompts is None:
+            self._prompts = self.read_prompts(self.cfg)
+        return self._prompts
 
     @classmethod
     def read_prompts(cls, cfg: Any) -> Prompts:
@@ -226,6 +232,10 @@ class CLIPTrainer(PortableTrainer):
         if tuple(cfg.INPUT.SIZE) != size:
             raise ValueError(f"Expected INPUT.SIZE to be {size} for {clip.name} but got {tuple(cfg.INPUT.SIZE)}")
         return clip, classnames
+
+    def seed_or_draw(self) -> int:
+        """Return the seed of the configuration, or draw one where that is negative."""
+        return self.cfg.SEED if self.cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
 
     def in_order(self, images: Dataset[Any]) -> DataLoader[Any]:
         """Return a loader of these images in their order, with the batch size and workers of the test loader."""

@@ -118,7 +118,7 @@ class FeatureTrainer(LearnerTrainer):
 
     def _set_up_loaders(self) -> None:
         cfg = self.cfg
-        self._seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
+        self._seed = self.seed_or_draw()
         n, size = len(self.dm.dataset.train_x), cfg.DATALOADER.TRAIN_X.BATCH_SIZE
         self.train_features = TrainingFeatures(
             self._encode_training_images,
@@ -225,10 +225,6 @@ class FeatureTrainer(LearnerTrainer):
     def step_context(self) -> Any:
         """Return a context that does nothing: methods on features compute in fp32."""
         return contextlib.nullcontext()
-
-    def get_current_lr(self, names: Any = None) -> float:
-        """Return the learning rate; 0 where nothing is trained."""
-        return super().get_current_lr(names) if self._optim is not None else 0.0
 
     # Choosing on validation images
 

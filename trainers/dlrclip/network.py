@@ -41,6 +41,11 @@ from .text_branch import AdaptedText
 logger = logging.getLogger(__name__)
 
 
+def by_branch(frozen: Tensor, adapted: Tensor | None) -> dict[str, Tensor]:
+    """Return the features that `DLRCLIPNetwork.image_features` gives, by the name of their branch."""
+    return {"clip": frozen} if adapted is None else {"clip": frozen, "cma": adapted}
+
+
 class DLRCLIPNetwork(nn.Module):
     """The network of DLR-CLIP; see the head of this file.
 
@@ -304,7 +309,7 @@ class DLRCLIPNetwork(nn.Module):
         return {
             "heads": {head: outputs[head] for head in ALL_HEADS if head in outputs},
             "values": {name: outputs[name] for name in ("alpha", "weight", "trust") if name in outputs},
-            "features": {"clip": frozen} if adapted is None else {"clip": frozen, "cma": adapted},
+            "features": by_branch(frozen, adapted),
         }
 
     def losses(

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..modules.gaussian import class_sums, pooled_scatter
+
 KAPPAS = (0.1, 0.3, 1.0, 3.0, 10.0)  # how many images the text counts for
 RHOS = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9)  # how far the covariance goes toward a multiple of the identity
 TEMPERATURES = tuple(2 ** (i / 2) for i in range(-16, 9))  # factors of logits
@@ -70,11 +72,9 @@ class Gaussians:
             raise ValueError("Expected at least one training image to make prototypes of but got none")
         self.labels = labels
         text = text.double()
-        self.images = features.double().mean(dim=0)
-        # A product, not index_add, whose sums on a GPU depend on the order in which threads arrive.
-        members = F.one_hot(labels, len(text)).to(text)
-        self.counts = members.sum(dim=0)
-        self.sums = members.t() @ self.images
+        self.images = features.mean(dim=0, dtype=torch.float64)
+        self.counts = torch.bincount(labels, minlength=len(text)).to(text)
+        self.sums = class_sums(self.images, labels, len(text))
         means = self.sums / self.counts.clamp(min=1).unsqueeze(1)
         # A class without images has no say in where the images lie.
         present = self.counts > 0
@@ -83,11 +83,8 @@ class Gaussians:
         seen = differences[present]
         slope = ((means[present] - center) * seen).sum() / seen.square().sum().clamp(min=1e-12)
         self.said = center + slope.clamp(min=0) * differences
-        self.view_scatter = torch.zeros(text.shape[1], text.shape[1], dtype=text.dtype, device=text.device)
-        for view in features:
-            away = view.double() - self.images
-            self.view_scatter += away.t() @ away
-        self.view_scatter /= features.shape[0] * features.shape[1]
+        itself = torch.arange(len(labels), device=labels.device)  # each image is the class of its views
+        self.view_scatter = pooled_scatter(features, itself, self.images) / (features.shape[0] * len(labels))
 
     def prototypes(self, kappa: float) -> Tensor:
         """Return m [C, E]."""

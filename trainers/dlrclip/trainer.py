@@ -34,7 +34,7 @@ from ..portable import class_indices
 from .calibration import all_features, all_reports, fit_mixture
 from .config import DLRCLIPConfig, ViewsKeys
 from .glr import best_beta
-from .network import DLRCLIPNetwork
+from .network import DLRCLIPNetwork, by_branch
 from .pseudo_shifts import SHIFTS, shifted
 from .robust import Evidence
 
@@ -116,7 +116,7 @@ class DLRCLIP(LearnerTrainer):
         self._views: ViewLoader | None = None
         if not views or not items or not self.settings.trains:  # built without images, to predict
             return
-        seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
+        seed = self.seed_or_draw()
         budget = cfg.INPUT.VIEWS_MEMORY * GIB
         self._views = ViewLoader(loader, items, self._frozen_part, views, seed, budget, self.output_dir, self.device)
         self.train_loader_x: Any = self._views
@@ -194,11 +194,7 @@ class DLRCLIP(LearnerTrainer):
 
     def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """Make one step, unless nothing is trained; see CLIPTrainer."""
-        return super().forward_backward(batch) if self.settings.trains else {}
-
-    def get_current_lr(self, names: Any = None) -> float:
-        """Return the learning rate; 0 where nothing is trained."""
-        return super().get_current_lr(names) if self.settings.trains else 0.0
+        return {} if self._optims[self.model_name] is None else super().forward_backward(batch)
 
     # Evaluation
 
@@ -280,9 +276,8 @@ class DLRCLIP(LearnerTrainer):
         """Fit the prototype classifiers to the training images, and the mixture to the validation images."""
         self.set_model_mode("eval")
         network, items, views = self.network, self.dm.dataset.train_x, self.settings.mixture.views
-        seed = self.cfg.SEED if self.cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
-        plain = DatasetWrapper(self.cfg, items, transform=build_transform(self.cfg, is_train=False))
-        loaders = [(self.in_order(plain), 1)]
+        seed = self.seed_or_draw()
+        loaders = [(self._plain_training_images(), 1)]
         if views:
             augmented = DatasetWrapper(self.cfg, items, transform=build_transform(self.cfg, is_train=True))
             loaders.append((self.in_order(SeededViews(augmented, views, seed)), views))
@@ -296,9 +291,13 @@ class DLRCLIP(LearnerTrainer):
         self.selected["mixture"] = self._mixture_choice()
         logger.info("Mixture: %s", self.selected["mixture"])
 
+    def _plain_training_images(self) -> Any:
+        """Return a loader of the training images in order, as they are at test time."""
+        transform = build_transform(self.cfg, is_train=False)
+        return self.in_order(DatasetWrapper(self.cfg, self.dm.dataset.train_x, transform=transform))
+
     def _branch_features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        frozen, adapted = self.network.image_features(batch["img"].to(self.device))
-        return {"clip": frozen} if adapted is None else {"clip": frozen, "cma": adapted}
+        return by_branch(*self.network.image_features(batch["img"].to(self.device)))
 
     def _report_and_labels(self, batch: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
         given, labels = self.parse_batch_test(batch)
@@ -324,8 +323,7 @@ class DLRCLIP(LearnerTrainer):
         """
         robust = self.network.learner.robust
         assert robust is not None
-        transform = build_transform(self.cfg, is_train=False)
-        loader = self.in_order(DatasetWrapper(self.cfg, self.dm.dataset.train_x, transform=transform))
+        loader = self._plain_training_images()
         parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
         slot = None if parallel else feature_slot(self.cfg, self._encoder, loader, "train")
         robust.remember(collect_features(loader, self._encoder, slot=slot).values[0])

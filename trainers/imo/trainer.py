@@ -71,7 +71,7 @@ class AdapterTrainer(EncoderTrainer):
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> IMONetwork:
         """Build CLIP with adapters, and replace the loader of training images by a seeded one."""
         cfg = self.cfg
-        self._seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
+        self._seed = self.seed_or_draw()
         self._before: Measures | None = None
         self._images_per_step = cfg.DATALOADER.TRAIN_X.BATCH_SIZE
         items = self.dm.dataset.train_x

@@ -23,6 +23,12 @@ def class_counts(labels: Tensor, num_classes: int) -> Tensor:
     return counts
 
 
+def class_sums(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return the sum of the features [N, E], float64, of each class's images, [C, E]; 0 where it has none."""
+    # A product, not index_add, whose sums on a GPU depend on the order in which threads arrive.
+    return F.one_hot(labels, num_classes).double().t() @ images
+
+
 def class_means(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Return the mean of each class over its images and their views, [C, E], float64.
 
@@ -34,9 +40,7 @@ def class_means(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         ValueError: a class has no image.
     """
     counts = class_counts(labels, num_classes)
-    # A product, not index_add, whose sums on a GPU depend on the order in which threads arrive.
-    members = F.one_hot(labels, num_classes).double()
-    return members.t() @ values.mean(dim=0, dtype=torch.float64) / counts[:, None]
+    return class_sums(values.mean(dim=0, dtype=torch.float64), labels, num_classes) / counts[:, None]
 
 
 def pooled_scatter(values: Tensor, labels: Tensor, means: Tensor) -> Tensor:

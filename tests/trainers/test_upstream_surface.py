@@ -39,7 +39,7 @@ INHERITED = {
     "write_scalar", "train", "before_train", "after_train", "before_epoch", "after_epoch", "run_epoch", "test",
     "parse_batch_train", "parse_batch_test", "forward_backward", "model_inference", "model_zero_grad",
     "model_backward", "model_update", "model_backward_and_update", "check_cfg", "build_data_loader", "build_model",
-    "get_current_lr", "_writer",
+    "get_current_lr", "_writer", "_optims",
 }  # fmt: skip
 
 # What is used of our own toolbox where it is there; each use is behind a check for "set_precision".

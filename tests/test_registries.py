@@ -301,7 +301,7 @@ def test_a_trainer_s_settings_are_found_by_the_name_of_its_node(name, tmp_path):
     cfg, trainer = make_cfg(tmp_path, "TRAINER.NAME", name), TRAINER_REGISTRY.get(name)
     node = trainer.config_node()
     written: dict[str, Any] = {}
-    writer = SimpleNamespace(add_hparams=lambda parameters, metrics, **options: written.update(parameters))
+    writer = SimpleNamespace(add_hparams=lambda parameters, tags: written.update(parameters))
     run = SimpleNamespace(
         cfg=cfg, writer=writer, evaluation=Evaluation("test"), config_node=trainer.config_node, epoch=0
     )

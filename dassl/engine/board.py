@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 logger = logging.getLogger(__name__)
 
@@ -17,8 +19,8 @@ FLUSH_SECONDS = 30  # at most the values of this time are missing in a browser, 
 class Board:
     """A SummaryWriter that goes silent, after one warning, when its file cannot be written any more.
 
-    Its methods are the SummaryWriter's. Curves are a by-product; what a run cannot do without (checkpoints, results)
-    still raises.
+    Its methods are the SummaryWriter's but for `add_hparams`. Curves are a by-product; what a run cannot do without
+    (checkpoints, results) still raises.
 
     Args:
         log_dir: folder of the event file, made when missing.
@@ -31,9 +33,17 @@ class Board:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._writer, name)
-        if not callable(method):
-            return method
+        return self._guarded(method) if callable(method) else method
 
+    def add_hparams(self, parameters: Mapping[str, Any], tags: Iterable[str]) -> None:
+        """Add hyper-parameters, and say which scalars stand beside them.
+
+        SummaryWriter's method of this name would write the scalars, too, which are there already.
+        """
+        for summary in hparams(dict(parameters), dict.fromkeys(tags, 0.0)):
+            self._guarded(self._writer._get_file_writer().add_summary)(summary)
+
+    def _guarded(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if self._broken:
                 return None

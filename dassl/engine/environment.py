@@ -45,6 +45,14 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def project_version() -> str:
+    """Return the version of this project, and the commit where it is a checkout: "dlr-clip 0.1.0, commit 1a2b3c4"."""
+    commit = _commit(Path(dassl.__file__).parent)
+    changed = " with changes" if commit["modified"] else ""
+    where = f", commit {commit['commit'][:7]}{changed}" if commit["commit"] else ""
+    return f"dlr-clip {_version('dlr-clip') or '(not installed)'}{where}"
+
+
 def why_no_gpu() -> str:
     """Return why torch has no GPU to compute on, where it has none."""
     if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:

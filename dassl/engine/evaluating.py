@@ -16,6 +16,7 @@ from dassl.evaluation.predictions import MEGABYTE, Recorder
 from dassl.utils import InputError, check_availability
 
 from .base import TrainerBase
+from .hooks.tensorboard import group_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class EvaluatingTrainer(TrainerBase):
             logger.info("%s", heads_table(evaluation.heads, evaluation.main))
         self.evaluation = evaluation
         for name, value in results.items():
-            self.write_scalar(f"{split}/{name}", value, self.epoch)
+            self.write_scalar(f"{group_of(self.phase)}{split}/{name}", value, self.epoch)
         self.call_hooks("after_test", evaluation)
         if alone:
             self.call_hooks("finish")

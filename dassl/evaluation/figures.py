@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
-from dassl.utils import InputError, one_line, read_image
+from dassl.utils import one_line
 
+from .mistakes import read_or_none
 from .passes import Example
+from .sheet import Bar, Tile, draw_sheet
 
 MAX_NAMED_CLASSES = 40  # more names than this cannot be read beside a matrix
 MAX_COUNTED_CLASSES = 15  # more numbers than this cannot be read inside its cells
@@ -45,14 +48,17 @@ def confusion_image(counts: Tensor, names: Mapping[int, str], title: str = "") -
     matrix = counts.double()
     shares = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     classes = len(shares)
-    side = min(max(4.0, 0.32 * min(classes, MAX_NAMED_CLASSES) + 2.0), 14.0)  # inches
-    figure = Figure(figsize=(side, side), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
+    labels = [_name(names, i) for i in range(classes)] if classes <= MAX_NAMED_CLASSES else []
+    # Inches. Room for the names is reckoned, not measured: matplotlib's own layouts take longer than all the rest.
+    side, margin = min(max(2.5, 0.3 * classes), 12.0), 0.7 + 0.075 * max(map(len, labels), default=3)
+    width, height = margin + side + 1.0, margin + side + 0.4
+    figure = Figure(figsize=(width, height), dpi=100)
+    axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
     drawn = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
-    figure.colorbar(drawn, ax=axes, fraction=0.046, label="share of the true class")
+    bar = figure.add_axes(((margin + side + 0.15) / width, margin / height, 0.15 / width, side / height))
+    figure.colorbar(drawn, cax=bar, label="share of the true class")
     axes.set(xlabel="predicted", ylabel="true", title=title)
-    if classes <= MAX_NAMED_CLASSES:
-        labels = [_name(names, i) for i in range(classes)]
+    if labels:
         axes.set_xticks(range(classes), labels, rotation=90, fontsize=8)
         axes.set_yticks(range(classes), labels, fontsize=8)
     if classes <= MAX_COUNTED_CLASSES:
@@ -63,7 +69,6 @@ def confusion_image(counts: Tensor, names: Mapping[int, str], title: str = "") -
     return _render(figure)
 
 
-@_plain_text
 def examples_image(
     examples: Sequence[Example], names: Mapping[int, str], after: str, before: str = "", top: int = 5
 ) -> np.ndarray:
@@ -76,40 +81,29 @@ def examples_image(
         before: the head to compare with; it is left out if it is "" or the examples lack it.
         top: how many classes to show.
     """
-    shown = [head for head in (before, after) if head and all(head in e.logits for e in examples)]
-    figure = Figure(figsize=(2.2 + 2.8 * len(shown), 1.5 * len(examples)), dpi=100, layout="constrained")
-    grid = figure.subplots(len(examples), 1 + len(shown), squeeze=False, width_ratios=[1.0] + [1.6] * len(shown))
-    for row, example in enumerate(examples):
-        _draw_picture(grid[row, 0], example)
-        grid[row, 0].set_title(_name(names, example.label), fontsize=9)
-        for column, head in enumerate(shown, start=1):
-            _draw_bars(grid[row, column], example, head, names, top)
-            if row == 0:
-                when = "before" if head == before and before != after else "after"
-                grid[row, column].set_title(f"{when} ({head})" if len(shown) > 1 else head, fontsize=9)
-    return _render(figure)
+    shown = [head for head in dict.fromkeys((before, after)) if head and all(head in e.logits for e in examples)]
+    when = dict.fromkeys(shown, "") if len(shown) == 1 else {before: "before: ", after: "after: "}
+
+    def bars(example: Example, head: str) -> list[Bar]:
+        values, labels = example.logits[head].softmax(0).topk(min(top, len(example.logits[head])))
+        pairs = zip(values.tolist(), labels.tolist(), strict=True)
+        return [Bar(_name(names, label), value, label == example.label) for value, label in pairs]
+
+    return draw_sheet(
+        [
+            Tile(
+                partial(_picture, e), _name(names, e.label), [(f"{when[head]}{head}", bars(e, head)) for head in shown]
+            )
+            for e in examples
+        ]
+    )
 
 
-def _draw_picture(axes: Any, example: Example) -> None:
-    axes.axis("off")
-    try:
-        if example.impath:
-            axes.imshow(read_image(example.impath))
-            return
-    except InputError:
-        pass  # a picture of the model's input does as well
-    if example.image is not None and example.image.ndim == 3 and example.image.shape[0] == 3:
-        low, high = example.image.min(), example.image.max()  # the input is normalized: stretch it back to 0..1
-        axes.imshow(((example.image - low) / (high - low).clamp(min=1e-8)).permute(1, 2, 0).numpy())
-
-
-def _draw_bars(axes: Any, example: Example, head: str, names: Mapping[int, str], top: int) -> None:
-    probabilities = example.logits[head].softmax(0)
-    values, labels = probabilities.topk(min(top, len(probabilities)))
-    colors = ["tab:green" if label == example.label else "tab:gray" for label in labels.tolist()]
-    places = list(range(len(values)))
-    axes.barh(places, values.numpy(), color=colors)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_yticks(places, [_name(names, label) for label in labels.tolist()], fontsize=7)
-    axes.tick_params(axis="x", labelsize=6)
+def _picture(example: Example) -> Image.Image | None:
+    """Return the image of an example, or what the model was given of it; None: there is no picture."""
+    picture = read_or_none(example.impath)
+    if picture is None and example.image is not None and example.image.ndim == 3 and example.image.shape[0] == 3:
+        low, high = example.image.min(), example.image.max()  # the input is normalized: stretch it back to 0..255
+        pixels = 255 * (example.image - low) / (high - low).clamp(min=1e-8)
+        picture = Image.fromarray(pixels.permute(1, 2, 0).byte().numpy())
+    return picture

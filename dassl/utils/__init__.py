@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .logger import Logger, close_logger, note_in_log, setup_logger, take_log_name
     from .meters import AverageMeter, MetricMeter
     from .registry import Registry
-    from .text import one_line
+    from .text import one_line, place_name
     from .tools import (
         check_availability,
         check_isfile,
@@ -57,6 +57,7 @@ __all__ = [
     "mkdir_if_missing",
     "note_in_log",
     "one_line",
+    "place_name",
     "open_all_layers",
     "open_specified_layers",
     "read_image",
@@ -84,6 +85,7 @@ _HOME = {
     "MetricMeter": "meters",
     "Registry": "registry",
     "one_line": "text",
+    "place_name": "text",
     "check_availability": "tools",
     "check_isfile": "tools",
     "collect_env_info": "tools",

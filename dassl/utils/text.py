@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["one_line"]
+import os
+from pathlib import Path
+
+__all__ = ["one_line", "place_name"]
 
 
 def one_line(text: str, width: int = 0) -> str:
@@ -16,3 +19,9 @@ def one_line(text: str, width: int = 0) -> str:
         head = (width - 1) // 2
         line = f"{line[:head]}…{line[len(line) - (width - 1 - head) :]}"
     return line
+
+
+def place_name(place: str | os.PathLike[str]) -> str:
+    """Return what people call a folder or a CSV file of images: the last part of its path, without ".csv"."""
+    path = Path(place).absolute()
+    return path.stem if path.suffix.lower() == ".csv" else path.name

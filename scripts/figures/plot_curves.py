@@ -66,7 +66,7 @@ def read_scalars(run: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def curve_panels(
     scalars: Mapping[str, tuple[np.ndarray, np.ndarray]], epochs: int, terms: Sequence[str]
 ) -> dict[str, dict[str, Line]]:
-    """Return panel -> name -> line; the losses come first.
+    """Return panel -> name -> line; the losses come first. What has one point only is left out.
 
     Args:
         scalars: tag -> (steps, values); those below `train/` are drawn, and heads' accuracies on `val`.
@@ -74,7 +74,7 @@ def curve_panels(
         terms: names of what is averaged over an epoch; "acc" is a panel of its own, the others are losses.
 
     Raises:
-        ValueError: nothing was logged in training, or `epochs` is below 1.
+        ValueError: nothing was logged in training, it has one step only, or `epochs` is below 1.
     """
     train = {tag.removeprefix("train/"): points for tag, points in scalars.items() if tag.startswith("train/")}
     if not train or epochs < 1:
@@ -110,7 +110,12 @@ def curve_panels(
         head, slash, metric = rest.partition("/")
         if split == "val" and slash and metric == "accuracy" and len(steps) > 1:
             panels["validation accuracy (%)"][head] = Line(steps + 1.0, values)
-    return {title: lines for title, lines in panels.items() if lines}
+    drawn = {
+        title: {name: line for name, line in lines.items() if len(line.epochs) > 1} for title, lines in panels.items()
+    }
+    if not any(drawn.values()):
+        raise ValueError("Expected a run of several steps but it trained in one, which makes no curve")
+    return {title: lines for title, lines in drawn.items() if lines}
 
 
 def curves_figure(panels: Mapping[str, Mapping[str, Line]]) -> Figure:

@@ -34,7 +34,7 @@ from scripts.lib.jobs import CONSOLE, NOT_STARTED, Step, claimed, finished, open
 from scripts.lib.methods import Method
 from trainers.app import train
 from trainers.app.configuration import default_cfg, setup_cfg
-from trainers.app.run_folder import parent_folder
+from trainers.app.run_folder import dataset_folder, parent_folder
 from trainers.configs import CONFIGS
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,12 @@ def command_line(
     return (*files, *flags, "DATASET.NUM_SHOTS", str(shots), *method.options, *options)
 
 
+def place_of(dataset: str, flags: Sequence[str]) -> str:
+    """Return what stands for a dataset in the paths of runs that get these flags; see `dataset_folder`."""
+    root = dict(zip(flags[::2], flags[1::2], strict=True)).get("--root", "")
+    return dataset_folder(dataset, root)
+
+
 def few_shot_run(
     method: Method,
     dataset: str,
@@ -163,7 +169,8 @@ def few_shot_run(
     options: Sequence[str] = (),
 ) -> Run:
     """Return the run that trains and tests on one dataset, in the folder below `output` that train.py would choose."""
-    folder = parent_folder(output, dataset, method.trainer, method.stem, shots) / f"seed{seed}"
+    place = place_of(dataset, flags)
+    folder = parent_folder(output, place, method.trainer, method.stem, shots) / f"seed{seed}"
     given = command_line(method, dataset, shots, flags, options)
     return Run(method.name, dataset, shots, seed, folder, given, head=method.head)
 

@@ -1,6 +1,7 @@
 """The runs of each protocol: where they lie, what evaluates what, and which cell of the table each of them fills.
 
-Folders, below --output, are those of CoOp's scripts (<CFG>: the config's name, with @VARIANT where there is one):
+Folders, below --output, are those of CoOp's scripts (<CFG>: the config's name, with @VARIANT where there is one;
+<dataset>: the stem of its YAML; of one's own images, the name of their folder or CSV file):
 
     few-shot                <dataset>/<TRAINER>/<CFG>_<k>shots/seed<s>
     base2new                base2new/{train_base,test_new}/<dataset>/shots_<k>/<TRAINER>/<CFG>/seed<s>
@@ -22,7 +23,7 @@ from dassl.config import plain_config
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError
 from scripts.lib.ablations import FULL, VARIANTS, Variant
-from scripts.lib.grid import Run, command_line, few_shot_run
+from scripts.lib.grid import Run, command_line, few_shot_run, place_of
 from scripts.lib.methods import Method
 
 # Shifted test sets of a source, whose classes are the source's or some of them.
@@ -73,6 +74,10 @@ class Asked:
     def given(self, method: Method, dataset: str, shots: int, *options: str) -> tuple[str, ...]:
         """Return `Run.given` of a method on a dataset."""
         return command_line(method, dataset, shots, self.flags, (*options, *self.options))
+
+    def place(self, dataset: str) -> str:
+        """Return what stands for a dataset in the paths of runs."""
+        return place_of(dataset, self.flags)
 
 
 # What can be asked of a method's configuration before anything is run
@@ -142,7 +147,8 @@ def untrained_run(asked: Asked, method: Method, dataset: str, part: str = "all")
     """Return the one run of a method that trains nothing; None: the method trains."""
     if trains(_cfg(asked, method)):
         return None
-    folder = asked.output / method.trainer / method.stem / (dataset if part == "all" else f"{dataset}_{part}")
+    place = asked.place(dataset)
+    folder = asked.output / method.trainer / method.stem / (place if part == "all" else f"{place}_{part}")
     return Run(method.name, dataset, 1, 1, folder, asked.given(method, dataset, 1, *_part(part)))
 
 
@@ -174,7 +180,7 @@ def base2new(asked: Asked) -> list[Cell]:
         for method in asked.methods:
             once = {part: untrained_run(asked, method, dataset, part) for part in ("base", "new")}
             for seed in asked.seeds:
-                where = Path(dataset, f"shots_{shots}", method.trainer, method.stem, f"seed{seed}")
+                where = Path(asked.place(dataset), f"shots_{shots}", method.trainer, method.stem, f"seed{seed}")
                 base, new = (
                     Run(method.name, dataset, shots, seed, asked.output / "base2new" / folder / where, given)
                     for folder, part in (("train_base", "base"), ("test_new", "new"))
@@ -194,7 +200,8 @@ def transfer(asked: Asked) -> list[Cell]:
             trained = _trained(asked, method, source, shots, seed)
             cells.append(Cell(source, method.name, source, seed, untrained_run(asked, method, source) or trained))
             for target in asked.targets:
-                level = target if source == "imagenet" else f"{target}_from_{source}"
+                place = asked.place(target)
+                level = place if source == "imagenet" else f"{place}_from_{asked.place(source)}"
                 folder = asked.output / "evaluation" / method.trainer / trained.folder.parent.name / level
                 given = asked.given(method, target, shots)
                 run = Run(method.name, target, shots, seed, folder / f"seed{seed}", given, trained)
@@ -211,7 +218,7 @@ def ablation(asked: Asked) -> list[Cell]:
             usual = plain_config(_cfg(asked, method))
             for variant in variants_of(asked, method):
                 level = f"{method.stem}_{shots}shots"
-                folder = asked.output / "ablation" / dataset / method.trainer / level / variant.name
+                folder = asked.output / "ablation" / asked.place(dataset) / method.trainer / level / variant.name
                 same = plain_config(_cfg(asked, method, *variant.options)) == usual
                 given = asked.given(method, dataset, shots, *variant.options)
                 for seed in asked.seeds:

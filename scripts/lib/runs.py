@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dassl.config import read_yaml
+from dassl.utils import place_name
 
 RECORD = ("dataset", "method", "shots", "seed", "accuracy")
 
@@ -39,11 +40,24 @@ class Run(NamedTuple):
         path = self.folder / "config.yaml"
         return read_yaml(path) if path.is_file() else {}
 
+    def environment(self) -> dict[str, Any]:
+        """Return what the run noted of machine, command and time; empty where that file is not there."""
+        try:
+            told = json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return told if isinstance(told, dict) else {}
+
     def dataset(self) -> str:
-        """Return the dataset's name; for a part of its classes it is like "Digits (base)"."""
+        """Return the dataset's name, like "Digits (base)" for a part of its classes.
+
+        One's own images are called like their folder or CSV file.
+        """
         node = self.config().get("DATASET", {})
-        part = node.get("SUBSAMPLE_CLASSES", "all") if isinstance(node, dict) else "all"
-        name = str(self.metrics["dataset"])
+        node = node if isinstance(node, dict) else {}
+        part, name = node.get("SUBSAMPLE_CLASSES", "all"), str(self.metrics["dataset"])
+        if name == "ImageFolder" and node.get("ROOT"):
+            name = place_name(str(node["ROOT"])) or name
         return name if part == "all" else f"{name} ({part})"
 
     def heads(self) -> dict[str, dict[str, float]]:
@@ -130,6 +144,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def each_once(runs: Iterable[Run]) -> list[Run]:
+    """Return runs, of a zero-shot method on one dataset with one seed the first only, if all have the same numbers.
+
+    Such a method looks at no training images: its runs with several numbers of shots are the same experiment.
+    """
+    kept: list[Run] = []
+    first: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        key = (run.dataset(), run.method, run.metrics["seed"])
+        if run.shots != 0 or first.setdefault(key, run) is run or first[key].heads() != run.heads():
+            kept.append(run)
+    return kept
+
+
 def run_records(runs: Iterable[Run], heads: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return records {dataset, method, shots, seed, accuracy in percent} of runs.
 
@@ -143,7 +171,7 @@ def run_records(runs: Iterable[Run], heads: Sequence[str] = ()) -> list[dict[str
     found: dict[tuple[Any, ...], Path] = {}
     records = []
     seen: set[str] = set()
-    for run in runs:
+    for run in each_once(runs):
         values = {"": run.metrics.get("accuracy")}
         if heads:
             values = {head: run.heads()[head]["accuracy"] for head in heads if head in run.heads()}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import csv
 import dataclasses
 import html.parser
+import io
 import json
 import re
 import shutil
@@ -21,14 +23,16 @@ from PIL import Image
 from dassl.evaluation.predictions import load_predictions
 from dassl.utils import close_logger
 from scripts import report
-from scripts.figures import plot_confusion, plot_curves, plot_features, plot_gates, plot_logits
+from scripts.figures import plot_confusion, plot_curves, plot_features, plot_gates, plot_logits, plot_mistakes
 from scripts.figures.command import open_predictions
 from scripts.figures.plot_confusion import confusion_figure, most_confused, shares_among
 from scripts.figures.plot_curves import curve_panels, read_scalars
 from scripts.figures.plot_features import chosen_images, embed, features_figure
 from scripts.figures.plot_gates import gate_bins, gates_figure
 from scripts.figures.plot_logits import head_logits, logits_figure
+from scripts.figures.plot_shots import shots_figure
 from scripts.figures.style import readable
+from scripts.lib.runs import run_records
 from trainers.app import train
 
 ROOT = Path(train.__file__).parents[2]
@@ -142,7 +146,10 @@ def test_curves_are_those_of_the_event_files(run) -> None:
     assert (weight.low <= weight.values).all() and (weight.values <= weight.high).all()
     assert "learning rate" in panels and not any("images" in title for title in panels)
     with pytest.raises(ValueError, match="no training step"):
-        curve_panels({"test/final/accuracy": scalars["train/loss"]}, 3, [])
+        curve_panels({"when_done/test/final/accuracy": scalars["train/loss"]}, 3, [])
+    one = {tag: (steps[:1], values[:1]) for tag, (steps, values) in scalars.items()}
+    with pytest.raises(ValueError, match="one, which makes no curve"):
+        curve_panels(one, 1, list(metrics["train"]))
 
 
 # ---- the figures
@@ -251,7 +258,7 @@ def page_file(run, tmp_path_factory) -> Path:
     (folder / "cut & <script>").mkdir()
     (folder / "cut & <script>" / "config.yaml").write_text("SEED: 1\n")
     csv = folder / "published.csv"
-    csv.write_text("dataset,method,shots,accuracy\nImageFolder,<i>Paper</i> $x$,16,70\n")
+    csv.write_text("dataset,method,shots,accuracy\ndata,<i>Paper</i> $x$,16,70\n")
     output = folder.parent / "out" / "report.html"
     assert report.main([str(run), f"<u>poor={folder}", "--csv", str(csv), "--output", str(output)]) == 0
     return output
@@ -282,7 +289,10 @@ def test_the_page_is_the_same_each_time_and_in_a_browser(page_file, run, tmp_pat
         report.main([str(run), f"<u>poor={folder}", "--csv", str(folder / "published.csv"), "--output", str(again)])
         == 0
     )
-    assert again.read_bytes() == page_file.read_bytes()
+    made = re.compile("<p class='missing'>Made [^<]*</p>")
+    contents = [path.read_text(encoding="utf-8") for path in (again, page_file)]
+    assert re.search(rf">Made \d{{4}}-\d\d-\d\d \d\d:\d\d by dlr-clip [^<]*--output {again}<", contents[0])
+    assert made.sub("", contents[0]) == made.sub("", contents[1]) != contents[1]
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
     if browser is None:
         warnings.warn("Chromium is not installed: the page was parsed, but not opened in a browser", stacklevel=1)
@@ -291,7 +301,50 @@ def test_the_page_is_the_same_each_time_and_in_a_browser(page_file, run, tmp_pat
     result = subprocess.run(
         [browser, *flags, f"--user-data-dir={tmp_path}", page_file.as_uri()], capture_output=True, text=True, timeout=60
     )
-    assert "CONSOLE" not in result.stderr and result.stdout.count("<img") == 7 and result.stdout.count("<table") == 5
+    assert "CONSOLE" not in result.stderr and result.stdout.count("<img") == 7 and result.stdout.count("<table") == 6
+
+
+def test_mistakes_are_shown_where_the_images_are(run, predictions, photos, tmp_path, capsys) -> None:
+    (runs, _), wrong = report.find_runs([run]), np.flatnonzero(~predictions.correct("final"))
+    title = f"The surest of {len(wrong)} mistakes"
+    assert len(wrong) and f"{title}, with the probabilities of the wrong and of the true class: not shown" in (
+        report.page(runs, [], [], most=1)
+    )
+    with open(run / "mistakes.csv", encoding="utf-8", newline="") as stream:
+        listed = [row["path"] for row in csv.DictReader(stream)]
+    assert sorted(listed) == sorted(predictions.paths[i] for i in wrong)
+    assert Image.open(run / "mistakes.png").width > 900
+    log = (run / "log.txt").read_text(encoding="utf-8")
+    assert re.search(r"^Worst classes: .* \(\d of 8 correct, \d taken for .*\)$", log, re.MULTILINE)
+    assert f"Wrong: {len(wrong)} of 24 images, the surest first in {run / 'mistakes.csv'}, the first" in log
+    try:
+        for path in map(Path, listed):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), "orange").save(path)
+        content = report.page(runs, [], [], most=1)
+        (sheet,) = re.findall("<img src='data:image/png;base64,([^']*)'", content)
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(sheet))))
+        assert (pixels == (255, 165, 0)).all(-1).sum() == len(wrong) * 96 * 96
+        assert plot_mistakes.main([str(run), "--number", "1", "--output", str(tmp_path / "new" / "one.png")]) == 0
+        one = np.asarray(Image.open(tmp_path / "new" / "one.png"))
+        assert (one == (255, 165, 0)).all(-1).sum() == 96 * 96
+    finally:
+        shutil.rmtree(photos)
+    for arguments, said in (["--number", "0"], "at least 1"), (["--head", "none"], "Expected a head out of clip"):
+        assert plot_mistakes.main([str(run), *arguments]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_zero_shot_runs_with_several_numbers_of_shots_are_one(run) -> None:
+    runs, _ = report.find_runs([run])
+    twice = [
+        runs[0]._replace(metrics={**runs[0].metrics, "trainer": "ZeroshotCLIP", "shots": shots}) for shots in (1, 2)
+    ]
+    other = runs[0]._replace(metrics={**twice[0].metrics, "accuracy": 1.0, "test": {"heads": {}}})
+    assert len(run_records(twice)) == 1 and {row[-1] for row in report.heads_rows(twice)} == {"1"}
+    assert "not shown" not in report.attempt(lambda: shots_figure(run_records(twice)), "figure")
+    with pytest.raises(ValueError, match="Expected one run of ZeroshotCLIP"):  # with other numbers they are not
+        run_records([*twice, other])
 
 
 def test_a_report_of_nothing_is_an_error(tmp_path, capsys) -> None:

@@ -7,16 +7,20 @@ from pathlib import Path
 
 from dassl.config import CfgNode, plain_config, read_yaml
 from dassl.engine.reliability.lock import is_locked
+from dassl.utils import place_name
 
 
 def choose_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Path:
     """Choose the folder of a run whose command names none: `output/<dataset>/<trainer>/<config>_<k>shots/seed<s>[-n]`.
+
+    For one's own images, <dataset> is the name of their folder or CSV file.
 
     Of `seed<s>`, `seed<s>-2`, `seed<s>-3`, ... the first is taken that is free, or that holds a run of this very
     configuration which was cut short (it is resumed there). A finished run is never written over, nor is one that is
     going on.
     """
     dataset = Path(args.dataset_config_file).stem if args.dataset_config_file else cfg.DATASET.NAME.lower()
+    dataset = dataset_folder(dataset, cfg.DATASET.ROOT)
     if cfg.DATASET.SUBSAMPLE_CLASSES != "all":
         dataset += f"_{cfg.DATASET.SUBSAMPLE_CLASSES}"
     config = Path(args.config_file).stem if args.config_file else "default"
@@ -29,6 +33,17 @@ def choose_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Path:
         number += 1
         folder = parent / f"seed{cfg.SEED}-{number}"
     return folder
+
+
+def dataset_folder(dataset: str, root: str) -> str:
+    """Return what stands for a dataset in the paths of runs: its name; for one's own images that of their place.
+
+    Args:
+        dataset: its registered name in any case, or the stem of its YAML.
+        root: DATASET.ROOT; "": it has none.
+    """
+    own = dataset.lower().replace("_", "") == "imagefolder"
+    return (place_name(root) if own and root else "") or dataset
 
 
 def parent_folder(output: Path, dataset: str, trainer: str, config: str, shots: int) -> Path:

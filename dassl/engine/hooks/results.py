@@ -15,6 +15,8 @@ from torch import nn
 
 from dassl.data.data_manager import data_digest, dataset_of
 from dassl.evaluation import HEAD_COLUMNS, heads_table
+from dassl.evaluation.mistakes import EVAL_MISTAKES, MISTAKES, SHOWN, class_results
+from dassl.evaluation.predictions import Predictions
 from dassl.utils import InputError, atomic_write, one_line, take_log_name
 from dassl.utils.checkpoints import POINTER_NAME
 
@@ -38,6 +40,7 @@ METRICS, EVAL_METRICS, CONFIG, CLASSES, ENVIRONMENT, DONE = (
     "DONE",
 )
 BAD_IMAGES = "bad_images.txt"
+WORST_CLASSES = 5  # classes that the closing lines name
 
 
 class Results(HookBase):
@@ -146,9 +149,27 @@ class Results(HookBase):
             value = choice.get("value")
             shown = f"{value:.4g}" if isinstance(value, float) else value
             logger.info("Selected %s = %s (on %s)", name, shown, choice.get("on"))
+        if evaluation is not None and evaluation.predictions is not None:
+            self._say_mistakes(evaluation.predictions, folder)
         logger.info("Output folder: %s", folder)
         if (folder / "tensorboard").is_dir():
             logger.info("Curves and pictures: tensorboard --logdir %s", shlex.quote(str(folder / "tensorboard")))
+
+    def _say_mistakes(self, predictions: Predictions, folder: Path) -> None:
+        wrong = int((~predictions.correct(predictions.main)).sum())
+        if not wrong:
+            return
+        worst = [result for result in class_results(predictions) if result.correct < result.total][:WORST_CLASSES]
+        logger.info("Worst classes: %s", "; ".join(map(str, worst)))
+        table = folder / (EVAL_MISTAKES if self.aside else MISTAKES)
+        logger.info(
+            "Wrong: %s of %s images, the surest first in %s, the first %d as pictures in %s",
+            f"{wrong:,}",
+            f"{len(predictions.labels):,}",
+            table,
+            min(wrong, SHOWN),
+            table.with_suffix(".png"),
+        )
 
 
 def is_training_run(folder: Path) -> bool:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dassl.evaluation.mistakes import mistakes_of, mistakes_sheet
 from dassl.evaluation.passes import Evaluation
 
 from .base import HookBase
 
 if TYPE_CHECKING:
     from dassl.engine.trainer import SimpleTrainer
+
+# Tags begin with it that have one value each, after training. TensorBoard sorts groups of tags by name: this one comes
+# behind the curves, which begin with "train" and "val".
+WHEN_DONE = "when_done/"
+
+
+def group_of(phase: str) -> str:
+    """Return how the tags of a test begin that is made in that phase of a run."""
+    return WHEN_DONE if phase == "final" else ""
 
 
 class TensorBoard(HookBase):
@@ -35,7 +45,7 @@ class TensorBoard(HookBase):
     def after_test(self, trainer: SimpleTrainer, evaluation: Evaluation) -> None:
         for head, values in evaluation.heads.items():
             for name, value in values.items():
-                trainer.write_scalar(f"{evaluation.split}/{head}/{name}", value, trainer.epoch)
+                trainer.write_scalar(f"{group_of(trainer.phase)}{evaluation.split}/{head}/{name}", value, trainer.epoch)
         if trainer.writer is not None and trainer.phase == "final":
             self._pictures(trainer, evaluation)
 
@@ -44,6 +54,9 @@ class TensorBoard(HookBase):
         from dassl.evaluation import figures  # matplotlib is slow to import, and wanted once per run
 
         split, step, names = evaluation.split, trainer.epoch, trainer.lab2cname
+        mistakes = mistakes_of(evaluation.predictions) if evaluation.predictions is not None else []
+        if mistakes:
+            trainer.writer.add_image(f"{split}/mistakes", mistakes_sheet(mistakes), step, dataformats="HWC")
         if evaluation.confusion is not None:
             title = f"{split}, head {evaluation.main}"
             image = figures.confusion_image(evaluation.confusion, names, title)
@@ -56,14 +69,8 @@ class TensorBoard(HookBase):
         evaluation = trainer.evaluation
         if trainer.writer is None or evaluation is None:
             return
-        metrics = {
-            f"hparam/{head}_accuracy": values["accuracy"]
-            for head, values in evaluation.heads.items()
-            if "accuracy" in values
-        }
-        parameters = hyper_parameters(trainer.cfg, trainer.config_node())
-        # run_name ".": into the run's own folder; the default would be a new sub-folder named after the time.
-        trainer.writer.add_hparams(parameters, metrics, run_name=".", global_step=trainer.epoch)
+        tags = [f"{WHEN_DONE}{evaluation.split}/{head}/accuracy" for head in evaluation.heads]
+        trainer.writer.add_hparams(hyper_parameters(trainer.cfg, trainer.config_node()), tags)
 
 
 def hyper_parameters(cfg: Any, node: str) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class TestTraining:
         for tag in steps:
             assert [event.step for event in reader.Scalars(f"train/{tag}")] == list(range(8)), tag
         for head in HEADS:
-            assert len(reader.Scalars(f"test/{head}/accuracy")) == 1
+            assert len(reader.Scalars(f"when_done/test/{head}/accuracy")) == 1
 
     def test_rate_follows_a_cosine_per_step(self, make):
         trainer = make("OPTIM.MAX_EPOCH", 3)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from dassl.data.datasets import Datum
 from dassl.utils import InputError, atomic_write
+from dassl.utils.logger import DETAIL
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def find_picks(folder: Path, wanted: Picks, index: Mapping[str, Datum]) -> Found
     if found is None:
         logger.warning(f"{path} does not fit this dataset ({reason}): drawing the few-shot images again")
     else:
-        logger.info(f"Loading few-shot images from {path}")
+        logger.info(f"Loading few-shot images from {path}", extra=DETAIL)
     return found
 
 

@@ -8,19 +8,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TRAINERS = ROOT / "trainers"
 SHARED = {"base", "features", "modules", "clip"}  # rooms that know no method
-PLAIN = {"compat", "configs", "files", "portable"}  # files beside them that know none either
+PLAIN = {"compat", "configs", "files", "log", "portable"}  # files beside them that know none either
 # A method may know no other method. These do: each is a variant of the other, and shares its learner.
 KIN = {("cocoop", "coop"), ("jclip_adapter", "clip_adapter")}
 # The room -> the rooms that it may know beside itself.
 MAY_KNOW = {
-    "clip": {"files"},
+    "clip": {"files", "log"},
     "modules": {"clip"},
-    "features": {"clip", "modules", "files"},
-    "base": {"clip", "features", "portable", "configs"},
+    "features": {"clip", "modules", "files", "log"},
+    "base": {"clip", "features", "portable", "configs", "log"},
     "compat": set(),
     "portable": {"compat"},
     "configs": {"compat"},
     "files": set(),
+    "log": set(),
 }
 LONGEST = 400  # lines
 

@@ -216,11 +216,28 @@ def test_a_run_leaves_everything_and_can_be_evaluated_again(command, tmp_path, c
     after = log[log.index("\nFinish training\n") :]
     printed = re.findall(r"\* accuracy: ([\d.eE+-]+)%", after)[-1]
     assert float(printed) == pytest.approx(metrics["accuracy"], abs=0.051)
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) < 40 < len(log.splitlines()) and all(line in log for line in said.splitlines())
+    before = said[: said.index("\nElapsed: ")].splitlines()
+    assert len(before) < 25 and "Digits: 10 classes; images: 10 training, 10 validation, 540 test" in before
+    assert "TRAINER.NAME DLRCLIP" in " ".join(said.split()) and "Building transform_train" not in said
 
     assert train.main(command("--eval-only", "--model-dir", str(run), "--load-epoch", "1", output="again")) == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert again["test"] == metrics["test"]
+
+
+@pytest.mark.parametrize("flag", ["--quiet", "--verbose"])
+def test_the_console_may_have_less_or_all(flag, command, tmp_path, capsys):
+    """And warnings stand at the end again."""
+    assert train.main(command(flag, "--trainer", "ZeroshotCLIP")) == 0  # with the YAML of another trainer
+    said, log = capsys.readouterr(), (tmp_path / "run" / "log.txt").read_text()
+    if flag == "--quiet":
+        assert "clip (main)" in said.out and "Digits:" not in said.out and said.err == ""
+    else:
+        assert set(log.splitlines()) <= set(said.out.splitlines()) and "Building transform_test" in said.out
+    warning = next(line for line in log.splitlines() if "dlr" in line and "ZeroshotCLIP" in line)
+    assert f"Warnings of this run:\n* {warning}" in log and warning in said.out
 
 
 def test_the_same_command_twice_gives_the_same_numbers(command, tmp_path):

@@ -33,6 +33,7 @@ from dassl.engine import TRAINER_REGISTRY
 from .base import FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
 from .clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from .features import FeatureSet
+from .log import DETAIL
 from .modules.gaussian import class_counts, class_means
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,11 @@ class LPPlusPlus(FeatureTrainer):
         zeroshot, (rows, labels), settings = learner.zeroshot, features.flat(), self.settings
         start, steps = start_probe(features.values, features.labels, zeroshot), step_sizes(rows, zeroshot)
         logger.info(
-            "Start: alpha %.4g; steps: w and b %.4g, alpha %.4g", float(start.alpha[0]), steps.weight, steps.alpha
+            "Start: alpha %.4g; steps: w and b %.4g, alpha %.4g",
+            float(start.alpha[0]),
+            steps.weight,
+            steps.alpha,
+            extra=DETAIL,
         )
         probe = descend(start, steps, rows, labels, zeroshot, epochs=settings.epochs, reset=settings.reset)
         for name, value in probe._asdict().items():

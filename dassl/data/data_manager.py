@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from dassl.config import CfgNode
 from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, distributed, read_image
+from dassl.utils.logger import DETAIL
 
 from .bad_images import skip_bad_images
 from .datasets import DatasetBase, Datum, build_dataset
@@ -248,9 +249,12 @@ class DataManager:
         self._seed = state["seed"]
 
     def show_dataset_summary(self, cfg: CfgNode) -> None:
-        """Log a table of the dataset's sizes."""
+        """Log the dataset's sizes, as a line and as upstream's table."""
         dataset = self._dataset
         rows = [["Dataset", cfg.DATASET.NAME]]
+        parts = (("training", "train_x"), ("unlabeled", "train_u"), ("validation", "val"), ("test", "test"))
+        counts = [f"{len(items):,} {word}" for word, name in parts if (items := getattr(dataset, name))]
+        logger.info("%s: %s classes; images: %s", cfg.DATASET.NAME, f"{self.num_classes:,}", ", ".join(counts))
         if cfg.DATASET.SOURCE_DOMAINS:
             rows.append(["Source", str(cfg.DATASET.SOURCE_DOMAINS)])
         if cfg.DATASET.TARGET_DOMAINS:
@@ -261,7 +265,7 @@ class DataManager:
             if items:
                 rows.append([f"# {name}", f"{len(items):,}"])
         # Numbers stay as written: tabulate would otherwise parse the thousands separators away.
-        logger.info("%s", tabulate(rows, disable_numparse=True))
+        logger.info("%s", tabulate(rows, disable_numparse=True), extra=DETAIL)
 
 
 class DatasetWrapper(Dataset[dict[str, Any]]):

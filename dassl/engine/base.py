@@ -11,6 +11,7 @@ from dassl.engine.checkpointing.generators import generator_states
 from dassl.engine.checkpointing.keeper import Checkpoints
 from dassl.engine.checkpointing.resume import Progress
 from dassl.evaluation.passes import Evaluation
+from dassl.utils.logger import DETAIL
 
 from .parallel import copy_from_main
 from .records import recorded_test, recorded_train
@@ -165,7 +166,7 @@ class TrainerBase(Checkpoints, Steps):
         if self.writer is None and self.writes_files:
             from .board import Board  # slow to import, and needed only when training
 
-            logger.info("Initialize tensorboard (log_dir=%s)", log_dir)
+            logger.info("Initialize tensorboard (log_dir=%s)", log_dir, extra=DETAIL)
             self._writer = Board(log_dir, purge_step)
 
     def close_writer(self) -> None:

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from dassl.utils import Registry, check_availability
+from dassl.utils.logger import DETAIL
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,6 @@ def build_trainer(cfg: Any, data: Any = None) -> Any:
     name = cfg.TRAINER.NAME
     check_availability(name, TRAINER_REGISTRY.registered_names())
     if cfg.VERBOSE:
-        logger.info("Loading trainer: %s", name)
+        logger.info("Loading trainer: %s", name, extra=DETAIL)
     trainer_class = TRAINER_REGISTRY.get(name)
     return trainer_class(cfg) if data is None else trainer_class(cfg, data)  # upstream's classes take a cfg only

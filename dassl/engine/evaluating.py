@@ -14,6 +14,7 @@ from dassl.evaluation import heads_table
 from dassl.evaluation.passes import Evaluation, as_heads, run_pass
 from dassl.evaluation.predictions import MEGABYTE, Recorder
 from dassl.utils import InputError, check_availability
+from dassl.utils.logger import DETAIL
 
 from .base import TrainerBase
 from .hooks.tensorboard import group_of
@@ -54,7 +55,7 @@ class EvaluatingTrainer(TrainerBase):
             self.call_hooks("start")
         self.set_model_mode("eval")
         self.evaluator.reset()
-        logger.info("Evaluate on the *%s* set", split)
+        logger.info("Evaluate on the *%s* set", split, extra=DETAIL)
         evaluation = Evaluation(split, self.main_head)
         limit = 0 if self.phase == "train" else self.cfg.TEST.PREDICTIONS_MB * MEGABYTE
         recorder = Recorder(len(getattr(loader, "dataset", ())), limit, self.cfg.SEED) if limit else None
@@ -72,7 +73,7 @@ class EvaluatingTrainer(TrainerBase):
         evaluation.heads_kway = self._heads_kway(loader, evaluation)
         results = self.evaluator.evaluate()
         if self.phase == "train" and len(evaluation.heads) > 1:  # otherwise the closing lines have the table
-            logger.info("%s", heads_table(evaluation.heads, evaluation.main))
+            logger.info("%s", heads_table(evaluation.heads, evaluation.main), extra=DETAIL)
         self.evaluation = evaluation
         for name, value in results.items():
             self.write_scalar(f"{group_of(self.phase)}{split}/{name}", value, self.epoch)

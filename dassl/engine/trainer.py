@@ -28,7 +28,7 @@ from dassl.evaluation import build_evaluator
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, count_num_param, distributed, load_pretrained_weights, stopping
-from dassl.utils.logger import ensure_heard
+from dassl.utils.logger import DETAIL, ensure_heard
 
 from .base import TrainerBase
 from .environment import why_no_gpu
@@ -204,7 +204,7 @@ class SimpleTrainer(EvaluatingTrainer):
 
     def after_train(self) -> None:
         """Test the final model unless TEST.NO_TEST."""
-        logger.info("Finish training")
+        logger.info("Finish training", extra=DETAIL)
         self.call_hooks("after_train")
         if self.time_start is not None:  # a subclass may have replaced before_train
             elapsed = round(time.time() - self.time_start)

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from dassl.utils import Registry, check_availability
+from dassl.utils.logger import DETAIL
 
 logger = logging.getLogger(__name__)
 
@@ -17,5 +18,5 @@ def build_evaluator(cfg: Any, **kwargs: Any) -> Any:
     name = cfg.TEST.EVALUATOR
     check_availability(name, EVALUATOR_REGISTRY.registered_names())
     if cfg.VERBOSE:
-        logger.info("Loading evaluator: %s", name)
+        logger.info("Loading evaluator: %s", name, extra=DETAIL)
     return EVALUATOR_REGISTRY.get(name)(cfg, **kwargs)

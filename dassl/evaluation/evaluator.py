@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, atomic_write, distributed
+from dassl.utils.logger import DETAIL
 
 from .build import EVALUATOR_REGISTRY
 from .heads import check_logits, macro_f1, new_confusion
@@ -85,6 +86,7 @@ class Classification(EvaluatorBase):
             accuracy,
             results["error_rate"],
             results["macro_f1"],
+            extra=DETAIL,
         )
         if self.cfg.TEST.PER_CLASS_RESULT:
             results["perclass_accuracy"] = self._per_class(counts)

@@ -21,6 +21,7 @@ from dassl.evaluation import HeadMetrics
 from dassl.evaluation.heads import macro_f1
 from dassl.utils import distributed
 from dassl.utils.console import Unbroken
+from dassl.utils.logger import is_quiet
 
 from .predictions import Predictions, Recorder
 
@@ -80,9 +81,9 @@ def of_own_test(split: str, result: Any, evaluator: Any) -> Evaluation | None:
 def progress_bar(iterable: Any = None, **kwargs: Any) -> tqdm:
     """Return a tqdm bar on rank 0's stderr.
 
-    If stderr is a file, the bar redraws rarely, so that a job's log stays short.
+    A quiet run has none. If stderr is a file, the bar redraws rarely, so that a job's log stays short.
     """
-    kwargs["disable"] = kwargs.get("disable", False) or not distributed.is_main()
+    kwargs["disable"] = kwargs.get("disable", False) or not distributed.is_main() or is_quiet()
     pause = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(iterable, file=Unbroken(sys.stderr), mininterval=pause, dynamic_ncols=True, **kwargs)
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from .errors import InputError
 from .files import atomic_write, check_sum, checked_write
+from .logger import DETAIL
 
 logger = logging.getLogger(__name__)
 BEST_NAME = "model-best.pth.tar"
@@ -90,11 +91,11 @@ def save_checkpoint(
     # The pointer is written after the file that it names, so that it never names a missing one.
     with atomic_write(folder / POINTER_NAME, lasting=False) as stream:
         stream.write(f"{path.name}\n")
-    logger.info("Checkpoint saved to %s", path)
+    logger.info("Checkpoint saved to %s", path, extra=DETAIL)
     if is_best:
         with open(path, "rb") as source, checked_write(folder / BEST_NAME) as stream:
             shutil.copyfileobj(source, stream)
-        logger.info('Best checkpoint saved to "%s"', folder / BEST_NAME)
+        logger.info('Best checkpoint saved to "%s"', folder / BEST_NAME, extra=DETAIL)
 
 
 class _Inert:
@@ -229,13 +230,13 @@ def restore(
 ) -> int:
     """Load the parts of a checkpoint (read by load_checkpoint from ``fpath``) into their targets; return its epoch."""
     load_into(model, checkpoint_entry(checkpoint, "state_dict", fpath), fpath, "model")
-    logger.info("Loaded model weights")
+    logger.info("Loaded model weights", extra=DETAIL)
     epoch = int(checkpoint_entry(checkpoint, "epoch", fpath))
     for name, target in (("optimizer", optimizer), ("scheduler", scheduler)):
         state = checkpoint.get(name)
         if target is not None and state is not None:
             load_into(target, state, fpath, name)
-            logger.info("Loaded %s", name)
+            logger.info("Loaded %s", name, extra=DETAIL)
         elif name == "scheduler" and epoch and hasattr(scheduler, "go_to_epoch"):
             # Upstream's warm-up saves itself as an object whose position stands still once the warm-up is over.
             scheduler.go_to_epoch(epoch)
@@ -258,7 +259,7 @@ def resume_from_checkpoint(
         InputError: nothing to resume there, a file that cannot be read, or one that does not fit.
     """
     path = pointed_file(fdir)
-    logger.info('Loading checkpoint from "%s"', path)
+    logger.info('Loading checkpoint from "%s"', path, extra=DETAIL)
     return restore(load_checkpoint(path), path, model, optimizer, scheduler)
 
 

@@ -3,6 +3,9 @@
 Code of this project writes with ``logging``. Trainers written for upstream use ``print``, and their lines belong in
 log.txt too, so stdout is copied into the same file by a tee. Logged lines go to the console and to the file directly,
 not through the tee: a later replacement of ``sys.stdout`` cannot lose or double them.
+
+log.txt has every line. The console may have fewer: a record that is logged with ``extra=DETAIL`` is shown there only if
+all lines are asked for, and of a quiet run only warnings and what is logged with ``extra=RESULT``.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -20,9 +24,28 @@ from dassl.upstream_names import upstream_name
 
 from .console import silence, write_any_name
 
-__all__ = ["LOG_NAME", "Logger", "close_logger", "ensure_heard", "note_in_log", "setup_logger", "take_log_name"]
+__all__ = [
+    "ALL_LINES",
+    "DETAIL",
+    "LOG_NAME",
+    "MAIN_LINES",
+    "QUIET",
+    "RESULT",
+    "Logger",
+    "close_logger",
+    "ensure_heard",
+    "is_quiet",
+    "note_in_log",
+    "setup_logger",
+    "take_log_name",
+    "warnings_so_far",
+]
 
 LOG_NAME = "log.txt"
+
+QUIET, MAIN_LINES, ALL_LINES = 0, 1, 2  # what the console shows
+DETAIL: Mapping[str, object] = {"detail": True}  # for log.txt, and for a console with ALL_LINES
+RESULT: Mapping[str, object] = {"result": True}  # for a QUIET console, too
 
 
 class Logger:
@@ -169,6 +192,17 @@ class _Active:
         self.stdout: Any = sys.stdout
         self.handlers: list[logging.Handler] = []
         self.level = logging.WARNING
+        self.shown = ALL_LINES
+        self.warnings: dict[str, None] = {}  # each once, in the order of their coming
+
+    def is_for_console(self, record: logging.LogRecord) -> bool:
+        """Return whether the console shows a record; note the warnings."""
+        if record.levelno >= logging.WARNING:
+            self.warnings[record.getMessage()] = None
+            return True
+        if self.shown == QUIET:
+            return hasattr(record, "result")
+        return self.shown == ALL_LINES or not hasattr(record, "detail")
 
 
 _active: _Active | None = None
@@ -212,7 +246,7 @@ def take_log_name(folder: str | os.PathLike[str]) -> None:
         Path(file.name).rename(wanted)
 
 
-def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0) -> Path | None:
+def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0, shown: int = ALL_LINES) -> Path | None:
     """Send log records and stdout to the console and to a file; calling this again replaces the earlier set-up.
 
     Args:
@@ -220,6 +254,7 @@ def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0) ->
             to the name, so that an older log stays. None: console only.
         rank: number of this process among several. Processes above 0 write warnings only, to stderr and with their
             number, and what they print is dropped.
+        shown: what of the records the console shows: QUIET, MAIN_LINES or ALL_LINES.
 
     Returns:
         The log file's path, or None.
@@ -228,6 +263,7 @@ def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0) ->
     close_logger()
     drop_fallback()
     active = _Active()
+    active.shown = shown
     console = sys.stderr if rank > 0 else sys.stdout
     write_any_name(console)
     streams: list[Any] = [console]
@@ -252,10 +288,22 @@ def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0) ->
         handler = _Handler(stream)
         handler.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank > 0 else "%(message)s"))
         handler.addFilter(_is_wanted)
+        if stream is console:
+            handler.addFilter(active.is_for_console)
         root.addHandler(handler)
         active.handlers.append(handler)
     _active = active
     return path
+
+
+def is_quiet() -> bool:
+    """Return whether the console is to show warnings and results only."""
+    return _active is not None and _active.shown == QUIET
+
+
+def warnings_so_far() -> list[str]:
+    """Return the warnings since ``setup_logger``, each once; without it there are none."""
+    return [] if _active is None else list(_active.warnings)
 
 
 def note_in_log(message: str) -> None:

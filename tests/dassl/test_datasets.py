@@ -119,7 +119,7 @@ def test_fewshot_repeat_several_and_none(caplog):
     with caplog.at_level("INFO"):
         drawn = dataset.generate_fewshot_dataset(source, num_shots=4, repeat=True, rng=random.Random(0))
     assert [it.label for it in drawn] == [0] * 4 + [1] * 4
-    assert caplog.messages == ["Creating a 4-shot dataset"]
+    assert caplog.messages == ["Picking at most 4 images of each class"]
     both = dataset.generate_fewshot_dataset(source, source, num_shots=1, rng=random.Random(0))
     assert isinstance(both, list) and [len(part) for part in both] == [2, 2]
     assert dataset.generate_fewshot_dataset(source, num_shots=-1) is source

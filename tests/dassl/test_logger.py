@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from dassl.utils import Logger, close_logger, setup_logger
+from dassl.utils.logger import ALL_LINES, DETAIL, MAIN_LINES, QUIET, RESULT, is_quiet, warnings_so_far
+from trainers.log import DETAIL as OF_TRAINERS
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +30,32 @@ def test_print_and_logging_reach_both_once_and_in_order(tmp_path, console):
     assert path == tmp_path / "log.txt"
     assert path.read_text() == expected  # without closing: a killed run keeps its lines
     assert console.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    "shown, expected",
+    [
+        (QUIET, ["result", "warning"]),
+        (MAIN_LINES, ["plain", "result", "warning"]),
+        (ALL_LINES, ["plain", "detail", "detail of a trainer", "result", "warning"]),
+    ],
+)
+def test_the_console_shows_what_was_asked_for_and_the_file_everything(shown, expected, tmp_path, console):
+    assert not is_quiet() and warnings_so_far() == []
+    path = setup_logger(tmp_path, shown=shown)
+    log = logging.getLogger("some.module")
+    log.info("plain")
+    log.info("detail", extra=DETAIL)
+    log.info("detail of a trainer", extra=OF_TRAINERS)
+    log.info("result", extra=RESULT)
+    log.warning("warning")
+    assert console.readouterr().out.splitlines() == expected
+    assert path.read_text().splitlines() == ["plain", "detail", "detail of a trainer", "result", "warning"]
+    log.warning("%s again", "warning")
+    log.warning("warning")
+    assert warnings_so_far() == ["warning", "warning again"] and is_quiet() == (shown == QUIET)
+    close_logger()
+    assert not is_quiet() and warnings_so_far() == []
 
 
 def test_close_puts_everything_back(tmp_path, console):

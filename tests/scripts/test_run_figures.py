@@ -315,7 +315,7 @@ def test_mistakes_are_shown_where_the_images_are(run, predictions, photos, tmp_p
     assert sorted(listed) == sorted(predictions.paths[i] for i in wrong)
     assert Image.open(run / "mistakes.png").width > 900
     log = (run / "log.txt").read_text(encoding="utf-8")
-    assert re.search(r"^Worst classes: .* \(\d of 8 correct, \d taken for .*\)$", log, re.MULTILINE)
+    assert re.search(r"^Worst classes:\n\* .* \(\d of 8 correct, \d taken for .*\)$", log, re.MULTILINE)
     assert f"Wrong: {len(wrong)} of 24 images, the surest first in {run / 'mistakes.csv'}, the first" in log
     try:
         for path in map(Path, listed):

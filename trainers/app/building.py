@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import random
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +14,18 @@ from typing import Any
 
 import torch
 
-from dassl.config import CfgNode
+from dassl.config import CfgNode, differing, plain_config
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.engine.reliability.finite import NotFiniteError, last_checkpoint
 from dassl.engine.reliability.lock import FolderLock
 from dassl.engine.reliability.trouble import RunStoppedError, explain_trouble
-from dassl.utils import InputError, close_logger, collect_env_info, distributed, set_random_seed, setup_logger
+from dassl.utils import InputError, close_logger, collect_env_info, distributed, one_line, set_random_seed, setup_logger
 from dassl.utils.cli import SETUP_ERRORS, given_wrongly
 from dassl.utils.files import remove_leftovers
+from dassl.utils.logger import ALL_LINES, DETAIL, MAIN_LINES, QUIET
 
 from .. import warn_if_for_another
-from .configuration import setup_cfg
+from .configuration import default_cfg, setup_cfg
 from .run_folder import existing, remove_traces
 
 logger = logging.getLogger(__name__)
@@ -45,10 +47,11 @@ def build(args: argparse.Namespace, held: contextlib.ExitStack | None = None) ->
     if held is not None and distributed.is_main() and not args.dry_run:
         lock = held.enter_context(FolderLock(cfg.OUTPUT_DIR))
         remove_leftovers(cfg.OUTPUT_DIR)
-    log_file = setup_logger(None if args.dry_run else cfg.OUTPUT_DIR, distributed.rank())
+    shown = QUIET if args.quiet else ALL_LINES if args.verbose else MAIN_LINES
+    log_file = setup_logger(None if args.dry_run else cfg.OUTPUT_DIR, distributed.rank(), shown)
     try:
         if cfg.SEED >= 0:
-            logger.info(f"Setting fixed seed: {cfg.SEED}")
+            logger.info(f"Setting fixed seed: {cfg.SEED}", extra=DETAIL)
         if torch.cuda.is_available() and cfg.USE_CUDA:
             torch.backends.cudnn.benchmark = True
         if not args.dry_run:
@@ -83,19 +86,27 @@ def _check_trainable(trainer: Any, args: argparse.Namespace) -> None:
 
 
 def print_head(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Log the arguments, the configuration and the system of a run that begins."""
+    """Log the arguments, the configuration and the system of a run that begins; the console has a summary of these."""
+    changes = differing(plain_config(default_cfg()), plain_config(cfg))
+    others = [f"{change.key} {_shown(change.here)}" for change in changes]
+    lines = textwrap.wrap(", ".join(others), 110, break_long_words=False, break_on_hyphens=False)
+    logger.info("Settings that are not the defaults (all of them: config.yaml):%s", "".join(f"\n  {x}" for x in lines))
     _banner("Arguments")
     for key, value in sorted(vars(args).items()):
-        logger.info(f"{key}: {value}")
+        logger.info(f"{key}: {value}", extra=DETAIL)
     _banner("Config")
-    logger.info(cfg)
-    logger.info("Collecting env info ...")
-    logger.info(f"** System info **\n{collect_env_info()}\n")
+    logger.info(cfg, extra=DETAIL)
+    logger.info("Collecting env info ...", extra=DETAIL)
+    logger.info(f"** System info **\n{collect_env_info()}\n", extra=DETAIL)
+
+
+def _shown(value: Any) -> str:
+    return one_line(str(value), 60) or "''"
 
 
 def _banner(title: str) -> None:
     stars = "*" * (len(title) + 6)
-    logger.info(f"{stars}\n** {title} **\n{stars}")
+    logger.info(f"{stars}\n** {title} **\n{stars}", extra=DETAIL)
 
 
 @contextlib.contextmanager

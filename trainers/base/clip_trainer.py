@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dassl.metrics import compute_accuracy
@@ -28,6 +28,7 @@ from ..clip import (
 )
 from ..configs import without_config
 from ..features.loaders import workers_like
+from ..log import DETAIL
 from ..portable import OWN_TOOLBOX, PortableTrainer
 from .keys import MethodConfig, add_keys, check_number, has_keys, read_keys
 from .losses import LossKeys, class_loss
@@ -220,7 +221,7 @@ class CLIPTrainer(PortableTrainer):
             )
         sentences_of(self.templates(), classnames)  # raises if some are missing, before CLIP is loaded
         self._set_up_precision(prec)
-        logger.info("Loading CLIP (backbone: %s)", cfg.MODEL.BACKBONE.NAME)
+        logger.info("Loading CLIP (backbone: %s)", cfg.MODEL.BACKBONE.NAME, extra=DETAIL)
         # Without CUDA, fp16 autocasts to bfloat16, so the backbone is kept in bfloat16 too.
         precision = "bf16" if prec == "fp16" and self.device.type != "cuda" else prec
         clip = load_clip(
@@ -232,6 +233,12 @@ class CLIPTrainer(PortableTrainer):
         if tuple(cfg.INPUT.SIZE) != size:
             raise ValueError(f"Expected INPUT.SIZE to be {size} for {clip.name} but got {tuple(cfg.INPUT.SIZE)}")
         return clip, classnames
+
+    def tell_size(self, learner: nn.Module) -> int:
+        """Log how many parameters of a learner are trained, and return their number."""
+        count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+        logger.info("Parameters to learn: %s", f"{count:,}" if count else "none; the method has no training steps")
+        return count
 
     def seed_or_draw(self) -> int:
         """Return the seed of the configuration, or draw one where that is negative."""

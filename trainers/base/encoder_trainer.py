@@ -39,8 +39,7 @@ class EncoderTrainer(LearnerTrainer):
         self.network = self.build_network(clip, classnames, self.templates())
         tell_alike(clip, classnames, self.network.zeroshot)
         learner = self.network.learner
-        count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-        logger.info("Parameters to learn: %s", f"{count:,}")
+        self.tell_size(learner)
         optim = self.build_optimizer(learner)
         self.register_model(self.model_name, learner, optim, self.build_schedule(optim))
 

@@ -25,6 +25,7 @@ from ..features.corrected import CorrectedEncoder, check_adapters, load_adapters
 from ..features.encoder import FeatureSet, ImageEncoder
 from ..features.loaders import FeatureLoader, OneStep, TrainingFeatures, collect_features
 from ..features.views import Mirror, SeededViews
+from ..log import DETAIL
 from .feature_learner import FeatureLearner, FeatureNetwork
 from .keys import key
 from .learner_trainer import LearnerTrainer
@@ -147,8 +148,7 @@ class FeatureTrainer(LearnerTrainer):
         return 2 if self.mirror else 0
 
     def _register(self, learner: FeatureLearner, optim_cfg: Any) -> None:
-        count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-        logger.info("Parameters to learn: %s", f"{count:,}")
+        count = self.tell_size(learner)
         self._optim = None
         if count:
             if self.eps:
@@ -178,7 +178,12 @@ class FeatureTrainer(LearnerTrainer):
         images = DatasetWrapper(self.cfg, items, transform=transform)
         data = SeededViews(images, views, self._seed) if views else images
         loader = self.in_order(data)
-        logger.info("Features of %d training images, %s", len(items), f"{views} views each" if views else "as they are")
+        logger.info(
+            "Features of %d training images, %s",
+            len(items),
+            f"{views} views each" if views else "as they are",
+            extra=DETAIL,
+        )
         seeded = self.cfg.SEED >= 0 or not views  # without a seed, no later run would ask for these views
         # Where views are averaged, the lengths of their features count.
         encode = self.network.encode.raw() if views > 1 else self.network.encode
@@ -259,7 +264,7 @@ class FeatureTrainer(LearnerTrainer):
         """
         self.selected = {name: {"value": value, "on": on, "n": n} for name, value in chosen.items()}
         values = ", ".join(f"{name} {value:.4g}" for name, value in chosen.items())
-        logger.info("Chosen: %s (on %s%s)", values, on, f", {n} images" if n else "")
+        logger.info("Chosen: %s (on %s%s)", values, on, f", {n} images" if n else "", extra=DETAIL)
 
     # Evaluation
 

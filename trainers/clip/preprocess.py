@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from ..log import DETAIL
 from .backbones import Backbone, resolve_backbone
 from .tiny import read_record, tiny_files
 
@@ -81,6 +82,7 @@ def tell_preprocessing(cfg: Any) -> None:
         _shown(node.PIXEL_MEAN),
         _shown(node.PIXEL_STD),
         "" if other else " (its own)",
+        extra=DETAIL,
     )
     if resolve_backbone(name).squash:
         logger.info("The authors of %s squash test images to its size; here the middle is cut out, as for all", name)

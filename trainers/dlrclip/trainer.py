@@ -30,6 +30,7 @@ from ..features import (
     feature_slot,
 )
 from ..features.kept_views import GIB, ViewLoader
+from ..log import DETAIL
 from ..portable import class_indices
 from .calibration import all_features, all_reports, fit_mixture
 from .config import DLRCLIPConfig, ViewsKeys
@@ -95,7 +96,7 @@ class DLRCLIP(LearnerTrainer):
     def _register(self) -> None:
         """Register the learner with optimizer and schedule; where nothing is trained, an epoch is one empty step."""
         learner, cfg = self.network.learner, self.cfg
-        logger.info("Parameters to learn: %s", f"{sum(p.numel() for p in learner.parameters()):,}")
+        self.tell_size(learner)
         if not self.settings.trains:
             self.max_epoch = 1
             items = self.dm.dataset.train_x
@@ -262,7 +263,7 @@ class DLRCLIP(LearnerTrainer):
         learner.beta_n.fill_(n)
         self.selected = {"beta": {"value": value, "on": on, "n": n}}
         self.write_scalar("val/beta", value, self.epoch)
-        logger.info("beta of the fused head: %.2f, from %s%s", value, on, f" ({n} images)" if n else "")
+        logger.info("beta of the fused head: %.2f, from %s%s", value, on, f" ({n} images)" if n else "", extra=DETAIL)
 
     @torch.no_grad()
     def calibrate(self) -> None:
@@ -289,7 +290,7 @@ class DLRCLIP(LearnerTrainer):
         validation = None if self.no_validation() else all_reports(self.val_loader, self._report_and_labels)
         fit_mixture(network.learner, training, texts, validation, lambda known: network.branches(known, None)[0])
         self.selected["mixture"] = self._mixture_choice()
-        logger.info("Mixture: %s", self.selected["mixture"])
+        logger.info("Mixture: %s", self.selected["mixture"], extra=DETAIL)
 
     def _plain_training_images(self) -> Any:
         """Return a loader of the training images in order, as they are at test time."""
@@ -330,7 +331,7 @@ class DLRCLIP(LearnerTrainer):
         if not self.no_validation():
             robust.fit(self._evidence())
         self.selected["robust"] = self._robust_choice()
-        logger.info("Robust head: %s", self.selected["robust"])
+        logger.info("Robust head: %s", self.selected["robust"], extra=DETAIL)
 
     def _evidence(self) -> list[Evidence]:
         """Return features, logits and labels of the validation images as they are, then under each corruption."""

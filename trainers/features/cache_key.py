@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from dassl.data import DatasetWrapper
 from dassl.utils import read_image
 
+from ..log import DETAIL
 from .cache import GIB, FeatureCache, default_folder
 from .encoder import FeatureSet, ImageEncoder
 from .views import SeededViews
@@ -93,7 +94,13 @@ class FeatureSlot:
         if values is None:
             return None
         items, device = self.images.data_source, self.encoder.clip.device
-        logger.info("Features of %d %s images from the cache in %s", len(items), self.about["split"], self.cache.folder)
+        logger.info(
+            "Features of %d %s images from the cache in %s",
+            len(items),
+            self.about["split"],
+            self.cache.folder,
+            extra=DETAIL,
+        )
         labels = torch.tensor([item.label for item in items], dtype=torch.long, device=device)
         return FeatureSet(values.to(device), labels, [item.impath for item in items])
 

@@ -29,6 +29,7 @@ from dassl.engine import TRAINER_REGISTRY
 from ..base import FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
 from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from ..features import FeatureSet
+from ..log import DETAIL
 from .search import GRIDS, Grid, best_point, cache_logits, grid_accuracy, grid_of, tip_values, values_origin
 
 logger = logging.getLogger(__name__)
@@ -235,6 +236,7 @@ class TipAdapter(FeatureTrainer):
             {name: choice.get("grid", "not searched") for name, choice in self.selected.items()},
             self.initial,
             values_origin(self.cfg.DATASET.NAME),
+            extra=DETAIL,
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, download_url
+from dassl.utils.logger import DETAIL
 
 logger = logging.getLogger(__name__)
 
@@ -304,7 +305,7 @@ class DatasetBase:
         if num_shots < 1:
             return data_sources[0] if len(data_sources) == 1 else data_sources
         draw: Any = random if rng is None else rng
-        logger.info("Creating a %d-shot dataset", num_shots)
+        logger.info("Picking at most %d images of each class", num_shots, extra=DETAIL)
         output = []
         for data_source in data_sources:
             picked: list[Datum] = []

@@ -18,6 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 from dassl.config import CfgNode
 from dassl.upstream_names import upstream_name
 from dassl.utils import InputError, check_availability
+from dassl.utils.logger import DETAIL
 
 from .randaugment import RandAugment2, RandAugmentFixMatch
 
@@ -151,9 +152,9 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
     check_numbers(cfg)
     steps = list(_train_steps(cfg, set(names)) if is_train else _test_steps(cfg, set(names)))
     if cfg.VERBOSE:
-        logger.info("Building transform_%s", "train" if is_train else "test")
+        logger.info("Building transform_%s", "train" if is_train else "test", extra=DETAIL)
         for step in steps:
-            logger.info("+ %s", step)
+            logger.info("+ %s", step, extra=DETAIL)
     return v2.Compose(steps)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dassl.engine.models import RegisteredModels
 from dassl.utils import distributed, load_checkpoint, save_checkpoint
 from dassl.utils.checkpoints import BEST_NAME, checkpoint_entry, load_into, restore
+from dassl.utils.logger import DETAIL
 
 from .resume import Found, Progress, has_checkpoints, newest_good, progress_state
 
@@ -110,12 +111,12 @@ class Checkpoints(RegisteredModels):
         found = self._find_checkpoint(Path(directory))
         self.found = None
         if found is None:
-            logger.info("No checkpoint found, train from scratch")
+            logger.info("No checkpoint found, train from scratch", extra=DETAIL)
             return 0
         logger.info("Found checkpoint at %s (will resume training)", directory)
         epoch = 0
         for position, (name, (path, checkpoint)) in enumerate(found.items()):
-            logger.info('Loading checkpoint from "%s"', path)
+            logger.info('Loading checkpoint from "%s"', path, extra=DETAIL)
             epoch = restore(checkpoint, path, self._models[name], self._optims[name], self._scheds[name])
             if position == 0:  # the engine's state is the same in all of them
                 self.load_engine_state(checkpoint.get("engine") or {})

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from dassl.evaluation.passes import lines_above_bars
+from dassl.utils.logger import DETAIL
 
 from .base import HookBase
 
@@ -38,4 +39,4 @@ class ConsoleLine(HookBase):
             f"eta {datetime.timedelta(seconds=int(stats.batch_time.avg * left))}",
         ]
         with lines_above_bars():
-            logger.info("%s", " ".join(part for part in parts if part))
+            logger.info("%s", " ".join(part for part in parts if part), extra=DETAIL)

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from dassl.evaluation.passes import of_own_test
+from dassl.utils.logger import DETAIL
 
 from .base import HookBase
 
@@ -26,10 +27,10 @@ class FinalTest(HookBase):
         if not trainer.has_training_step():
             pass  # there is only one model
         elif test.FINAL_MODEL == "best_val":
-            logger.info("Deploy the model with the best val performance")
+            logger.info("Deploy the model with the best val performance", extra=DETAIL)
             trainer.load_model(trainer.output_dir)
         else:
-            logger.info("Deploy the last-epoch model")
+            logger.info("Deploy the last-epoch model", extra=DETAIL)
         result = trainer.test()
         if trainer.evaluation is None:  # ``test`` was replaced after its class was made
             trainer.evaluation = of_own_test(test.SPLIT, result, trainer.evaluator)

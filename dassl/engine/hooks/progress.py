@@ -11,9 +11,11 @@ from .base import HookBase
 if TYPE_CHECKING:
     from dassl.engine.trainer import SimpleTrainer
 
+SHOWN = ("loss", "acc")
+
 
 class ProgressBar(HookBase):
-    """Show one bar over all epochs, which counts batches."""
+    """Show one bar over all epochs, which counts batches and has the epoch's mean loss and accuracy so far."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -27,6 +29,9 @@ class ProgressBar(HookBase):
                 total=trainer.max_epoch * trainer.num_batches,
                 initial=trainer.start_epoch * trainer.num_batches,
             )
+        meters = trainer.stats.losses.meters
+        means = " ".join(f"{name} {meters[name].avg:.4g}" for name in SHOWN if name in meters)
+        self._bar.set_postfix_str(f"epoch {trainer.epoch + 1}/{trainer.max_epoch} {means}".rstrip(), refresh=False)
         self._bar.update()
 
     def after_epoch(self, trainer: SimpleTrainer) -> None:

@@ -19,6 +19,7 @@ from dassl.evaluation.mistakes import EVAL_MISTAKES, MISTAKES, SHOWN, class_resu
 from dassl.evaluation.predictions import Predictions
 from dassl.utils import InputError, atomic_write, one_line, take_log_name
 from dassl.utils.checkpoints import POINTER_NAME
+from dassl.utils.logger import RESULT, warnings_so_far
 
 from ..environment import describe
 from .base import HookBase
@@ -141,26 +142,29 @@ class Results(HookBase):
     def _closing_lines(self, trainer: SimpleTrainer, folder: Path) -> None:
         evaluation = trainer.evaluation
         if evaluation is not None and all(set(HEAD_COLUMNS) <= set(v) for v in evaluation.heads.values()):
-            logger.info("%s", heads_table(evaluation.heads, evaluation.main))
+            logger.info("%s", heads_table(evaluation.heads, evaluation.main), extra=RESULT)
             if evaluation.heads_kway:
-                logger.info("These %d classes taken as new ones:", len(trainer.lab2cname))
-                logger.info("%s", heads_table(evaluation.heads_kway, evaluation.main))
+                logger.info("These %d classes taken as new ones:", len(trainer.lab2cname), extra=RESULT)
+                logger.info("%s", heads_table(evaluation.heads_kway, evaluation.main), extra=RESULT)
         for name, choice in self.selected(trainer).items():
             value = choice.get("value")
             shown = f"{value:.4g}" if isinstance(value, float) else value
-            logger.info("Selected %s = %s (on %s)", name, shown, choice.get("on"))
+            logger.info("Selected %s = %s (on %s)", name, shown, choice.get("on"), extra=RESULT)
         if evaluation is not None and evaluation.predictions is not None:
             self._say_mistakes(evaluation.predictions, folder)
-        logger.info("Output folder: %s", folder)
+        logger.info("Output folder: %s", folder, extra=RESULT)
         if (folder / "tensorboard").is_dir():
             logger.info("Curves and pictures: tensorboard --logdir %s", shlex.quote(str(folder / "tensorboard")))
+        warnings = warnings_so_far()
+        if warnings:  # they may stand hundreds of lines above
+            logger.info("Warnings of this run:%s", "".join(f"\n* {warning}" for warning in warnings))
 
     def _say_mistakes(self, predictions: Predictions, folder: Path) -> None:
         wrong = int((~predictions.correct(predictions.main)).sum())
         if not wrong:
             return
         worst = [result for result in class_results(predictions) if result.correct < result.total][:WORST_CLASSES]
-        logger.info("Worst classes: %s", "; ".join(map(str, worst)))
+        logger.info("Worst classes:%s", "".join(f"\n* {result}" for result in worst), extra=RESULT)
         table = folder / (EVAL_MISTAKES if self.aside else MISTAKES)
         logger.info(
             "Wrong: %s of %s images, the surest first in %s, the first %d as pictures in %s",
@@ -169,6 +173,7 @@ class Results(HookBase):
             table,
             min(wrong, SHOWN),
             table.with_suffix(".png"),
+            extra=RESULT,
         )
 
 

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dassl.evaluation.passes import Evaluation
+from dassl.utils.logger import DETAIL
 
 from .base import HookBase
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from dassl.engine.trainer import SimpleTrainer
 
 logger = logging.getLogger(__name__)
+
+MUCH_WAITING = 10.0  # seconds of waiting for data that a user should hear of, if they are most of the time
 
 
 class Timing(HookBase):
@@ -49,7 +52,10 @@ class Timing(HookBase):
     def after_train(self, trainer: SimpleTrainer) -> None:
         if self.train_seconds > 0:
             share = 100 * self.data_share
-            logger.info("Waiting for data: %.1f s of %.1f s (%.0f%%)", self.data_seconds, self.train_seconds, share)
+            shown = None if self.data_seconds > MUCH_WAITING and share > 50 else DETAIL
+            logger.info(
+                "Waiting for data: %.1f s of %.1f s (%.0f%%)", self.data_seconds, self.train_seconds, share, extra=shown
+            )
 
     @property
     def data_share(self) -> float:

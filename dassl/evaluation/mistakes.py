@@ -43,7 +43,7 @@ class Mistake(NamedTuple):
 
 
 class ClassResult(NamedTuple):
-    """What became of the images of one class.
+    """The result of one class: how many of its images are classified correctly.
 
     Attributes:
         name: of the class.

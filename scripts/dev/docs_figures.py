@@ -69,10 +69,10 @@ def draw_accuracy(results: dict[str, dict[str, list[float]]]) -> Figure:
 
 
 def draw_method() -> Figure:
-    """Draw DLR-CLIP: which parts are frozen, which are learnt, and how logits become heads."""
-    figure = new_figure(8, 3.0)
+    """Draw DLR-CLIP: which parts are frozen, which are learnt, how logits become heads, and the third level below."""
+    figure = new_figure(8, 4.3)
     axes = figure.subplots()
-    axes.set(xlim=(0, 100), ylim=(0, 40))
+    axes.set(xlim=(0, 100), ylim=(-16, 40))
     axes.axis("off")
 
     def box(x: float, y: float, width: float, height: float, words: str, color: str) -> None:
@@ -110,7 +110,15 @@ def draw_method() -> Figure:
     arrow((56.6, 8), (86, 14.4))
     arrow((56.6, 33), (90.5, 26))
     axes.text(76, 32.5, "SKD: smoothed distillation", ha="center", fontsize=7)
-    axes.text(99, 1, "gray: frozen   orange: learnt", ha="right", fontsize=7, color="#444444")
+    axes.text(99, 38, "gray: frozen   orange: learnt", ha="right", fontsize=7, color="#444444")
+    # The third level, fitted after training.
+    axes.plot((0, 100), (0, 0), color="#999999", linewidth=0.8, linestyle="--")
+    axes.text(1, -3, "third level (FUSION mixture), fitted after training", fontsize=7, color="#444444")
+    box(17, -14, 17, 9, "image features,\nfrozen and adapted", GRAY)
+    box(42, -14, 18, 9, "two prototype\nclassifiers", ORANGE)
+    box(73, -14, 25, 9, "mixture with clip, cma, glr,\nfitted to validation images\n→ mixed logits", ORANGE)
+    arrow((34.6, -9.5), (41.4, -9.5))
+    arrow((60.6, -9.5), (72.4, -9.5), "proto, proto_cma")
     return figure
 
 

@@ -20,16 +20,16 @@ table="$folder/first_hour.md"
 printf '| step | seconds | lines on stdout |\n|---|---:|---:|\n' > "$table"
 
 step() { # step NAME COMMAND...: what it prints goes to a file of its own
-    local name="$1" number start
+    local name="$1" start
     shift
-    number="$(wc -l < "$table")"
+    printed="$folder/step$(wc -l < "$table").txt" # of the latest step
     start="$(date +%s)"
-    if ! "$@" > "$folder/$number.txt" 2> "$folder/$number.err"; then
+    if ! "$@" > "$printed" 2> "$printed.err"; then
         echo "failed: $name" >&2
-        tail -n 20 "$folder/$number.txt" "$folder/$number.err" >&2
+        tail -n 20 "$printed" "$printed.err" >&2
         exit 1
     fi
-    printf '| %s | %s | %s |\n' "$name" "$(($(date +%s) - start))" "$(wc -l < "$folder/$number.txt")" | tee -a "$table"
+    printf '| %s | %s | %s |\n' "$name" "$(($(date +%s) - start))" "$(wc -l < "$printed")" | tee -a "$table"
 }
 
 export DLR_CLIP_CACHE="$folder/cache" # a newcomer has none
@@ -41,8 +41,7 @@ source "$folder/venv/bin/activate"
 step "pip install -e ." pip install --quiet -e .
 step "train.py --help" python train.py --help
 step "DLRCLIP on Digits, 16 images of each class" python train.py --trainer DLRCLIP --config-file configs/trainers/dlr/tiny.yaml
-before="$(grep -n '^Elapsed' "$folder/5.txt" | cut -d: -f1)"
-printf '\nLines of that run before training ends: %s\n\n' "$before" > "$folder/lines.txt"
+before="$(($(grep -n '^Elapsed' "$printed" | cut -d: -f1) - 1))"
 
 cat > "$folder/make_photos.py" <<'PYTHON'
 import sys
@@ -67,5 +66,5 @@ step "predict 20 new photos" python predict.py --model-dir output/my_photos/dlr 
 step "compare three methods on own photos" python scripts/compare.py --dataset image_folder --root my_photos \
     --trainers ZeroshotCLIP,LinearProbe,GDA --shots 1,4 --seeds 1,2,3
 step "report of all runs" python scripts/report.py output --output report.html
-cat "$folder/lines.txt" >> "$table"
+printf '\nLines of the first run before its training has ended: %s\n' "$before" >> "$table"
 echo "$table"

@@ -214,7 +214,7 @@ def page(
     parts = [
         "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>Report of runs</title>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<link rel='icon' href='data:,'><style>{CSS}</style></head><body>\n<h1>Report of {len(runs)} runs</h1>\n",
+        f"<link rel='icon' href='data:,'><style>{CSS}</style></head><body>\n<h1>Report of {len(runs)} run{'' if len(runs) == 1 else 's'}</h1>\n",
         f"<p class='missing'>{text(made)}</p>\n" if made else "",
         "<h2>Accuracy of every head</h2>\n",
         table(["dataset", "method", "shots", "head", "accuracy %", "runs"], heads_rows(runs)),

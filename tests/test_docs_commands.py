@@ -14,18 +14,20 @@ from PIL import Image
 import dlr_clip_cli.predict
 import dlr_clip_cli.train
 from dassl.utils import close_logger
-from scripts import compare
+from scripts import compare, report
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {
     "train.py": dlr_clip_cli.train.main,
     "predict.py": dlr_clip_cli.predict.main,
     "scripts/compare.py": compare.main,
+    "scripts/report.py": report.main,
 }
 # What is added to a command of these, to make it short: views let DLR-CLIP's frozen blocks run once. Comparisons and
 # protocols of many hours are tested elsewhere, on less.
 SHORT: dict[str, list[str]] = {
     "predict.py": [],
+    "scripts/report.py": [],
     "train.py": ["OPTIM.MAX_EPOCH", "1", "INPUT.VIEWS", "1"],
     "scripts/compare.py": ["--shots", "1", "--seeds", "1", "--output", "compared", "OPTIM.MAX_EPOCH", "1"],
 }

@@ -56,14 +56,14 @@ class TensorBoard(HookBase):
         split, step, names = evaluation.split, trainer.epoch, trainer.lab2cname
         mistakes = mistakes_of(evaluation.predictions) if evaluation.predictions is not None else []
         if mistakes:
-            trainer.writer.add_image(f"{split}/mistakes", mistakes_sheet(mistakes), step, dataformats="HWC")
+            trainer.writer.add_image(f"{WHEN_DONE}{split}/mistakes", mistakes_sheet(mistakes), step, dataformats="HWC")
         if evaluation.confusion is not None:
             title = f"{split}, head {evaluation.main}"
             image = figures.confusion_image(evaluation.confusion, names, title)
-            trainer.writer.add_image(f"{split}/confusion_matrix", image, step, dataformats="HWC")
+            trainer.writer.add_image(f"{WHEN_DONE}{split}/confusion_matrix", image, step, dataformats="HWC")
         if evaluation.examples:
             image = figures.examples_image(evaluation.examples, names, evaluation.main, trainer.reference_head)
-            trainer.writer.add_image(f"{split}/examples", image, step, dataformats="HWC")
+            trainer.writer.add_image(f"{WHEN_DONE}{split}/examples", image, step, dataformats="HWC")
 
     def after_train(self, trainer: SimpleTrainer) -> None:
         evaluation = trainer.evaluation

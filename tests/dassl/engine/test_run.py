@@ -139,8 +139,11 @@ def test_tensorboard_reads_everything_back(build, pictures, tmp_path):
     assert [event.step for event in reader.Scalars("val/accuracy")] == [0, 1, 2]
     (accuracy,) = reader.Scalars(f"{done}/after/accuracy")
     assert accuracy.step == 2 and accuracy.value == pytest.approx(metrics_of(tmp_path / "run")["accuracy"])
-    assert set(reader.Tags()["images"]) == {"test/confusion_matrix", "test/examples"}  # and no mistakes: there are none
-    image = reader.Images("test/examples")[0]
+    assert set(reader.Tags()["images"]) == {
+        f"{done}/confusion_matrix",
+        f"{done}/examples",
+    }  # and no mistakes: there are none
+    image = reader.Images(f"{done}/examples")[0]
     assert image.width > 300 and image.height > 300 and image.encoded_image_string.startswith(b"\x89PNG")
     assert len(trainer.evaluation.examples) == 8 and {e.label for e in trainer.evaluation.examples} == {0, 1, 2}
 

@@ -211,10 +211,11 @@ def page(
     """
     if not runs:
         raise ValueError("Expected finished runs below the folders but found none")
+    title = f"Report of {len(runs)} runs" if len(runs) > 1 else "Report of a run"
     parts = [
         "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>Report of runs</title>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<link rel='icon' href='data:,'><style>{CSS}</style></head><body>\n<h1>Report of {len(runs)} run{'' if len(runs) == 1 else 's'}</h1>\n",
+        f"<link rel='icon' href='data:,'><style>{CSS}</style></head><body>\n<h1>{title}</h1>\n",
         f"<p class='missing'>{text(made)}</p>\n" if made else "",
         "<h2>Accuracy of every head</h2>\n",
         table(["dataset", "method", "shots", "head", "accuracy %", "runs"], heads_rows(runs)),

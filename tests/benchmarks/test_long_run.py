@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from benchmarks import long_run
-from trainers.app import building
 
 
 def test_a_short_run_opens_no_more_files_and_logs_little(random_tiny, monkeypatch):
-    monkeypatch.setattr(building, "collect_env_info", lambda: "")  # takes seconds
     monkeypatch.setattr("dassl.engine.hooks.tensorboard.TensorBoard._pictures", lambda *arguments: None)
     pairs = ("MODEL.BACKBONE.WEIGHTS", str(random_tiny), "TRAINER.COOP.PREC", "fp32")
     samples = long_run.measure("CoOp", 30, 6, pairs)

@@ -16,10 +16,11 @@ import torch
 
 from dassl.config import CfgNode, differing, plain_config
 from dassl.engine import TRAINER_REGISTRY, build_trainer
+from dassl.engine.environment import describe
 from dassl.engine.reliability.finite import NotFiniteError, last_checkpoint
 from dassl.engine.reliability.lock import FolderLock
 from dassl.engine.reliability.trouble import RunStoppedError, explain_trouble
-from dassl.utils import InputError, close_logger, collect_env_info, distributed, one_line, set_random_seed, setup_logger
+from dassl.utils import InputError, close_logger, distributed, one_line, set_random_seed, setup_logger
 from dassl.utils.cli import SETUP_ERRORS, given_wrongly
 from dassl.utils.files import remove_leftovers
 from dassl.utils.logger import ALL_LINES, DETAIL, MAIN_LINES, QUIET
@@ -62,7 +63,7 @@ def build(args: argparse.Namespace, held: contextlib.ExitStack | None = None) ->
         if args.eval_only:
             trainer.load_model(args.model_dir or "", epoch=args.load_epoch)
         if distributed.is_main():  # not before: an error's one line would follow hundreds of others
-            print_head(args, cfg)
+            print_head(args, cfg, trainer.device)
             if args.config_file is not None:
                 warn_if_for_another(args.config_file, cfg.TRAINER.NAME)
     except SETUP_ERRORS as error:
@@ -85,7 +86,7 @@ def _check_trainable(trainer: Any, args: argparse.Namespace) -> None:
         )
 
 
-def print_head(args: argparse.Namespace, cfg: CfgNode) -> None:
+def print_head(args: argparse.Namespace, cfg: CfgNode, device: torch.device) -> None:
     """Log the arguments, the configuration and the system of a run that begins; the console has a summary of these."""
     changes = differing(plain_config(default_cfg()), plain_config(cfg))
     others = [f"{change.key} {_shown(change.here)}" for change in changes]
@@ -96,8 +97,9 @@ def print_head(args: argparse.Namespace, cfg: CfgNode) -> None:
         logger.info(f"{key}: {value}", extra=DETAIL)
     _banner("Config")
     logger.info(cfg, extra=DETAIL)
-    logger.info("Collecting env info ...", extra=DETAIL)
-    logger.info(f"** System info **\n{collect_env_info()}\n", extra=DETAIL)
+    _banner("System info")  # not upstream's collect_env_info, which starts a dozen programs
+    for key, value in describe(device).items():
+        logger.info(f"{key}: {value}", extra=DETAIL)
 
 
 def _shown(value: Any) -> str:

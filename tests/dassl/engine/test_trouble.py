@@ -19,7 +19,7 @@ from dassl.engine.reliability.trouble import explain_trouble
 from dassl.engine.trainer import SimpleTrainer
 from dassl.utils import close_logger, setup_logger
 from dlr_clip_cli.train import parse_args
-from trainers.app import building, predict, train
+from trainers.app import predict, train
 from trainers.app.configuration import setup_cfg
 
 
@@ -27,7 +27,6 @@ from trainers.app.configuration import setup_cfg
 def run(tmp_path, capsys, monkeypatch):
     """train.main with the toy trainer -> (exit code, stderr without bars, lines of stdout)."""
     monkeypatch.setattr("dassl.evaluation.passes.progress_bar", lambda iterable=None, **_: iterable or _Bar())
-    monkeypatch.setattr(building, "collect_env_info", lambda: "")  # takes seconds
     monkeypatch.setattr("dassl.engine.hooks.progress.progress_bar", lambda **_: _Bar())
 
     def run(*pairs: str, output: str = "run", flags: tuple[str, ...] = ()):
@@ -47,10 +46,10 @@ def run(tmp_path, capsys, monkeypatch):
 
 
 class _Bar:
-    def update(self):
+    def update(self, *arguments, **options):
         pass
 
-    clear = close = update
+    clear = close = set_postfix_str = update
 
 
 def failing(monkeypatch, error, epoch=1):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from dassl.utils import InputError, atomic_write, one_line, read_image
+from dassl.utils import InputError, one_line, read_image
+from dassl.utils.files import write_csv
 
 from .predictions import Predictions
 from .sheet import Bar, Tile, draw_sheet
@@ -115,14 +114,17 @@ def class_results(predictions: Predictions, head: str = "") -> list[ClassResult]
 
 def write_mistakes(path: Path, mistakes: Sequence[Mistake]) -> None:
     """Write all mistakes to a CSV file with the columns of HEADER; without a path an image is "#" and its position."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(HEADER)
-    for mistake in mistakes:
-        chances = (f"{mistake.probability:.6f}", f"{mistake.probability_of_true:.6f}")
-        writer.writerow((mistake.path or f"#{mistake.position}", mistake.true, mistake.predicted, *chances))
-    with atomic_write(path, "wb") as stream:  # names of files need not be text
-        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
+    rows = [
+        (
+            mistake.path or f"#{mistake.position}",
+            mistake.true,
+            mistake.predicted,
+            f"{mistake.probability:.6f}",
+            f"{mistake.probability_of_true:.6f}",
+        )
+        for mistake in mistakes
+    ]
+    write_csv(path, [HEADER, *rows])
 
 
 def mistakes_sheet(mistakes: Sequence[Mistake], shown: int = SHOWN) -> np.ndarray:

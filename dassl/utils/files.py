@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import logging
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +26,7 @@ __all__ = [
     "remove_checked",
     "remove_leftovers",
     "sum_file",
+    "write_csv",
 ]
 
 _PathLike = str | os.PathLike[str]
@@ -184,3 +187,11 @@ def check_sum(path: _PathLike) -> None:
             f'Expected "{path}" to have the checksum in "{sum_file(path).name}" but it has another one: it is damaged, '
             "or was changed (on purpose? then remove that file)"
         )
+
+
+def write_csv(path: _PathLike, rows: Iterable[Iterable[Any]]) -> None:
+    """Write rows, the head first, to a CSV file in UTF-8."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    with atomic_write(path, "wb") as stream:  # names of files need not be text
+        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))

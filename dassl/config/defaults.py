@@ -66,6 +66,10 @@ def _dataset() -> CN:
     node.CIFAR_C_TYPE = ""
     node.CIFAR_C_LEVEL = 1
     node.ALL_AS_UNLABELED = False
+    # Wrong training images, made on purpose (dassl/data/label_noise.py). Ours
+    node.LABEL_NOISE = 0.0  # share of the training images that get the label of another class
+    node.FOREIGN = 0.0  # share that is replaced by training images of the dataset FOREIGN_FROM, under the same labels
+    node.FOREIGN_FROM = ""  # its registry name
     return node
 
 

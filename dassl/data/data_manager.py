@@ -24,6 +24,7 @@ from dassl.utils.logger import DETAIL
 from .bad_images import skip_bad_images
 from .datasets import DatasetBase, Datum, build_dataset
 from .decoded_images import DecodedImages
+from .label_noise import add_noise, read_noise
 from .loaders import RunLoader
 from .samplers import PlannedSampler, build_sampler
 from .sharding import SharedBatches
@@ -162,16 +163,18 @@ class DataManager:
         dataset_wrapper: Callable[..., Dataset[Any]] | None = None,
         drop_last: bool = True,
     ) -> None:
+        read_noise(cfg)  # what is wrong with these keys is said before the dataset is read
+        # One seed per loader, or labeled and unlabeled batches would come in the same order.
+        self._seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
         dataset = build_dataset(cfg)
         # the skipped images: path -> reason
         self.bad_images = skip_bad_images(dataset) if cfg.DATALOADER.SKIP_BAD_IMAGES else {}
+        self.noise = add_noise(cfg, dataset, self._seed)  # training images made wrong on purpose; None: none
         tfm_train = build_transform(cfg, is_train=True) if custom_tfm_train is None else custom_tfm_train
         tfm_test = build_transform(cfg, is_train=False) if custom_tfm_test is None else custom_tfm_test
         requested, workers = cfg.DATALOADER.NUM_WORKERS, usable_workers(cfg.DATALOADER.NUM_WORKERS)
         if workers < requested:
             logger.info("DATALOADER.NUM_WORKERS: %d asked for, %d used (the number of CPUs)", requested, workers)
-        # One seed per loader, or labeled and unlabeled batches would come in the same order.
-        self._seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
 
         def loader(items: list[Datum], node: CfgNode, is_train: bool, which: int) -> RunLoader:
             return build_data_loader(
@@ -189,11 +192,12 @@ class DataManager:
             )
 
         loaders = cfg.DATALOADER
+        self._loader_x = lambda items: loader(items, loaders.TRAIN_X, True, 0)
         node_u = loaders.TRAIN_X if loaders.TRAIN_U.SAME_AS_X else loaders.TRAIN_U
         if not dataset.test:
             raise InputError(f"Expected the dataset {cfg.DATASET.NAME} to have test items but got none")
         self._dataset = dataset
-        self.train_loader_x = loader(dataset.train_x, loaders.TRAIN_X, True, 0)
+        self.train_loader_x = self._loader_x(dataset.train_x)
         self.train_loader_u = loader(dataset.train_u, node_u, True, 1) if dataset.train_u else None
         self.val_loader = loader(dataset.val, loaders.TEST, False, 2) if dataset.val else None
         self.test_loader = loader(dataset.test, loaders.TEST, False, 3)
@@ -222,6 +226,19 @@ class DataManager:
     def lab2cname(self) -> dict[int, str]:
         """Label to class name."""
         return self._lab2cname
+
+    def keep_training(self, kept: Sequence[tuple[int, int]]) -> None:
+        """Keep these training items only, with these labels, and make their loader anew; all processes follow rank 0.
+
+        Args:
+            kept: the position of each item in `train_x`, and the label that it has from now on.
+        """
+        items, names = self._dataset.train_x, self._lab2cname
+        chosen = distributed.broadcast_object(list(kept))
+        self._dataset.replace_training(
+            [Datum(items[row].impath, label, items[row].domain, names[label]) for row, label in chosen]
+        )
+        self.train_loader_x = self._loader_x(self._dataset.train_x)
 
     def _loader_seed(self, which: int, epoch: int) -> int:
         return (self._seed * 4 + which) * 1_000_003 + epoch

@@ -123,6 +123,14 @@ class Declared:
         """
         return False
 
+    def run_notes(self) -> dict[str, Any]:
+        """Return further entries of metrics.json."""
+        return {}
+
+    def run_tables(self) -> dict[str, Sequence[Sequence[Any]]]:
+        """Return CSV files to write at the end of a run: name -> rows, the head first."""
+        return {}
+
     def run_state(self) -> dict[str, Any]:
         """Return plain values that the method keeps from step to step outside of registered models."""
         return {}

@@ -21,7 +21,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_defaults_are_upstreams_and_twelve_of_ours():
+def test_defaults_are_upstreams_and_fifteen_of_ours():
     cfg = get_cfg_default()
     assert (cfg.OPTIM.ADAM_EPS, cfg.OPTIM.LR_UNIT, cfg.DATALOADER.SKIP_BAD_IMAGES, cfg.DIST.TIMEOUT) == (
         1e-8,
@@ -30,11 +30,12 @@ def test_defaults_are_upstreams_and_twelve_of_ours():
         10,
     )
     assert cfg.DATALOADER.CACHE_IMAGES == 0
+    assert (cfg.DATASET.LABEL_NOISE, cfg.DATASET.FOREIGN, cfg.DATASET.FOREIGN_FROM) == (0.0, 0.0, "")
     assert cfg.TEST.PREDICTIONS_MB == 20
     assert (cfg.TRAIN.ON_NAN, cfg.TRAIN.ON_NAN_LIMIT) == ("stop", 10)
     assert (cfg.TRAIN.CHECKPOINT_STEPS, cfg.TRAIN.CHECKPOINT_MINUTES) == (0, 0)
     assert (cfg.TRAIN.CHECKPOINTS_KEPT, cfg.TRAIN.FORCE_RESUME) == (2, False)
-    assert leaves(cfg) == 135 + 12
+    assert leaves(cfg) == 135 + 15
     assert leaves(cfg.TRAINER) == 45
     assert cfg.OPTIM.WEIGHT_DECAY == 5e-4 and cfg.SEED == -1 and cfg.INPUT.SIZE == (224, 224)
 

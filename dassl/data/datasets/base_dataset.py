@@ -217,6 +217,18 @@ class DatasetBase:
         self._train_x, self._test = train_x, test
         self._train_u, self._val = rest(self._train_u) or None, rest(self._val) or None
 
+    def replace_training(self, items: list[Datum]) -> None:
+        """Put other items in the place of the labeled training items; the classes stay.
+
+        Raises:
+            InputError: a class would be left without training items.
+        """
+        names = self._lab2cname
+        bare = sorted(names.keys() - {item.label for item in items})
+        if bare:
+            raise InputError(f"Expected every class to keep a training image but {names[bare[0]]} would have none")
+        self._train_x = items
+
     @property
     def lab2cname(self) -> dict[int, str]:
         """Label to class name."""

@@ -19,6 +19,7 @@ from dassl.evaluation.mistakes import EVAL_MISTAKES, MISTAKES, SHOWN, class_resu
 from dassl.evaluation.predictions import Predictions
 from dassl.utils import InputError, atomic_write, one_line, take_log_name
 from dassl.utils.checkpoints import POINTER_NAME
+from dassl.utils.files import write_csv
 from dassl.utils.logger import RESULT, warnings_so_far
 
 from ..environment import describe
@@ -41,6 +42,7 @@ METRICS, EVAL_METRICS, CONFIG, CLASSES, ENVIRONMENT, DONE = (
     "DONE",
 )
 BAD_IMAGES = "bad_images.txt"
+LABEL_NOISE = "label_noise.csv"
 WORST_CLASSES = 5  # classes that the closing lines name
 
 
@@ -49,7 +51,8 @@ class Results(HookBase):
 
     They are config.yaml, classes.json and environment.json at the start; metrics.json and, last of all, DONE at the
     end. If images were skipped because they could not be read, bad_images.txt lists them, one per line: path, tab,
-    reason.
+    reason. If labels were made wrong on purpose, label_noise.csv lists them. Further CSV files are those that the
+    method has (`run_tables`).
 
     When only evaluating, into a folder that holds a training run, write metrics-eval.json and leave the files of that
     run alone.
@@ -79,6 +82,9 @@ class Results(HookBase):
             stream.write(trainer.cfg.dump())
         _write_json(folder / CLASSES, names)
         _write_json(folder / ENVIRONMENT, describe(trainer.device))
+        noise = getattr(trainer.dm, "noise", None)
+        if noise is not None:
+            write_csv(folder / LABEL_NOISE, noise.table())
         bad = getattr(trainer.dm, "bad_images", {})
         if bad:
             with atomic_write(folder / BAD_IMAGES) as stream:
@@ -89,6 +95,9 @@ class Results(HookBase):
             return
         folder = Path(trainer.output_dir)
         metrics = self.metrics(trainer)
+        if not self.aside:
+            for table, rows in trainer.run_tables().items():
+                write_csv(folder / table, rows)
         name = EVAL_METRICS if self.aside else METRICS
         _write_json(folder / name, metrics)
         if not self.aside:
@@ -104,6 +113,7 @@ class Results(HookBase):
         The name of the evaluated split is one of its keys.
         """
         cfg, evaluation, dataset = trainer.cfg, trainer.evaluation, dataset_of(trainer.dm)
+        noise = getattr(trainer.dm, "noise", None)
         training = trainer.phase != "idle"
         split = evaluation.split if evaluation is not None else cfg.TEST.SPLIT
         main = evaluation.heads.get(evaluation.main, {}) if evaluation is not None else {}
@@ -129,6 +139,8 @@ class Results(HookBase):
             },
             "bad_images": len(getattr(trainer.dm, "bad_images", {})),
             "selected": self.selected(trainer),
+            **({} if noise is None else {"label_noise": noise.notes()}),
+            **trainer.run_notes(),
             "train": self._losses.means,
             **({"skipped_steps": self._losses.skipped} if self._losses.skipped else {}),
             "params": count_parameters(trainer),

@@ -145,6 +145,17 @@ def test_a_loss_that_does_not_exist(build):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
+def test_doubtful_labels_are_cleaned_before_anything_is_made_of_them(name, build):
+    noise = ("DATASET.NUM_SHOTS", 4, "DATASET.LABEL_NOISE", 0.5)
+    trainer = build(name, *noise, "DATASET.CLEANING", "drop", "DATASET.SUSPICIOUS", True)
+    notes, left = trainer.run_notes(), len(trainer.dm.dataset.train_x)
+    assert 0 < notes["cleaning"]["dropped"] == 40 - left and "precision" in notes["suspicious"]
+    assert len(trainer.run_tables()["suspicious.csv"]) == 41
+    if learns(trainer):
+        one_step(trainer)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
 def test_gradients_reach_exactly_what_the_trainer_tunes(name, build):
     trainer = build(name)
     if not learns(trainer):

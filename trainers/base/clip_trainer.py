@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from dassl.data import DatasetWrapper
+from dassl.data.transforms import build_transform
 from dassl.metrics import compute_accuracy
 
 from ..clip import (
@@ -25,16 +27,20 @@ from ..clip import (
     sentences_of,
     tell_preprocessing,
     templates_for,
+    zeroshot_weights,
 )
 from ..configs import without_config
+from ..features.encoder import ImageEncoder
 from ..features.loaders import workers_like
 from ..log import DETAIL
 from ..portable import OWN_TOOLBOX, PortableTrainer
 from .keys import MethodConfig, add_keys, check_number, has_keys, read_keys
+from .label_check import LabelCheck, LabelCheckKeys, asks_for_check, check_labels
 from .losses import LossKeys, class_loss
 from .transfers import sent
 
 logger = logging.getLogger(__name__)
+SHARED_KEYS: tuple[tuple[str, type], ...] = (("OPTIM", LossKeys), ("DATASET", LabelCheckKeys))  # of every method
 
 
 class CLIPTrainer(PortableTrainer):
@@ -64,6 +70,7 @@ class CLIPTrainer(PortableTrainer):
     cross_entropy = True  # whether OPTIM.LOSS may put another loss in the place of cross-entropy
     per_step = False  # True: the learning-rate schedule counts steps; False: it counts epochs, as CoOp's does
     network: Any
+    label_check: LabelCheck | None = None  # scores of the training labels, where the configuration asks for them
     _prompts: Prompts | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -85,7 +92,7 @@ class CLIPTrainer(PortableTrainer):
         if cls.node_name not in cfg.TRAINER:
             cfg.TRAINER[cls.node_name] = type(cfg)()
             add_keys(cfg, cfg.TRAINER[cls.node_name], cls.config)
-        for section, keys in {"OPTIM": LossKeys, **cls.extra_keys}.items():
+        for section, keys in (*SHARED_KEYS, *cls.extra_keys.items()):
             add_keys(cfg, cfg[section], keys)
 
     @classmethod
@@ -114,7 +121,7 @@ class CLIPTrainer(PortableTrainer):
             FileNotFoundError: the backbone's weights are not there.
         """
         settings = cls.read_settings(cfg)
-        for section, keys in {"OPTIM": LossKeys, **cls.extra_keys}.items():
+        for section, keys in (*SHARED_KEYS, *cls.extra_keys.items()):
             if has_keys(cfg[section], keys):
                 read_keys(cfg[section], section, keys)
         if not cls.cross_entropy and cfg.OPTIM.get("LOSS", "ce") != "ce":
@@ -122,6 +129,8 @@ class CLIPTrainer(PortableTrainer):
                 f"Expected OPTIM.LOSS to be ce for {cls.__name__}, which takes no other loss, "
                 f"but got {cfg.OPTIM.LOSS!r}"
             )
+        if asks_for_check(cfg) and not OWN_TOOLBOX:
+            raise ValueError("Expected DATASET.SUSPICIOUS to be False and CLEANING none: this toolbox has neither")
         if "WEIGHTS" not in cfg.MODEL.BACKBONE or "TEMPLATE" not in cfg.DATASET:
             raise ValueError(
                 "Expected the configuration to have MODEL.BACKBONE.WEIGHTS and DATASET.TEMPLATE: call extend_cfg(cfg)"
@@ -232,6 +241,8 @@ class CLIPTrainer(PortableTrainer):
         size = (clip.image_size, clip.image_size)
         if tuple(cfg.INPUT.SIZE) != size:
             raise ValueError(f"Expected INPUT.SIZE to be {size} for {clip.name} but got {tuple(cfg.INPUT.SIZE)}")
+        if asks_for_check(cfg) and self.dm.dataset.train_x:  # predictions bring no training images
+            self._check_labels(clip, classnames, prec)
         return clip, classnames
 
     def tell_size(self, learner: nn.Module) -> int:
@@ -243,6 +254,26 @@ class CLIPTrainer(PortableTrainer):
     def seed_or_draw(self) -> int:
         """Return the seed of the configuration, or draw one where that is negative."""
         return self.cfg.SEED if self.cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
+
+    def _check_labels(self, clip: CLIP, classnames: list[str], prec: str) -> None:
+        """Score the training labels, and clean them if the configuration says so, before anything is made of them."""
+        encoder = ImageEncoder(clip, prec, self._autocast)
+        zeroshot = zeroshot_weights(clip, classnames, self.templates()).float()
+        self.label_check = check_labels(self.cfg, self.dm, encoder, self.plain_training_images(), zeroshot)
+        self.train_loader_x = self.dm.train_loader_x  # another one after cleaning
+
+    def run_notes(self) -> dict[str, Any]:
+        """Return what metrics.json says of the training labels; see dassl/engine/declared.py."""
+        return {} if self.label_check is None else self.label_check.notes()
+
+    def run_tables(self) -> dict[str, Any]:
+        """Return the list of suspicious training images, where it is asked for; see dassl/engine/declared.py."""
+        return {} if self.label_check is None else self.label_check.tables()
+
+    def plain_training_images(self) -> DataLoader[Any]:
+        """Return a loader of the training images in order, as they are at test time."""
+        transform = build_transform(self.cfg, is_train=False)
+        return self.in_order(DatasetWrapper(self.cfg, self.dm.dataset.train_x, transform=transform))
 
     def in_order(self, images: Dataset[Any]) -> DataLoader[Any]:
         """Return a loader of these images in their order, with the batch size and workers of the test loader."""

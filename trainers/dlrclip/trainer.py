@@ -278,7 +278,7 @@ class DLRCLIP(LearnerTrainer):
         self.set_model_mode("eval")
         network, items, views = self.network, self.dm.dataset.train_x, self.settings.mixture.views
         seed = self.seed_or_draw()
-        loaders = [(self._plain_training_images(), 1)]
+        loaders = [(self.plain_training_images(), 1)]
         if views:
             augmented = DatasetWrapper(self.cfg, items, transform=build_transform(self.cfg, is_train=True))
             loaders.append((self.in_order(SeededViews(augmented, views, seed)), views))
@@ -291,11 +291,6 @@ class DLRCLIP(LearnerTrainer):
         fit_mixture(network.learner, training, texts, validation, lambda known: network.branches(known, None)[0])
         self.selected["mixture"] = self._mixture_choice()
         logger.info("Mixture: %s", self.selected["mixture"], extra=DETAIL)
-
-    def _plain_training_images(self) -> Any:
-        """Return a loader of the training images in order, as they are at test time."""
-        transform = build_transform(self.cfg, is_train=False)
-        return self.in_order(DatasetWrapper(self.cfg, self.dm.dataset.train_x, transform=transform))
 
     def _branch_features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return by_branch(*self.network.image_features(batch["img"].to(self.device)))
@@ -324,7 +319,7 @@ class DLRCLIP(LearnerTrainer):
         """
         robust = self.network.learner.robust
         assert robust is not None
-        loader = self._plain_training_images()
+        loader = self.plain_training_images()
         parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
         slot = None if parallel else feature_slot(self.cfg, self._encoder, loader, "train")
         robust.remember(collect_features(loader, self._encoder, slot=slot).values[0])

@@ -5,12 +5,15 @@
     python scripts/protocol.py cross-dataset --source shapes --targets digits --trainers CoOp,DLRCLIP
     python scripts/protocol.py ood --source shapes --trainers ZeroshotCLIP,DLRCLIP
     python scripts/protocol.py ablation --dataset digits --trainers DLRCLIP
+    python scripts/protocol.py label-noise --dataset digits --trainers CoOp,CoOp@mae,GDA,GDA@drop,GDA@relabel
 
 A method is `TRAINER[:CONFIG][@VARIANT]`: CONFIG is the name of a YAML in configs/trainers/*/ (else that of --config),
-VARIANT one of the trainer's in scripts/lib/ablations.py. Without --trainers: every method that has such a config,
-leaves the dataset open and can be run; the others are named (ablation: DLRCLIP). KEY VALUE pairs at the end go to every
-run. Shots are 16 unless given; base2new, cross-dataset, ood and ablation take one number. Without --targets: the
-shifted test sets of ImageNet or Shapes; across datasets, the other ten benchmarks or Digits.
+VARIANT one of the trainer's in scripts/lib/ablations.py, or one of those that every method has there: mae, uncleaned,
+drop, relabel, mae+drop, mae+relabel. Without --trainers: every method that has such a config, leaves the dataset open
+and can be run; the others are named (ablation: DLRCLIP). KEY VALUE pairs at the end go to every run. Shots are 16
+unless given; base2new, cross-dataset, ood and ablation take one number. label-noise trains with the shares of wrong
+labels in --noise, or with such shares of images of the dataset --foreign. Without --targets: the shifted test sets of
+ImageNet or Shapes; across datasets, the other ten benchmarks or Digits.
 
 Folders are those of CoOp's scripts (listed in scripts/lib/protocol_plan.py). A run with the completion marker is read,
 one without is resumed, and an evaluation starts when the run that it evaluates is finished. With --launcher submitit
@@ -52,6 +55,11 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def shares(text: str) -> list[float]:
+    """Convert "0,0.2" to [0.0, 0.2]."""
+    return [float(part) for part in names(text)]
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; --source is another name of --dataset, of which cross-dataset and ood take one."""
     parser = Parser(add_help=False)  # the flags of every protocol
@@ -62,6 +70,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shots", type=whole_numbers, default=[16])
     parser.add_argument("--seeds", type=whole_numbers, default=[1, 2, 3])
     parser.add_argument("--groups", type=names, default=[], help="ablation: groups of variants (default: all)")
+    parser.add_argument("--noise", type=shares, default=[], help="label-noise: wrong labels (default: 0,0.2,0.4,0.6)")
+    parser.add_argument("--foreign", default="", help="label-noise: wrong are images of this dataset, not labels")
     parser.add_argument("--heads", choices=("main", "all"), help="rows of the table (default: all for ood, else main)")
     parser.add_argument("--root", help="folder that holds the datasets")
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder of all runs (default: output)")
@@ -98,7 +108,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Asked, list[Cell], list[str]]:
         raise InputError(f"Expected --jobs to be at least 1 but got {args.jobs}")
     if len(args.opts) % 2:
         raise InputError(f"Expected KEY VALUE pairs but {args.opts[-1]} has no value")
-    if protocol != "few-shot" and len(args.shots) != 1:
+    if protocol not in ("few-shot", "label-noise") and len(args.shots) != 1:
         raise InputError(f"Expected one number of shots for {protocol} but got {args.shots}")
     datasets = args.dataset or (["shapes"] if protocol in ("base2new", "cross-dataset", "ood") else ["digits"])
     if moves and len(datasets) != 1:
@@ -113,7 +123,14 @@ def make_plan(args: argparse.Namespace) -> tuple[Asked, list[Cell], list[str]]:
         raise InputError(f"Expected no --targets for {protocol} but got {', '.join(targets)}")
     if args.groups and protocol != "ablation":
         raise InputError(f"Expected no --groups for {protocol} but got {', '.join(args.groups)}")
-    check_datasets([*datasets, *targets])
+    if args.noise and protocol != "label-noise":
+        raise InputError(f"Expected no --noise for {protocol} but got {', '.join(map(str, args.noise))}")
+    noise = list(dict.fromkeys(args.noise)) or [0.0, 0.2, 0.4, 0.6]
+    if not all(0 <= share < 1 for share in noise):
+        raise InputError(f"Expected --noise to be shares, at least 0 and below 1, but got {', '.join(map(str, noise))}")
+    if args.foreign and (protocol != "label-noise" or args.foreign in datasets):
+        raise InputError(f"Expected --foreign with label-noise only, and another dataset, but got {args.foreign}")
+    check_datasets([*datasets, *targets, *([args.foreign] if args.foreign else [])])
     asked = Asked(
         choose_methods(args.trainers or ("DLRCLIP" if protocol == "ablation" else ""), args.config),
         datasets,
@@ -124,6 +141,8 @@ def make_plan(args: argparse.Namespace) -> tuple[Asked, list[Cell], list[str]]:
         tuple(args.opts),
         targets,
         args.groups,
+        noise if protocol == "label-noise" else (),
+        args.foreign,
     )
     methods, left_out = suitable(asked, protocol in ("base2new", "cross-dataset"), must=bool(args.trainers))
     asked = Asked(**{**vars(asked), "methods": methods})

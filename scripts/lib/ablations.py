@@ -82,3 +82,17 @@ VARIANTS: dict[str, list[Variant]] = {
         *_values("lambda", "LAMBDA", 0.01, 0.1, 1),
     ],
 }
+
+_MAE = ("OPTIM.LOSS", "mae")
+_UNCLEANED, _DROP, _RELABEL = (("DATASET.CLEANING", how) for how in ("none", "drop", "relabel"))
+# Variants of every method, for training images with wrong labels; they are in no ablation. Each says how labels are
+# cleaned, because a method's config may do that itself (DeIL's). A method that takes no other loss refuses those with
+# mae.
+FOR_ALL = [
+    Variant("label noise", "mae", "OPTIM.LOSS mae, CLEANING none", (*_MAE, *_UNCLEANED)),
+    Variant("label noise", "uncleaned", "CLEANING none", _UNCLEANED),
+    Variant("label noise", "drop", "CLEANING drop", _DROP),
+    Variant("label noise", "relabel", "CLEANING relabel", _RELABEL),
+    Variant("label noise", "mae+drop", "OPTIM.LOSS mae, CLEANING drop", (*_MAE, *_DROP)),
+    Variant("label noise", "mae+relabel", "OPTIM.LOSS mae, CLEANING relabel", (*_MAE, *_RELABEL)),
+]

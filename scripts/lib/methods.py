@@ -10,7 +10,7 @@ from typing import NamedTuple
 import trainers
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError, did_you_mean
-from scripts.lib.ablations import VARIANTS, Variant
+from scripts.lib.ablations import FOR_ALL, VARIANTS, Variant
 from trainers.app.configuration import default_cfg
 from trainers.configs import CONFIGS
 
@@ -49,10 +49,9 @@ def find_variant(trainer: str, name: str) -> Variant:
     Raises:
         InputError: the trainer has none of that name.
     """
-    known = {variant.name: variant for variant in VARIANTS.get(trainer, ())}
+    known = {variant.name: variant for variant in (*VARIANTS.get(trainer, ()), *FOR_ALL)}
     if name not in known:
-        listed = ", ".join(known) or "none at all"
-        raise InputError(f"Expected a variant of {trainer}, of which there is {listed}, but got {name!r}")
+        raise InputError(f"Expected a variant of {trainer}, of which there is {', '.join(known)}, but got {name!r}")
     return known[name]
 
 
@@ -116,6 +115,13 @@ def check_datasets(names: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             raise InputError(f"Expected datasets to be names of files in configs/datasets but got {name!r}")
+
+
+def registered_name(dataset: str) -> str:
+    """Return the name under which the dataset of a file in configs/datasets is registered."""
+    cfg = default_cfg()
+    cfg.merge_from_file(str(CONFIGS / "datasets" / f"{dataset}.yaml"))
+    return str(cfg.DATASET.NAME)
 
 
 def whole_numbers(text: str) -> list[int]:

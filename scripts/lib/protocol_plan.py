@@ -8,6 +8,8 @@ Folders, below --output, are those of CoOp's scripts (<CFG>: the config's name, 
     cross-dataset, ood      training as few-shot; evaluation/<TRAINER>/<CFG>_<k>shots/<dataset>/seed<s>,
                             with <dataset>_from_<source> for <dataset> where the source is not imagenet
     ablation                ablation/<dataset>/<TRAINER>/<CFG>_<k>shots/<variant>/seed<s>
+    label-noise             label_noise/<share>/<dataset>/<TRAINER>/<CFG>_<k>shots/seed<s>; a share of 0 as few-shot;
+                            with --foreign, foreign_<dataset> for label_noise
     methods that train nothing, in all of them: <TRAINER>/<CFG>/<dataset>[_base|_new], one run for all shots and seeds
 """
 
@@ -24,7 +26,7 @@ from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError
 from scripts.lib.ablations import FULL, VARIANTS, Variant
 from scripts.lib.grid import Run, command_line, few_shot_run, place_of
-from scripts.lib.methods import Method
+from scripts.lib.methods import Method, registered_name
 
 # Shifted test sets of a source, whose classes are the source's or some of them.
 SHIFTED = {
@@ -59,7 +61,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """Hold what a command line asks for; only few-shot takes several numbers of `shots`."""
+    """Hold what a command line asks for; only few-shot and label-noise take several numbers of `shots`."""
 
     methods: Sequence[Method]
     datasets: Sequence[str]
@@ -70,6 +72,8 @@ class Asked:
     options: tuple[str, ...] = ()
     targets: Sequence[str] = ()
     groups: Sequence[str] = ()
+    noise: Sequence[float] = ()
+    foreign: str = ""
 
     def given(self, method: Method, dataset: str, shots: int, *options: str) -> tuple[str, ...]:
         """Return `Run.given` of a method on a dataset."""
@@ -246,12 +250,39 @@ def variants_of(asked: Asked, method: Method) -> list[Variant]:
     return [Variant("", "full", FULL, ()), *(variant for variant in known if variant.group in wanted)]
 
 
+def label_noise(asked: Asked) -> list[Cell]:
+    """Plan training with a growing share of wrong labels, the columns, and tests on images with the right ones.
+
+    With `foreign`, that share is of images of another dataset. Runs with wrong labels also write the list of suspicious
+    images, of which further tables tell how good it is.
+    """
+    cells, folder = [], f"foreign_{asked.foreign}" if asked.foreign else "label_noise"
+    source = ("DATASET.FOREIGN_FROM", registered_name(asked.foreign)) if asked.foreign else ()
+    key = "DATASET.FOREIGN" if asked.foreign else "DATASET.LABEL_NOISE"
+    for dataset in asked.datasets:
+        for shots in asked.shots:
+            for method in asked.methods:
+                once = untrained_run(asked, method, dataset)
+                for share in asked.noise:
+                    noisy = replace(
+                        asked,
+                        output=asked.output / folder / f"{share:g}",
+                        options=(key, f"{share:g}", *source, "DATASET.SUSPICIOUS", "True", *asked.options),
+                    )
+                    for seed in asked.seeds:
+                        run = once or _trained(noisy if share else asked, method, dataset, shots, seed)
+                        block = f"{dataset}, {shots} shot{'s' * (shots != 1)}"
+                        cells.append(Cell(block, method.name, f"{share:g}", seed, run))
+    return cells
+
+
 PLANS: dict[str, Callable[[Asked], list[Cell]]] = {
     "few-shot": few_shot,
     "base2new": base2new,
     "cross-dataset": transfer,
     "ood": transfer,
     "ablation": ablation,
+    "label-noise": label_noise,
 }
 
 

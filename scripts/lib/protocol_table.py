@@ -12,6 +12,11 @@ from scripts.lib.protocol_plan import Cell
 from scripts.lib.tables import AVERAGE, SPREAD, Cells, Record, collect, comma_separated, latex, markdown
 
 HARMONIC = "H"
+LISTED = {  # entries of `suspicious` in metrics.json -> names of the tables of label-noise
+    "precision": "precision of the list",
+    "precision_above": "precision of what cleaning doubts",
+    "recall_above": "recall of what cleaning doubts",
+}
 KWAY = "classes taken as new ones"
 NOTES = {
     "few-shot": "test accuracy (%)",
@@ -25,6 +30,11 @@ NOTES = {
         "where a test set has some of its classes only, its columns are cut to these"
     ),
     "ablation": "test accuracy (%) of each head",
+    "label-noise": (
+        "test accuracy (%) by the share of training images with a wrong label, or of another dataset; precision of the "
+        "list: which share (%) of the most suspicious training images, as many as are wrong, are wrong, which is the "
+        "recall, too; precision and recall (%) also of the images whose labels cleaning doubts"
+    ),
 }
 
 
@@ -104,12 +114,35 @@ def with_average(cells: Cells, targets: Sequence[str]) -> Cells:
     return cells
 
 
+def noise_cells(done: Sequence[tuple[Cell, dict[str, Any]]], all_heads: bool) -> Cells:
+    """Return the cells of label-noise: accuracy, averaged over datasets for each number of shots, and lists' quality.
+
+    These are the lists of suspicious images. Frozen features make them, so that methods with the same prompts have the
+    same.
+    """
+    by_shots: dict[str, list[tuple[Cell, dict[str, Any]]]] = {}
+    for cell, metrics in done:
+        by_shots.setdefault(cell.block.partition(", ")[2], []).append((cell, metrics))
+    found: Cells = {}
+    for shots, some in by_shots.items():
+        for (block, row, column), values in collect(records_of(some, all_heads)).items():
+            found[f"{AVERAGE}, {shots}" if block == AVERAGE else block, row, column] = values
+    for cell, metrics in done:
+        for entry, title in LISTED.items():
+            value = metrics.get("suspicious", {}).get(entry)
+            if value is not None and cell.column is not None:
+                found.setdefault((f"{cell.block}, {title}", cell.row, cell.column), {})[cell.seed] = value
+    return found
+
+
 def cells_of(protocol: str, plan: Sequence[Cell], targets: Sequence[str], all_heads: bool) -> Cells:
     """Return the cells of the protocol's tables; there are none where no run is finished."""
     done = read(plan)
     cells = collect(records_of(done, all_heads))
     if protocol == "base2new":
         return with_harmonic(cells)
+    if protocol == "label-noise":
+        return noise_cells(done, all_heads)
     if protocol in ("cross-dataset", "ood"):
         cells = with_average(cells, targets)
         # A further table has the test sets with some of the classes, these taken as new ones, which is what CoOp

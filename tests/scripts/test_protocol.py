@@ -102,6 +102,31 @@ def test_a_variant_is_a_method_with_folders_of_its_own():
     assert list(folders(cells)) == ["out/digits/DLRCLIP/tiny@cma+glr_1shots/seed1"]
 
 
+def test_label_noise_has_a_run_for_each_share_and_few_shot_s_without_noise():
+    methods = ["--trainers", "ZeroshotCLIP,CLIPAdapter@mae+drop", "--shots", "4", "--seeds", "101"]
+    _, cells, _ = plan("label-noise", *methods, "--noise", "0,0.2,0.6")
+    own = "CLIPAdapter/tiny@mae+drop_4shots/seed101"
+    assert folders(cells) == {
+        "out/ZeroshotCLIP/tiny/digits": "",
+        f"out/digits/{own}": "",
+        f"out/label_noise/0.2/digits/{own}": "",
+        f"out/label_noise/0.6/digits/{own}": "",
+    }
+    assert [cell.column for cell in cells] == ["0", "0.2", "0.6"] * 2
+    node, cfg = cells[-1].run.cfg().DATASET, cells[-1].run.cfg()
+    assert (node.LABEL_NOISE, node.SUSPICIOUS, node.CLEANING, cfg.OPTIM.LOSS) == (0.6, True, "drop", "mae")
+    assert not cells[3].run.cfg().DATASET.SUSPICIOUS
+
+
+def test_foreign_images_take_the_place_of_wrong_labels():
+    methods = ["--trainers", "DeIL@mae", "--seeds", "101"]
+    _, cells, _ = plan("label-noise", *methods, "--noise", "0.4", "--foreign", "shapes", "--dataset", "digits")
+    assert folders(cells) == {"out/foreign_shapes/0.4/digits/DeIL/tiny@mae_16shots/seed101": ""}
+    node = cells[0].run.cfg().DATASET
+    assert (node.LABEL_NOISE, node.FOREIGN, node.FOREIGN_FROM, node.SUSPICIOUS) == (0.0, 0.4, "Shapes", True)
+    assert node.CLEANING == "none"  # DeIL's own config cleans; a variant is what its name says
+
+
 def test_what_evaluates_waits_and_goes_first_when_it_can():
     _, cells, _ = plan("base2new", "--trainers", "MMA", "--seeds", "1,2")
     one, one_new, two, two_new = runs_of(cells)
@@ -129,6 +154,12 @@ def test_what_evaluates_waits_and_goes_first_when_it_can():
         (["base2new", "--shots", "1,2"], "one number of shots"),
         (["few-shot", "--dataset", "digit"], "configs/datasets"),
         (["few-shot", "--jobs", "0"], "--jobs"),
+        (["few-shot", "--noise", "0.2"], "no --noise for few-shot"),
+        (["few-shot", "--foreign", "shapes"], "--foreign with label-noise only"),
+        (["label-noise", "--dataset", "digits", "--foreign", "digits"], "another dataset, but got digits"),
+        (["label-noise", "--dataset", "digits", "--foreign", "shape"], "configs/datasets"),
+        (["label-noise", "--noise", "0.2,1"], "--noise to be shares, at least 0 and below 1"),
+        (["label-noise", "--trainers", "GDA@mae"], "OPTIM.LOSS to be ce for GDA"),
         (["few-shot", "OPTIM.LR"], "no value"),
         (["few-shot", "--trainers", "MMA", "--read-only"], "finished runs"),
         (["nothing"], "invalid choice"),
@@ -255,6 +286,33 @@ def test_an_ablation_has_heads_as_columns(tmp_path):
     assert main([*arguments, "--read-only"]) == 0
     means = {key[1:]: float(row["mean"]) for key, row in table(tmp_path / "t").items()}
     assert means["LAMBDA 0.01", "cma"] == means["as configured", "cma"] == 2.0 and means["LAMBDA 0.1", "final"] == 5.0
+
+
+def listed(value):
+    """What a run says of its list; nothing was doubted in the first one."""
+    above = None if value == 1 else 90.0
+    return {"precision": 50.0 + value, "precision_above": above, "recall_above": 10.0}
+
+
+def test_label_noise_has_a_table_of_the_list_s_precision_and_averages_datasets_for_each_number_of_shots(tmp_path):
+    where = ["--output", str(tmp_path), "--write", str(tmp_path / "t")]
+    arguments = ["label-noise", *where, "--trainers", "CLIPAdapter", "--seeds", "101", "--shots", "1,4"]
+    arguments += ["--dataset", "digits,shapes", "--noise", "0,0.4"]
+    _, cells, _ = make_plan(parse_args(arguments))
+    for value, cell in enumerate(cells):
+        finish(cell.run, clip=0.0, clipadapter=float(value))
+        if cell.column != "0":
+            path = cell.run.folder / "metrics.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "suspicious": listed(value)}))
+    assert main([*arguments, "--read-only"]) == 0
+    means = {key: float(row["mean"]) for key, row in table(tmp_path / "t").items()}
+    at = {(block, column): mean for (block, _, column), mean in means.items()}
+    assert at["digits, 1 shot", "0.4"] == 1.0 and at["shapes, 1 shot", "0.4"] == 5.0
+    assert at["average, 1 shot", "0.4"] == 3.0 and at["average, 4 shots", "0"] == 4.0
+    assert at["digits, 1 shot, precision of the list", "0.4"] == 51.0
+    assert ("digits, 1 shot, precision of the list", "0") not in at and len(at) == 12 + 4 + 3 + 4
+    assert ("digits, 1 shot, precision of what cleaning doubts", "0.4") not in at
+    assert at["shapes, 1 shot, recall of what cleaning doubts", "0.4"] == 10.0
 
 
 # Real runs

@@ -99,7 +99,7 @@ def read_noise(cfg: CfgNode) -> Noise:
     """
     node = cfg.DATASET
     flipped, foreign = (_share(node, key) for key in ("LABEL_NOISE", "FOREIGN"))
-    if flipped + foreign >= 1:
+    if _exact(flipped) + _exact(foreign) >= 1:
         raise InputError(
             f"Expected DATASET.LABEL_NOISE and DATASET.FOREIGN to be below 1 together but got {flipped} + {foreign}"
         )
@@ -124,6 +124,11 @@ def _share(node: CfgNode, key: str) -> float:
     return float(value)
 
 
+def _exact(share: float) -> Fraction:
+    """Return the share as it was written: 0.29 * 100 is 28.999... in floating point."""
+    return Fraction(str(share))
+
+
 def spread(share: float, sizes: Mapping[int, int], room: Mapping[int, int], rng: random.Random) -> dict[int, int]:
     """Compute how many images each class gives, by label, for a share of all images.
 
@@ -137,7 +142,7 @@ def spread(share: float, sizes: Mapping[int, int], room: Mapping[int, int], rng:
         room: how many images each class has to give; together enough.
         rng: orders classes that lost alike.
     """
-    exact = Fraction(str(share))  # as it was written: 0.29 * 100 is 28.999... in floating point
+    exact = _exact(share)
     given = {label: math.floor(exact * size) for label, size in sizes.items()}
     missing = math.floor(exact * sum(sizes.values()) + Fraction(1, 2)) - sum(given.values())
     order = rng.sample(list(sizes), len(sizes))

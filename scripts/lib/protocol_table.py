@@ -131,7 +131,8 @@ def noise_cells(done: Sequence[tuple[Cell, dict[str, Any]]], all_heads: bool) ->
         for entry, title in LISTED.items():
             value = metrics.get("suspicious", {}).get(entry)
             if value is not None and cell.column is not None:
-                found.setdefault((f"{cell.block}, {title}", cell.row, cell.column), {})[cell.seed] = value
+                row = cell.row.partition("@")[0]  # variants have the same list
+                found.setdefault((f"{cell.block}, {title}", row, cell.column), {})[cell.seed] = value
     return found
 
 

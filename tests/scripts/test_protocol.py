@@ -296,7 +296,7 @@ def listed(value):
 
 def test_label_noise_has_a_table_of_the_list_s_precision_and_averages_datasets_for_each_number_of_shots(tmp_path):
     where = ["--output", str(tmp_path), "--write", str(tmp_path / "t")]
-    arguments = ["label-noise", *where, "--trainers", "CLIPAdapter", "--seeds", "101", "--shots", "1,4"]
+    arguments = ["label-noise", *where, "--trainers", "CLIPAdapter@drop", "--seeds", "101", "--shots", "1,4"]
     arguments += ["--dataset", "digits,shapes", "--noise", "0,0.4"]
     _, cells, _ = make_plan(parse_args(arguments))
     for value, cell in enumerate(cells):
@@ -309,7 +309,7 @@ def test_label_noise_has_a_table_of_the_list_s_precision_and_averages_datasets_f
     at = {(block, column): mean for (block, _, column), mean in means.items()}
     assert at["digits, 1 shot", "0.4"] == 1.0 and at["shapes, 1 shot", "0.4"] == 5.0
     assert at["average, 1 shot", "0.4"] == 3.0 and at["average, 4 shots", "0"] == 4.0
-    assert at["digits, 1 shot, precision of the list", "0.4"] == 51.0
+    assert means["digits, 1 shot, precision of the list", "CLIPAdapter", "0.4"] == 51.0  # variants have the same list
     assert ("digits, 1 shot, precision of the list", "0") not in at and len(at) == 12 + 4 + 3 + 4
     assert ("digits, 1 shot, precision of what cleaning doubts", "0.4") not in at
     assert at["shapes, 1 shot, recall of what cleaning doubts", "0.4"] == 10.0

@@ -15,7 +15,7 @@ Legend: Q queries, S supports, n images, C classes (also the dimension of the si
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,9 +26,8 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import FeatureLearner, FeatureTrainer, MethodConfig, key
+from .base import FeatureLearner, SupportLearner, TransductiveConfig, TransductiveTrainer, key
 from .clip import CLIP
-from .features import Batch, FeatureLoader, FeatureSet
 
 logger = logging.getLogger(__name__)
 
@@ -169,34 +168,7 @@ def match_clusters(alpha: Tensor, assignments: Tensor) -> Tensor:
     return matched
 
 
-def draw_tasks(labels: Tensor, size: int, classes: int, count: int, seed: int) -> list[list[int]]:
-    """Draw the rows of `count` sets of `size` images, each from `classes` random classes.
-
-    An image may be in several sets, but only once in each.
-
-    Args:
-        labels: [N].
-        seed: decides the draws.
-
-    Raises:
-        ValueError: there are fewer classes, or too few images in some `classes` of them.
-    """
-    present = torch.unique(labels)
-    if classes > len(present):
-        raise ValueError(f"Expected tasks of at most {len(present)} classes but got {classes}")
-    smallest = int(torch.bincount(labels)[present.long()].sort().values[:classes].sum())
-    if smallest < size:
-        raise ValueError(f"Expected tasks of at most {smallest} images from any {classes} classes but got {size}")
-    generator = torch.Generator().manual_seed(seed)
-    tasks = []
-    for _ in range(count):
-        chosen = present[torch.randperm(len(present), generator=generator)[:classes].to(present.device)]
-        rows = torch.isin(labels, chosen).nonzero().flatten()
-        tasks.append(rows[torch.randperm(len(rows), generator=generator)[:size].to(rows.device)].tolist())
-    return tasks
-
-
-class DirichletLearner(FeatureLearner):
+class DirichletLearner(SupportLearner):
     """The supports, and the clustering of the images that are given together.
 
     Args:
@@ -204,11 +176,6 @@ class DirichletLearner(FeatureLearner):
         temperature: T.
         effective: how many classes the queries are expected to have; 0: all.
     """
-
-    SAMPLES = ("support_labels", "supports")
-
-    supports: Tensor
-    support_labels: Tensor
 
     def __init__(
         self,
@@ -224,12 +191,10 @@ class DirichletLearner(FeatureLearner):
         iterations: int,
         mm_iterations: int,
     ) -> None:
-        super().__init__(clip, classnames, zeroshot)
+        super().__init__(clip, classnames, zeroshot, n=n)
         self.use_supports, self.temperature = use_supports, temperature
         self.options: dict[str, Any] = {"hard": hard, "iterations": iterations, "mm_iterations": mm_iterations}
         self.strength = float(len(classnames) // max(1, min(effective or len(classnames), len(classnames))))
-        self.register_buffer("supports", torch.zeros(n, zeroshot.shape[1]))
-        self.register_buffer("support_labels", torch.zeros(n, dtype=torch.long))
 
     def simplex(self, features: Tensor) -> Tensor:
         """Return the zero-shot probabilities z [n, C] of features [n, E], with temperature T."""
@@ -250,7 +215,7 @@ class DirichletLearner(FeatureLearner):
 
 
 @dataclass(frozen=True)
-class EMDirichletConfig(MethodConfig):
+class EMDirichletConfig(TransductiveConfig):
     """Settings of EM-Dirichlet."""
 
     supports: bool = key(True, "few-shot: the training images are supports; False: zero-shot")
@@ -261,27 +226,20 @@ class EMDirichletConfig(MethodConfig):
     task_size: int = key(
         0, "test images that are classified together: 0: all of them; else tasks of that size", low=0, source="75"
     )
-    num_tasks: int = key(1000, "number of such tasks", low=1)
     task_classes: int = key(5, "random classes in each task; lambda = images * floor(all classes / these)", low=1)
 
 
 @TRAINER_REGISTRY.register()
-class EMDirichlet(FeatureTrainer):
+class EMDirichlet(TransductiveTrainer):
     """A transductive method: every set of test images (all of them, or each task) is classified as a whole."""
 
     recipe = 2
     node_name = "EMDIRICHLET"
     paper = "Martin et al. 2024"
     learns = "nothing; clusters the test images"
-    cross_entropy = False
     config = EMDirichletConfig
     model_name = "em_dirichlet"
     main_head = "em"
-
-    @classmethod
-    def each_class_has(cls, cfg: Any) -> str:
-        """Return "images" where the training images are supports of the clusters; else ""."""
-        return "images" if cfg.TRAINER.EMDIRICHLET.SUPPORTS else ""
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """Build the learner; its supports are zeros until the fit."""
@@ -290,7 +248,7 @@ class EMDirichlet(FeatureTrainer):
             clip,
             classnames,
             zeroshot,
-            n=len(self.dm.dataset.train_x) if settings.supports else 0,
+            n=self.num_supports,
             use_supports=settings.supports,
             temperature=settings.t,
             effective=settings.task_classes if settings.task_size else 0,
@@ -298,54 +256,3 @@ class EMDirichlet(FeatureTrainer):
             iterations=settings.iter or (10 if settings.hard else 20),
             mm_iterations=settings.iter_mm,
         )
-
-    def _register(self, learner: FeatureLearner, optim_cfg: Any) -> None:
-        if self.settings.supports:
-            super()._register(learner, optim_cfg)
-        else:
-            self._optim = None  # nothing to keep
-
-    @classmethod
-    def trains(cls, cfg: Any) -> bool:
-        """Return whether there are supports to keep; in the zero-shot case, a run goes straight to the test."""
-        return bool(cfg.TRAINER.EMDIRICHLET.SUPPORTS)
-
-    def fit(self, features: FeatureSet) -> dict[str, float]:
-        """Keep the supports, and return their number."""
-        learner: Any = self.network.learner
-        learner.supports.copy_(features.values[0])
-        learner.support_labels.copy_(features.labels)
-        return {"supports": float(len(features))}
-
-    def _set_up_loaders(self) -> None:
-        super()._set_up_loaders()
-        settings = self.settings
-        labels = torch.tensor([item.label for item in self.dm.dataset.test or ()], dtype=torch.long)
-        if settings.task_size and len(labels):
-            draw_tasks(
-                labels, settings.task_size, settings.task_classes, 0, 0
-            )  # raises now what would otherwise be raised at the test
-        self.test_loader = TransductiveLoader(
-            self.test_loader, settings.task_size, settings.task_classes, settings.num_tasks, self._seed
-        )
-        if self.val_loader is not None:
-            self.val_loader = TransductiveLoader(self.val_loader)
-
-
-class TransductiveLoader(FeatureLoader):
-    """A loader whose batches are classified as a whole: all images, or tasks where `size` is above 0.
-
-    For the tasks see `draw_tasks`.
-    """
-
-    def __init__(self, loader: FeatureLoader, size: int = 0, classes: int = 0, count: int = 1, seed: int = 0) -> None:
-        super().__init__(loader.loader, loader.encode, loader.slot)
-        self._task = size, classes, count, seed
-
-    def __len__(self) -> int:
-        return self._task[2]
-
-    def __iter__(self) -> Iterator[Batch]:
-        known = self.all()
-        self.regroup(draw_tasks(known.labels.cpu(), *self._task) if self._task[0] else [list(range(len(known)))])
-        return super().__iter__()

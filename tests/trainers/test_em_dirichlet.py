@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from trainers.base.transductive import draw_tasks
 from trainers.em_dirichlet import (
     DirichletLearner,
     dirichlet_log_likelihood,
-    draw_tasks,
     em_dirichlet,
     fit_dirichlet,
     match_clusters,

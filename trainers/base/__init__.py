@@ -1,9 +1,10 @@
 """Give a method's author the trainers to derive from, the learner that is saved, and the keys of its settings.
 
-EncoderTrainer   trains what sits inside CLIP's encoders (prompts, adapters); every step encodes images
-FeatureTrainer   trains or fits a FeatureLearner on features of the frozen CLIP, which are computed once
-AnchoredTrainer  trains one matrix that features go through, and holds it near where it starts
-CLIPTrainer      is the base class of both, for methods that fit neither
+EncoderTrainer       trains what sits inside CLIP's encoders (prompts, adapters); every step encodes images
+FeatureTrainer       trains or fits a FeatureLearner on features of the frozen CLIP, which are computed once
+AnchoredTrainer      trains one matrix that features go through, and holds it near where it starts
+TransductiveTrainer  is a FeatureTrainer that classifies test images together
+CLIPTrainer          is the base class of all, for methods that fit none
 """
 
 from .anchored_trainer import AnchoredConfig, AnchoredLearner, AnchoredTrainer
@@ -15,6 +16,7 @@ from .keys import MethodConfig, kept_views, key, precision
 from .learner import Classifier, Learner, class_rows, pack_record, unpack_record
 from .learner_trainer import LearnerTrainer, checkpoint_path
 from .schedule import build_optimizer_with_eps, count_steps
+from .transductive import SupportLearner, TransductiveConfig, TransductiveTrainer
 
 __all__ = [
     "AnchoredConfig",
@@ -30,6 +32,9 @@ __all__ = [
     "Learner",
     "LearnerTrainer",
     "MethodConfig",
+    "SupportLearner",
+    "TransductiveConfig",
+    "TransductiveTrainer",
     "build_optimizer_with_eps",
     "checkpoint_path",
     "class_rows",

@@ -104,7 +104,7 @@ def neighbor_graph(
 
     Args:
         classes: C, where there are supports.
-        displaced: do as TransCLIP's code does. It lists neighbors by supports, then queries, but assignments by queries,
+        displaced: do as TransCLIP's code does. It lists neighbors by supports, then queries, assignments by queries,
             then supports, so that most images take the neighbors of others. A support's neighbors there are the 2nd to
             4th nearest queries.
     """

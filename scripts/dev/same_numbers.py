@@ -42,6 +42,7 @@ EXTRA = {
     "dlrclip_amp": ("DLRCLIP", "tiny", (*SHORT, "TRAINER.DLRCLIP.PREC", "amp")),
     "linearprobe_text": ("LinearProbe", "tiny_text", SHORT),
     "emdirichlet_zeroshot": ("EMDirichlet", "tiny_zeroshot", SHORT),
+    "transclip_zeroshot": ("TransCLIP", "tiny_zeroshot", SHORT),
     "coop_csc": ("CoOp", "tiny", (*SHORT, "TRAINER.COOP.CSC", "True")),
 }
 OWN = {"CLIPLoRA": ("TRAINER.CLIPLORA.N_ITERS", "8")}

@@ -3,7 +3,7 @@
 Zanella et al., Realistic Test-Time Adaptation of Vision-Language Models, CVPR 2025. Assignments z, means mu (of length
 1) and variances sigma of each class are updated in turn:
 
-    ln z_n  = ln y_n + (ln p(x_n | mu, sigma) + a_n) / 50 + constant              (5 times; see modules/transduction.py)
+    ln z_n  = lambda ln y_n + (ln p(x_n | mu, sigma) + a_n) / 50 + constant       (5 times; see modules/transduction.py)
     beta_k  = n_k / (alpha + n_k),    n_k = number of queries whose z is largest for k
     mu_k    = beta_k m_k + (1 - beta_k) t_k, with length 1
     sigma_k = beta_k v_k + (1 - beta_k) (sigma_0 + (mu_k - t_k)^2)
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,14 @@ def first_variance(queries: Tensor, y: Tensor, texts: Tensor, uneven: bool) -> T
 
 
 def stata(
-    queries: Tensor, log_y: Tensor, texts: Tensor, *, alpha: float = 1.0, soft: bool = False, uneven: bool = False
+    queries: Tensor,
+    log_y: Tensor,
+    texts: Tensor,
+    *,
+    lambda_: float = 1.0,
+    alpha: float = 1.0,
+    soft: bool = False,
+    uneven: bool = False,
 ) -> Tensor:
     """Run StatA on one set of queries.
 
@@ -79,6 +87,7 @@ def stata(
         queries: [Q, E], of length 1.
         log_y: ln y, [Q, C].
         texts: [C, E], of length 1.
+        lambda_: weight of ln y.
         alpha: weight of the texts, in images.
         soft: whether n_k is the sum of z.
         uneven: see `first_variance`.
@@ -88,10 +97,10 @@ def stata(
     """
     graph, z, texts = neighbor_graph(queries), log_y.exp(), texts.double()
     first = first_variance(queries, z, texts, uneven)
-    means, variances = texts, first.expand_as(texts)
+    means, variances, prior = texts, first.expand_as(texts), lambda_ * log_y
     for turn in range(ROUNDS + 1):
         likelihood = log_likelihood(queries, means, variances, of_each=True)
-        scores, z = assign(log_y, likelihood, z, graph)
+        scores, z = assign(prior, likelihood, z, graph)
         if turn < ROUNDS:
             sums = moments(queries, z, of_each=True)
             counts = sums.mass if soft else z.argmax(dim=1).bincount(minlength=z.shape[1]).double()
@@ -110,26 +119,34 @@ class StatALearner(FeatureLearner):
     """Classify the images that are given together; nothing is kept.
 
     Args:
-        alpha, soft, uneven: see `stata`.
+        lambda_, alpha, soft, uneven: see `stata`.
     """
 
     def __init__(
-        self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor, *, alpha: float, soft: bool, uneven: bool
+        self,
+        clip: CLIP,
+        classnames: Sequence[str],
+        zeroshot: Tensor,
+        *,
+        lambda_: float,
+        alpha: float,
+        soft: bool,
+        uneven: bool,
     ) -> None:
         super().__init__(clip, classnames, zeroshot)
-        self.alpha, self.soft, self.uneven = alpha, soft, uneven
+        self.options: dict[str, Any] = {"lambda_": lambda_, "alpha": alpha, "soft": soft, "uneven": uneven}
 
     def forward(self, features: Tensor) -> Tensor:
         """Return log-probabilities [Q, C], which depend on the whole set, for features [Q, E] of one set of queries."""
         log_y = self.clip_logits(features).log_softmax(dim=1)
-        scores = stata(features, log_y, self.zeroshot, alpha=self.alpha, soft=self.soft, uneven=self.uneven)
-        return scores.log_softmax(dim=1)
+        return stata(features, log_y, self.zeroshot, **self.options).log_softmax(dim=1)
 
 
 @dataclass(frozen=True)
 class StatAConfig(TransductiveConfig):
     """Settings of StatA."""
 
+    lambda_: float = key(1.0, "weight of the zero-shot probabilities", low=0, source="1")
     alpha: float = key(1.0, "weight of a class's text beside its images, in images", low=0, source="1")
     soft: bool = key(False, "count a class's images by their assignments; False: by the largest one", source="False")
     uneven: bool = key(
@@ -150,5 +167,5 @@ class StatA(TransductiveTrainer):
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """Build the learner, which keeps nothing."""
         settings = self.settings
-        options = {name: getattr(settings, name) for name in ("alpha", "soft", "uneven")}
+        options = {name: getattr(settings, name) for name in ("lambda_", "alpha", "soft", "uneven")}
         return StatALearner(clip, classnames, zeroshot, **options)

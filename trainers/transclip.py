@@ -220,10 +220,7 @@ class TransCLIP(TransductiveTrainer):
         )
 
     def choose(self) -> None:
-        """Choose gamma by the accuracy on the validation images, which are classified together.
-
-        Among equals it is the one under which their labels are likeliest.
-        """
+        """Choose gamma by the accuracy on the validation images, which are classified together."""
         learner: Any = self.network.learner
         known = self.validation_features()
         if isinstance(known, str):
@@ -232,9 +229,7 @@ class TransCLIP(TransductiveTrainer):
             features, labels = known
             found = learner.classify(features, GAMMAS)
             accuracy = 100 * torch.stack([(x.argmax(dim=1) == labels).double().mean() for x in found])
-            likelihood = [float(x.gather(1, labels[:, None]).mean()) for x in found]
-            (place,) = best_place(accuracy, rank=lambda place: -likelihood[place[0]])
-            gamma, on, n = GAMMAS[place], "val", len(labels)
+            gamma, on, n = GAMMAS[best_place(accuracy)[0]], "val", len(labels)
             self.write_scalar(f"val/{self.main_head}_at_choice", float(accuracy.max()), self.epoch)
         learner.gamma.fill_(gamma)
         self.note({"gamma": gamma}, on, n)

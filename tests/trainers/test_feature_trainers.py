@@ -17,8 +17,8 @@ from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.utils import read_image
 from trainers.app import predict
-from trainers.base.feature_trainer import FeatureTrainer
 from trainers.base import TransductiveTrainer
+from trainers.base.feature_trainer import FeatureTrainer
 from trainers.base.learner import pack_record, unpack_record
 from trainers.linear_probe import fit_logistic
 

@@ -31,7 +31,7 @@ def world(size=25, present=CLASSES, seed=0):
     return queries, (8 * queries @ texts.t()).log_softmax(1), texts
 
 
-def naive(queries, y, texts, alpha, soft, chunk):
+def naive(queries, y, texts, lambda_, alpha, soft, chunk):
     size = len(queries)
     first = np.zeros(WIDTH)
     for n, x in enumerate(queries):
@@ -61,7 +61,7 @@ def naive(queries, y, texts, alpha, soft, chunk):
             for n, p, weight in edges:
                 pull[n] += weight * z[p]
                 pull[p] += weight * z[n]
-            z = y * np.exp((likelihood + 50 / 6 * pull) / 50)
+            z = y**lambda_ * np.exp((likelihood + 50 / 6 * pull) / 50)
             z /= z.sum(1, keepdims=True)
         if turn == 10:
             return z
@@ -77,14 +77,15 @@ def naive(queries, y, texts, alpha, soft, chunk):
 
 @pytest.mark.parametrize("at_once", [10, 2**24])
 @pytest.mark.parametrize(
-    ("present", "alpha", "soft", "uneven"), [(4, 1.0, False, False), (1, 1.0, False, True), (2, 5.0, True, False)]
+    ("present", "lambda_", "alpha", "soft", "uneven"),
+    [(4, 1.0, 1.0, False, False), (1, 1.0, 1.0, False, True), (2, 2.0, 5.0, True, False)],
 )
-def test_against_naive(present, alpha, soft, uneven, at_once, monkeypatch):
+def test_against_naive(present, lambda_, alpha, soft, uneven, at_once, monkeypatch):
     monkeypatch.setattr(transduction, "AT_ONCE", at_once)
     monkeypatch.setattr(module, "CHUNK", 10)
     queries, log_y, texts = world(present=present)
-    got = stata(queries, log_y, texts, alpha=alpha, soft=soft, uneven=uneven).softmax(1)
-    want = naive(queries.numpy(), log_y.exp().numpy(), texts.numpy(), alpha, soft, 10 if uneven else 0)
+    got = stata(queries, log_y, texts, lambda_=lambda_, alpha=alpha, soft=soft, uneven=uneven).softmax(1)
+    want = naive(queries.numpy(), log_y.exp().numpy(), texts.numpy(), lambda_, alpha, soft, 10 if uneven else 0)
     torch.testing.assert_close(got, torch.as_tensor(want), rtol=1e-8, atol=1e-10)
 
 
@@ -99,7 +100,7 @@ def test_classes_without_queries_and_equal_images_give_numbers(alpha, soft):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_few_queries(size, make_clip, names):
-    learner = StatALearner(make_clip(), names, unit(5, 24), alpha=1.0, soft=False, uneven=False)
+    learner = StatALearner(make_clip(), names, unit(5, 24), lambda_=1.0, alpha=1.0, soft=False, uneven=False)
     features = unit(size, 24, seed=2).float()
     logits = learner(features)
     torch.testing.assert_close(logits.exp().sum(1), torch.ones(size))
@@ -126,7 +127,7 @@ def make_cfg(tmp_path, random_tiny):
 def test_tasks_of_a_run(make, tmp_path):
     trainer = make("StatA", "TRAINER.STATA.TASK_SIZE", 75, "TRAINER.STATA.NUM_TASKS", 3, "TRAINER.STATA.ALPHA", 2.0)
     assert trainer.get_model_names() == [] and trainer.each_class_has(trainer.cfg) == ""
-    assert trainer.network.learner.alpha == 2.0
+    assert trainer.network.learner.options["alpha"] == 2.0
     trainer.train()
     results = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert results["test"]["n"] == 225 and list(results["test"]["heads"]) == ["clip", "stata"]

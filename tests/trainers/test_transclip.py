@@ -177,16 +177,14 @@ def make_cfg(tmp_path, random_tiny):
 
 
 @torch.no_grad()
-def test_gamma_is_the_likeliest_of_the_best_on_validation_images(make):
+def test_gamma_is_the_first_of_the_best_on_validation_images(make):
     trainer = make("TransCLIP")
     trainer.train()
     learner, known = trainer.network.learner, trainer.val_loader.all()
     found = []
     for gamma in GAMMAS:
         learner.gamma.fill_(gamma)
-        logits = learner(known.values[0])
-        hits = (logits.argmax(1) == known.labels).double().mean()
-        found.append((float(hits), float(logits.gather(1, known.labels[:, None]).mean())))
+        found.append(float((learner(known.values[0]).argmax(1) == known.labels).double().mean()))
     best = GAMMAS[found.index(max(found))]
     assert trainer.selected == {"gamma": {"value": best, "on": "val", "n": 20}}
 

@@ -6,14 +6,16 @@
     python scripts/protocol.py ood --source shapes --trainers ZeroshotCLIP,DLRCLIP
     python scripts/protocol.py ablation --dataset digits --trainers DLRCLIP
     python scripts/protocol.py label-noise --dataset digits --trainers CoOp,CoOp@mae,GDA,GDA@drop,GDA@relabel
+    python scripts/protocol.py transductive --dataset digits,shapes --tasks 100
 
 A method is `TRAINER[:CONFIG][@VARIANT]`: CONFIG is the name of a YAML in configs/trainers/*/ (else that of --config),
 VARIANT one of the trainer's in scripts/lib/ablations.py, or one of those that every method has there: mae, uncleaned,
 drop, relabel, mae+drop, mae+relabel. Without --trainers: every method that has such a config, leaves the dataset open
-and can be run; the others are named (ablation: DLRCLIP). KEY VALUE pairs at the end go to every run. Shots are 16
-unless given; base2new, cross-dataset, ood and ablation take one number. label-noise trains with the shares of wrong
-labels in --noise, or with such shares of images of the dataset --foreign. Without --targets: the shifted test sets of
-ImageNet or Shapes; across datasets, the other ten benchmarks or Digits.
+and can be run; the others are named (ablation: DLRCLIP; transductive: every transductive method, without training
+images, by CONFIG_zeroshot where there is one). KEY VALUE pairs at the end go to every run. Shots are 16 unless given;
+base2new, cross-dataset, ood and ablation take one number. label-noise trains with the shares of wrong labels in
+--noise, or with such shares of images of the dataset --foreign. Without --targets: the shifted test sets of ImageNet or
+Shapes; across datasets, the other ten benchmarks or Digits.
 
 Folders are those of CoOp's scripts (listed in scripts/lib/protocol_plan.py). A run with the completion marker is read,
 one without is resumed, and an evaluation starts when the run that it evaluates is finished. With --launcher submitit
@@ -46,7 +48,7 @@ from dlr_clip_cli.places import spoken
 from scripts.lib.grid import Run, missing_runs, run_missing
 from scripts.lib.launch import launch, parameters_of
 from scripts.lib.methods import check_datasets, choose_methods, whole_numbers
-from scripts.lib.protocol_plan import PLANS, SHIFTED, TRANSFER, Asked, Cell, runs_of, suitable
+from scripts.lib.protocol_plan import PLANS, SHIFTED, TRANSFER, Asked, Cell, runs_of, suitable, transductive_methods
 from scripts.lib.protocol_table import NOTES, cells_of, write_tables
 
 
@@ -72,6 +74,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--groups", type=names, default=[], help="ablation: groups of variants (default: all)")
     parser.add_argument("--noise", type=shares, default=[], help="label-noise: wrong labels (default: 0,0.2,0.4,0.6)")
     parser.add_argument("--foreign", default="", help="label-noise: wrong are images of this dataset, not labels")
+    parser.add_argument("--tasks", type=int, help="transductive: tasks; a tenth as many streams (default: 1000)")
     parser.add_argument("--heads", choices=("main", "all"), help="rows of the table (default: all for ood, else main)")
     parser.add_argument("--root", help="folder that holds the datasets")
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder of all runs (default: output)")
@@ -130,9 +133,16 @@ def make_plan(args: argparse.Namespace) -> tuple[Asked, list[Cell], list[str]]:
         raise InputError(f"Expected --noise to be shares, at least 0 and below 1, but got {', '.join(map(str, noise))}")
     if args.foreign and (protocol != "label-noise" or args.foreign in datasets):
         raise InputError(f"Expected --foreign with label-noise only, and another dataset, but got {args.foreign}")
+    if args.tasks is not None and (protocol != "transductive" or args.tasks < 1):
+        wanted = "at least 1" if protocol == "transductive" else f"left out for {protocol}"
+        raise InputError(f"Expected --tasks to be {wanted} but got {args.tasks}")
     check_datasets([*datasets, *targets, *([args.foreign] if args.foreign else [])])
+    if protocol == "transductive" and not args.trainers:
+        methods = transductive_methods(args.config)
+    else:
+        methods = choose_methods(args.trainers or ("DLRCLIP" if protocol == "ablation" else ""), args.config)
     asked = Asked(
-        choose_methods(args.trainers or ("DLRCLIP" if protocol == "ablation" else ""), args.config),
+        methods,
         datasets,
         args.shots,
         args.seeds,
@@ -143,6 +153,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Asked, list[Cell], list[str]]:
         args.groups,
         noise if protocol == "label-noise" else (),
         args.foreign,
+        args.tasks or 1000,
     )
     methods, left_out = suitable(asked, protocol in ("base2new", "cross-dataset"), must=bool(args.trainers))
     asked = Asked(**{**vars(asked), "methods": methods})

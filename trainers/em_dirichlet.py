@@ -172,7 +172,7 @@ class DirichletLearner(SupportLearner):
     """The supports, and the clustering of the images that are given together.
 
     Args:
-        n: number of supports; 0: zero-shot.
+        n, use_supports: see SupportLearner.
         temperature: T.
         effective: how many classes the queries are expected to have; 0: all.
     """
@@ -191,8 +191,8 @@ class DirichletLearner(SupportLearner):
         iterations: int,
         mm_iterations: int,
     ) -> None:
-        super().__init__(clip, classnames, zeroshot, n=n)
-        self.use_supports, self.temperature = use_supports, temperature
+        super().__init__(clip, classnames, zeroshot, n=n, use_supports=use_supports)
+        self.temperature = temperature
         self.options: dict[str, Any] = {"hard": hard, "iterations": iterations, "mm_iterations": mm_iterations}
         self.strength = float(len(classnames) // max(1, min(effective or len(classnames), len(classnames))))
 
@@ -223,10 +223,16 @@ class EMDirichletConfig(TransductiveConfig):
     t: float = key(30.0, "temperature of the simplex", above=0, source="30")
     iter: int = key(0, "turns of alpha, pi and u; 0: as many as in the source", low=0, source="20, hard variant: 10")
     iter_mm: int = key(1000, "inner steps for alpha, at most", low=1, source="1000")
+    expected: int = key(
+        0,
+        "classes that a set of images is expected to have: lambda = images * floor(all classes / these); 0: "
+        "TASK_CLASSES in a task, all classes in the whole test set",
+        low=0,
+        source="5",
+    )
     task_size: int = key(
         0, "test images that are classified together: 0: all of them; else tasks of that size", low=0, source="75"
     )
-    task_classes: int = key(5, "random classes in each task; lambda = images * floor(all classes / these)", low=1)
 
 
 @TRAINER_REGISTRY.register()
@@ -251,7 +257,7 @@ class EMDirichlet(TransductiveTrainer):
             n=self.num_supports,
             use_supports=settings.supports,
             temperature=settings.t,
-            effective=settings.task_classes if settings.task_size else 0,
+            effective=settings.expected or (settings.task_classes if settings.task_size else 0),
             hard=settings.hard,
             iterations=settings.iter or (10 if settings.hard else 20),
             mm_iterations=settings.iter_mm,

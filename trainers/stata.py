@@ -30,6 +30,7 @@ from .base import FeatureLearner, TransductiveConfig, TransductiveTrainer, key
 from .clip import CLIP
 from .modules.transduction import (
     ROUNDS,
+    SMALLEST,
     Moments,
     assign,
     directions,
@@ -38,7 +39,6 @@ from .modules.transduction import (
     neighbor_graph,
 )
 
-SMALLEST = 1e-12  # of a variance: where all images agree
 CHUNK = 2500  # queries that the source sums at once
 
 

@@ -30,6 +30,7 @@ from .base.search import best_place
 from .clip import CLIP
 from .modules.transduction import (
     ROUNDS,
+    SMALLEST,
     TEMPERATURE,
     Graph,
     assign,
@@ -41,7 +42,6 @@ from .modules.transduction import (
 
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
 SURE = 8  # images that a mean starts from, without supports
-SMALLEST = 1e-12  # of a variance: where all images agree
 
 
 class Mixture(NamedTuple):
@@ -139,8 +139,7 @@ class TransCLIPLearner(SupportLearner):
     """The supports, their weight gamma, and the classification of the images that are given together.
 
     Args:
-        n: number of supports.
-        few_shot: whether there are any, or will be after loading.
+        n, use_supports: see SupportLearner.
         lambda_: weight of the texts.
         gamma: weight of the supports until another is chosen.
         displaced: see `neighbor_graph`.
@@ -155,19 +154,19 @@ class TransCLIPLearner(SupportLearner):
         zeroshot: Tensor,
         *,
         n: int,
-        few_shot: bool,
+        use_supports: bool,
         lambda_: float,
         gamma: float,
         displaced: bool = False,
     ) -> None:
-        super().__init__(clip, classnames, zeroshot, n=n)
-        self.few_shot, self.lambda_, self.displaced = few_shot, lambda_, displaced
+        super().__init__(clip, classnames, zeroshot, n=n, use_supports=use_supports)
+        self.lambda_, self.displaced = lambda_, displaced
         self.register_buffer("gamma", torch.tensor(gamma, dtype=torch.float64))
 
     def classify(self, features: Tensor, gammas: Sequence[float]) -> list[Tensor]:
         """Return log-probabilities [Q, C] of features [Q, E] of one set of queries, for each gamma."""
         log_y, texts = self.clip_logits(features).log_softmax(dim=1), self.zeroshot
-        if self.few_shot:
+        if self.use_supports:
             given, classes = (self.supports, self.support_labels), len(texts)
             known = describe_supports(*given, classes)
             graph = neighbor_graph(features, *given, classes=classes, displaced=self.displaced)
@@ -213,7 +212,7 @@ class TransCLIP(TransductiveTrainer):
             classnames,
             zeroshot,
             n=self.num_supports,
-            few_shot=settings.supports,
+            use_supports=settings.supports,
             lambda_=settings.lambda_ or (0.5 if settings.supports else 1.0),
             gamma=settings.gamma,
             displaced=settings.displaced,

@@ -10,13 +10,14 @@ Folders, below --output, are those of CoOp's scripts (<CFG>: the config's name, 
     ablation                ablation/<dataset>/<TRAINER>/<CFG>_<k>shots/<variant>/seed<s>
     label-noise             label_noise/<share>/<dataset>/<TRAINER>/<CFG>_<k>shots/seed<s>; a share of 0 as few-shot;
                             with --foreign, foreign_<dataset> for label_noise
-    methods that train nothing, in all of them: <TRAINER>/<CFG>/<dataset>[_base|_new], one run for all shots and seeds
+    transductive            transductive/<dataset>/<TRAINER>/<CFG>/<tasks>/seed<s>; tasks "all": seed1 for all seeds
+    methods that train nothing, in all others: <TRAINER>/<CFG>/<dataset>[_base|_new], one run for all shots and seeds
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,8 @@ from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError
 from scripts.lib.ablations import FULL, VARIANTS, Variant
 from scripts.lib.grid import Run, command_line, few_shot_run, place_of
-from scripts.lib.methods import Method, registered_name
+from scripts.lib.methods import Method, choose_methods, methods_with, registered_name
+from trainers.base import TransductiveTrainer
 
 # Shifted test sets of a source, whose classes are the source's or some of them.
 SHIFTED = {
@@ -39,6 +41,20 @@ BENCHMARKS = (
     *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
 )
 TRANSFER = {"imagenet": BENCHMARKS, "shapes": ("digits",)}
+# StatA's tasks: images and classes of each.
+TASKS = {
+    "very low, 64": (64, 1, 4),
+    "low, 64": (64, 2, 10),
+    "medium, 64": (64, 5, 25),
+    "medium, 1000": (1000, 5, 25),
+    "high, 1000": (1000, 25, 50),
+    "very high, 1000": (1000, 50, 100),
+    "all": None,
+}
+# Its streams: gamma, in sets of STREAM_SIZE.
+STREAMS = {"low": 0.1, "medium": 0.01, "high": 0.001, "separate": -1.0}
+STREAM_SIZE = 128
+STREAM_SHARE = 10  # as many fewer streams than tasks
 
 Column = int | str
 
@@ -61,7 +77,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """Hold what a command line asks for; only few-shot and label-noise take several numbers of `shots`."""
+    """Hold what a command line asks for; few-shot and label-noise take several `shots`, only transductive `tasks`."""
 
     methods: Sequence[Method]
     datasets: Sequence[str]
@@ -74,6 +90,7 @@ class Asked:
     groups: Sequence[str] = ()
     noise: Sequence[float] = ()
     foreign: str = ""
+    tasks: int = 1000
 
     def given(self, method: Method, dataset: str, shots: int, *options: str) -> tuple[str, ...]:
         """Return `Run.given` of a method on a dataset."""
@@ -276,6 +293,57 @@ def label_noise(asked: Asked) -> list[Cell]:
     return cells
 
 
+def transductive_methods(config: str) -> list[Method]:
+    """Return all transductive methods, each with `<config>_zeroshot` where there is one, else with `config`."""
+    try:
+        own = methods_with(f"{config}_zeroshot")
+    except InputError:  # no method has one
+        own = {}
+    found = [name for name in methods_with(config) if issubclass(TRAINER_REGISTRY.get(name), TransductiveTrainer)]
+    return choose_methods(",".join(f"{name}:{config}_zeroshot" if name in own else name for name in found), config)
+
+
+def transductive(asked: Asked) -> list[Cell]:
+    """Plan sets of test images in which some or all classes are present, without training images (StatA).
+
+    Raises:
+        InputError: a method is not transductive.
+    """
+    cells = []
+    for dataset in asked.datasets:
+        for method in asked.methods:
+            trainer = TRAINER_REGISTRY.get(method.trainer)
+            if not issubclass(trainer, TransductiveTrainer):
+                raise InputError(
+                    f"Expected transductive methods but got {method.name} (zero-shot CLIP is always shown)"
+                )
+            name = trainer.config_node()
+            node = _cfg(asked, method).TRAINER[name]
+            # Without training images; and no method is told how many classes a task has.
+            fixed = {key: value for key, value in {"SUPPORTS": False, "EXPECTED": 5}.items() if key in node}
+            for block, column, drawn in _draws(asked.tasks):
+                pairs = {f"TRAINER.{name}.{key}": str(value) for key, value in {**fixed, **drawn}.items()}
+                options = [part for pair in pairs.items() for part in pair]
+                level = f"{block}_{column}".replace(", ", "_").replace(" ", "_")
+                folder = asked.output / "transductive" / dataset / method.trainer / method.stem / level
+                given = asked.given(method, dataset, 1, *options)
+                for seed in asked.seeds:
+                    own = 1 if column == "all" else seed
+                    run = Run(method.name, dataset, 1, own, folder / f"seed{own}", given)
+                    cells.append(Cell(f"{dataset}, {block}", method.name, column, seed, run))
+    return cells
+
+
+def _draws(tasks: int) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """Yield block and column of the table, and the keys that draw its tasks."""
+    for column, task in TASKS.items():
+        names = ("TASK_SIZE", "TASK_CLASSES", "TASK_CLASSES_MOST")
+        yield "tasks", column, {"NUM_TASKS": tasks, **dict(zip(names, task, strict=True))} if task else {"TASK_SIZE": 0}
+    for column, gamma in STREAMS.items():
+        streams = max(1, tasks // STREAM_SHARE)
+        yield "streams", column, {"TASK_SIZE": STREAM_SIZE, "STREAM": gamma, "NUM_TASKS": streams}
+
+
 PLANS: dict[str, Callable[[Asked], list[Cell]]] = {
     "few-shot": few_shot,
     "base2new": base2new,
@@ -283,6 +351,7 @@ PLANS: dict[str, Callable[[Asked], list[Cell]]] = {
     "ood": transfer,
     "ablation": ablation,
     "label-noise": label_noise,
+    "transductive": transductive,
 }
 
 

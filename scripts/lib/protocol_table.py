@@ -18,6 +18,7 @@ LISTED = {  # entries of `suspicious` in metrics.json -> names of the tables of 
     "recall_above": "recall of what cleaning doubts",
 }
 KWAY = "classes taken as new ones"
+ZEROSHOT, ZEROSHOT_HEAD = "ZeroshotCLIP", "clip"
 NOTES = {
     "few-shot": "test accuracy (%)",
     "base2new": (
@@ -34,6 +35,12 @@ NOTES = {
         "test accuracy (%) by the share of training images with a wrong label, or of another dataset; precision of the "
         "list: which share (%) of the most suspicious training images, as many as are wrong, are wrong, which is the "
         "recall, too; precision and recall (%) also of the images whose labels cleaning doubts"
+    ),
+    "transductive": (
+        "accuracy (%) on sets of test images that are classified together, without training images: tasks with very "
+        "low (1-4), low (2-10), medium (5-25), high (25-50) and very high (50-100) numbers of classes, of 64 or 1000 "
+        "images, as far as there are so many; all test images; and streams with low to high correlation, or class by "
+        "class. Seeds draw the sets. ZeroshotCLIP is zero-shot CLIP on the same sets"
     ),
 }
 
@@ -136,9 +143,21 @@ def noise_cells(done: Sequence[tuple[Cell, dict[str, Any]]], all_heads: bool) ->
     return found
 
 
+def with_zeroshot(done: Sequence[tuple[Cell, dict[str, Any]]]) -> list[Record]:
+    """Return the records of zero-shot CLIP, which every method reports on its sets of images, and then the methods'."""
+    zeroshot: dict[tuple[Any, ...], Record] = {}
+    for cell, metrics in done:
+        assert cell.column is not None
+        record = Record(cell.block, ZEROSHOT, cell.column, cell.seed, head_values(metrics)[ZEROSHOT_HEAD])
+        zeroshot.setdefault((record.dataset, record.shots, record.seed), record)
+    return [*zeroshot.values(), *records_of(done)]
+
+
 def cells_of(protocol: str, plan: Sequence[Cell], targets: Sequence[str], all_heads: bool) -> Cells:
     """Return the cells of the protocol's tables; there are none where no run is finished."""
     done = read(plan)
+    if protocol == "transductive":
+        return collect(with_zeroshot(done))
     cells = collect(records_of(done, all_heads))
     if protocol == "base2new":
         return with_harmonic(cells)

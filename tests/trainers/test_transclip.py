@@ -119,11 +119,11 @@ def test_sums_over_edges():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize("few_shot", [False, True])
+@pytest.mark.parametrize("use_supports", [False, True])
 @pytest.mark.parametrize("displaced", [False, True])
-def test_few_queries(size, few_shot, displaced, make_clip, names):
+def test_few_queries(size, use_supports, displaced, make_clip, names):
     learner = TransCLIPLearner(
-        make_clip(), names, unit(5, 24), n=5, few_shot=few_shot, lambda_=1.0, gamma=0.02, displaced=displaced
+        make_clip(), names, unit(5, 24), n=5, use_supports=use_supports, lambda_=1.0, gamma=0.02, displaced=displaced
     )
     learner.supports.copy_(unit(5, 24, seed=1))
     learner.support_labels.copy_(torch.arange(5))
@@ -143,7 +143,7 @@ def test_part_of_the_classes(make_clip, names):
     texts = unit(5, 24).float()
 
     def build(classnames, rows, n):
-        return TransCLIPLearner(make_clip(), classnames, rows, n=n, few_shot=True, lambda_=0.5, gamma=0.02)
+        return TransCLIPLearner(make_clip(), classnames, rows, n=n, use_supports=True, lambda_=0.5, gamma=0.02)
 
     whole, part = build(names, texts, 10), build([names[3], names[1]], texts[[3, 1]], 4)
     whole.supports.copy_(unit(10, 24, seed=1))

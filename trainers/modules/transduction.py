@@ -23,6 +23,7 @@ TEMPERATURE = 50.0  # of likelihood and neighbors, beside the texts
 NEIGHBORS = 3
 ROUNDS = 10  # updates of the Gaussians
 STEPS = 5  # updates of the assignments in each round
+SMALLEST = 1e-12  # of a variance: where all images agree
 AT_ONCE = 2**24  # numbers of a chunk
 
 
@@ -183,9 +184,10 @@ def moments(queries: Tensor, z: Tensor, *, of_each: bool) -> Moments:
         of_each: whether the squares are summed for each class.
     """
     classes, width = z.shape[1], queries.shape[1]
-    like = {"dtype": torch.float64, "device": z.device}
-    mass, first = torch.zeros(classes, **like), torch.zeros(classes, width, **like)
-    second = torch.zeros(classes if of_each else 1, width, **like)
+    mass, first, second = (
+        z.new_zeros(shape, dtype=torch.float64)
+        for shape in ((classes,), (classes, width), (classes if of_each else 1, width))
+    )
     size = max(1, AT_ONCE // (classes + width))
     for part, weights in zip(queries.split(size), z.split(size), strict=True):
         x, w = part.double(), weights.double().t()

@@ -1,0 +1,254 @@
+"""Time and memory of the methods on frozen features: each fitted and tested in a process of its own.
+
+    python benchmarks/frozen_methods.py --methods StatA,TransCLIP --classes 1000 --rows 16000 --queries 50000
+
+Features are random: each class has a direction, which is its text as well, and images are noise around it. No image is
+encoded, so that what is measured is the method alone. Settings are those of the method's vit_b16.yaml but for VIEWS
+(--views at most) and the epochs of those that are trained (--epochs). A row of the result:
+    fit     seconds of training or fitting, with what is chosen on validation images (--val of each class)
+    test    seconds of the test
+    before  the most memory that the process held before: PyTorch, CLIP and the features
+    peak    the same at the end
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.measure import machine, write_json
+from benchmarks.subject import class_names
+from benchmarks.tables import gigabytes, made_by, seconds, table
+from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
+from dassl.engine import TRAINER_REGISTRY, build_trainer
+from dassl.utils import set_random_seed
+from dassl.utils.cli import run_main
+from trainers.app.configuration import default_cfg
+from trainers.base import FeatureTrainer
+from trainers.clip.tiny import save_tiny
+from trainers.configs import CONFIGS
+from trainers.features.encoder import FeatureSet
+
+NOISE = 7.0  # length of the noise beside the class's direction: half of 1000 classes' images are right zero-shot
+
+
+def default_methods() -> list[str]:
+    """The methods on frozen features that need no corrected features."""
+    found = []
+    for name in TRAINER_REGISTRY.registered_names():
+        trainer = TRAINER_REGISTRY.get(name)
+        if issubclass(trainer, FeatureTrainer) and trainer.adapters != "needed" and name in _configs():
+            found.append(name)
+    return found
+
+
+def _configs() -> dict[str, Path]:
+    found = {}
+    for path in sorted((CONFIGS / "trainers").glob("*/vit_b16.yaml")):
+        cfg = default_cfg()
+        cfg.merge_from_file(str(path))
+        found[cfg.TRAINER.NAME] = path
+    return found
+
+
+def make_clip(width: int, classes: int) -> tuple[open_clip.CLIP, set[int]]:
+    """A CLIP whose towers compute next to nothing, and the tokens that it knows."""
+    vision = {"layers": 1, "width": width, "head_width": 32, "patch_size": 32, "image_size": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    words = "a photo of . " + " ".join(class_names(classes))
+    model = open_clip.CLIP(embed_dim=width, vision_cfg=vision, text_cfg=text, quick_gelu=True)
+    with torch.no_grad():
+        model.logit_scale.fill_(4.6052)  # exp = 100, as in OpenAI's weights
+    return model, {int(token) for word in set(words.split()) for token in open_clip.tokenize(word)[0]}
+
+
+def make_dataset(args: argparse.Namespace) -> None:
+    """Registers the dataset RandomFeatures, whose items are no files."""
+    names = class_names(args.classes)
+
+    def items(count: int) -> list[Datum]:
+        return [Datum(f"{i}.png", i % args.classes, 0, names[i % args.classes]) for i in range(count)]
+
+    @DATASET_REGISTRY.register()
+    class RandomFeatures(DatasetBase):
+        """Class after class in turn."""
+
+        check_files = False
+
+        def __init__(self, cfg: Any) -> None:
+            super().__init__(items(args.rows), val=items(args.val * args.classes) or None, test=items(args.queries))
+
+
+def make_features(texts: Tensor, count: int, views: int, seed: int) -> FeatureSet:
+    """Features [V, N, E] around the texts, in chunks."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % len(texts)
+    noise = torch.randn(views, count, texts.shape[1], generator=generator).mul_(NOISE / texts.shape[1] ** 0.5)
+    return FeatureSet(F.normalize(noise.add_(texts[labels]), dim=-1), labels, [f"{i}.png" for i in range(count)])
+
+
+def make_trainer(args: argparse.Namespace, name: str, folder: Path) -> Any:
+    """The trainer on random features."""
+    set_random_seed(0)
+    save_tiny(*make_clip(args.width, args.classes), {"weights": "random"}, folder)
+    cfg = default_cfg()
+    cfg.merge_from_file(str(_configs()[name]))
+    node = cfg.TRAINER[TRAINER_REGISTRY.get(name).config_node()]
+    node.PREC = "fp32"
+    if node.get("VIEWS", 0) > args.views:
+        node.VIEWS = args.views
+    if args.epochs:
+        cfg.OPTIM.MAX_EPOCH = args.epochs
+        cfg.OPTIM.WARMUP_EPOCH = 0
+    cfg.merge_from_list(["MODEL.BACKBONE.NAME", "tiny", "MODEL.BACKBONE.WEIGHTS", str(folder), "INPUT.SIZE", (32, 32)])
+    cfg.merge_from_list(["DATASET.NAME", "RandomFeatures", "OUTPUT_DIR", str(folder / "run"), "TEST.NO_TEST", True])
+    cfg.merge_from_list(["SEED", 1, "USE_CUDA", False, "FEATURE_CACHE.USE", False, "DATALOADER.NUM_WORKERS", 0])
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    texts = F.normalize(torch.randn(args.classes, args.width), dim=1)
+    known: type[Any] = TRAINER_REGISTRY.get(name)
+
+    class Subject(known):  # type: ignore[misc]
+        """The trainer, whose texts and features are random."""
+
+        def zeroshot(self, clip: Any, classnames: Any) -> Tensor:
+            return texts
+
+        def _encode_views(self, transform: Any, views: int) -> FeatureSet:
+            return make_features(texts, args.rows, max(1, views), 1)
+
+    Subject.__name__ = name
+    TRAINER_REGISTRY.register(Subject, force=True)
+    trainer: Any = build_trainer(cfg)
+    if trainer.val_loader is not None:
+        trainer.val_loader._known = make_features(texts, args.val * args.classes, 1, 2)
+    trainer.test_loader._known = make_features(texts, args.queries, 1, 3)
+    trainer.train_features.all()
+    return trainer
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Fits and tests one method in this process."""
+    torch.set_num_threads(args.threads)
+    make_dataset(args)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(args, name, Path(folder))
+        before, start = peak_memory(), time.perf_counter()
+        trainer.train()
+        fitted = time.perf_counter()
+        accuracy = trainer.test()
+        end = time.perf_counter()
+        epochs = trainer.max_epoch if trainer._optim is not None else 0
+        times = {"fit": fitted - start, "test": end - fitted}
+        views = len(trainer.train_features.all().values)
+    return {
+        "method": name,
+        **times,
+        "before": before,
+        "peak": peak_memory(),
+        "epochs": epochs,
+        "views": views,
+        "accuracy": accuracy,
+    }
+
+
+def run(args: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+    """Measures each method in a process of its own, and returns what goes into the JSON."""
+    rows: list[dict[str, Any]] = []
+    for name in args.methods:
+        command = [sys.executable, __file__, *arguments, "--only", name]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit or None)
+        except subprocess.TimeoutExpired:
+            rows.append({"method": name, "error": f"more than {args.limit:g} s"})
+            continue
+        if done.returncode:
+            rows.append({"method": name, "error": "failed"})
+            print(done.stderr, file=sys.stderr)
+        else:
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    settings = {key: value for key, value in vars(args).items() if key != "json"}
+    return {"benchmark": "frozen_methods", "rows": rows, "settings": settings, "machine": machine(torch.device("cpu"))}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a table."""
+    rows = [
+        [row["method"], *["" for _ in range(5)], row["error"]]
+        if "error" in row
+        else [
+            row["method"],
+            row["views"],
+            row["epochs"] or "closed form",
+            seconds(row["fit"]),
+            seconds(row["test"]),
+            gigabytes(row["before"]),
+            gigabytes(row["peak"]),
+        ]
+        for row in result["rows"]
+    ]
+    head = ["method", "views", "epochs", "fit", "test", "memory before", "peak"]
+    return f"{table(head, rows)}\n\n{made_by(result)}"
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default="", help="names, separated by commas (default: all that need no adapters)")
+    parser.add_argument("--rows", type=int, default=16000, help="training images (default: 16000)")
+    parser.add_argument("--classes", type=int, default=1000, help="at most 1000 (default)")
+    parser.add_argument("--queries", type=int, default=50000, help="test images (default: 50000)")
+    parser.add_argument("--width", type=int, default=512, help="of the features, a multiple of 32 (default: 512)")
+    parser.add_argument("--val", type=int, default=4, help="validation images of each class (default: 4)")
+    parser.add_argument("--views", type=int, default=10, help="at most this many of each image (default: 10)")
+    parser.add_argument("--epochs", type=int, default=1, help="of methods that are trained; 0: their own (default: 1)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=0.0, help="seconds of each method; 0: none (default)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config pairs for every method")
+    args = parser.parse_args(argv)
+    known = default_methods()
+    args.methods = [name for name in args.methods.split(",") if name] or known
+    for name in args.methods:
+        if name not in known:
+            parser.error(f"Expected --methods to be among {', '.join(known)} but got {name!r}")
+    if args.width % 32 or args.width < 32 or args.rows < args.classes or args.queries < 1 or args.val < 0:
+        parser.error("Expected --width to be a multiple of 32, --rows at least --classes and --queries at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = parse_args(arguments)
+    if args.only:
+        print(json.dumps(measure(args, args.only)))
+        return 0
+    result = run(args, arguments)
+    write_json(args.json, result)
+    print(markdown(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_eval, bench_memory, bench_step, report
+from benchmarks import bench_eval, bench_memory, bench_step, frozen_methods, report
 from benchmarks.bench_end_to_end import waiting_share
 from benchmarks.flops import Product
 from benchmarks.measure import MatrixRate
@@ -109,3 +109,25 @@ def test_seconds_of_products_are_those_of_their_shapes():
     assert rate.seconds(products) == pytest.approx(4 * 2.0 + 10.0)
     del rate._times[6, 4, 4, 4]  # one too small to be timed counts at the rate of the others
     assert rate.seconds(products) == pytest.approx(8.0 * (4 * 8192 + 768) / (4 * 8192))
+
+
+def test_methods_on_frozen_features(tmp_path, monkeypatch):
+    """Each is measured in a process of its own; one that takes too long is named."""
+    small = ["--rows", "20", "--classes", "10", "--queries", "30", "--width", "32", "--views", "2", "--val", "1"]
+    result = tmp_path / "frozen.json"
+    assert frozen_methods.main(["--methods", "TipAdapterF", *small, "--json", str(result)]) == 0
+    (row,) = json.loads(result.read_text())["rows"]
+    assert (row["method"], row["epochs"], row["views"]) == ("TipAdapterF", 1, 2)
+    assert 0 < row["before"] <= row["peak"] and row["fit"] > 0 and row["test"] > 0
+
+    def stop(command, timeout, **arguments):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(frozen_methods.subprocess, "run", stop)
+    found = frozen_methods.run(frozen_methods.parse_args(["--methods", "GDA", "--limit", "3"]), [])
+    assert found["rows"] == [
+        {"method": "GDA", "error": "more than 3 s"}
+    ] and "more than 3 s" in frozen_methods.markdown(found)
+    for wrong in (["--methods", "CoOp"], ["--width", "40"], ["--rows", "5", "--classes", "6"]):
+        with pytest.raises(SystemExit):
+            frozen_methods.parse_args(wrong)

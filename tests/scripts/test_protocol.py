@@ -95,6 +95,34 @@ def test_every_variant_of_an_ablation_is_a_configuration_that_the_trainer_takes(
         DLRCLIP.read_settings(cell.run.cfg())
 
 
+def test_transductive_plans_every_kind_of_sets_without_training_images():
+    _, cells, _ = plan("transductive", "--tasks", "30", "--seeds", "1,2")
+    methods = ["EMDirichlet:tiny_zeroshot", "StatA", "TransCLIP:tiny_zeroshot"]
+    assert list(dict.fromkeys(cell.row for cell in cells)) == methods and len(cells) == 3 * 11 * 2
+    assert len(runs_of(cells)) == 3 * (10 * 2 + 1)  # all test images need no draw
+    found = {}
+    for cell in cells[-22::2]:
+        node = cell.run.cfg().TRAINER.TRANSCLIP
+        assert not node.SUPPORTS
+        found[cell.block, cell.column] = (
+            node.TASK_SIZE, node.TASK_CLASSES, node.TASK_CLASSES_MOST, node.STREAM, node.NUM_TASKS
+        )  # fmt: skip
+    assert found["digits, tasks", "very low, 64"] == (64, 1, 4, 0.0, 30)
+    assert found["digits, tasks", "very high, 1000"] == (1000, 50, 100, 0.0, 30)
+    assert found["digits, tasks", "all"][0] == 0
+    assert found["digits, streams", "high"][::3] == (128, 0.001) and found["digits, streams", "separate"][3:] == (
+        -1.0,
+        3,
+    )
+    folder = cells[-1].run.folder
+    assert folder == Path("out/transductive/digits/TransCLIP/tiny_zeroshot/streams_separate/seed2")
+    node = cells[0].run.cfg().TRAINER.EMDIRICHLET
+    assert not node.SUPPORTS and node.EXPECTED == 5
+    _, cells, _ = plan("transductive", "--trainers", "TransCLIP", "--config", "vit_b16", "--seeds", "1")
+    assert {cell.run.cfg().TRAINER.TRANSCLIP.SUPPORTS for cell in cells} == {False}
+    assert cells[0].run.cfg().TRAINER.TRANSCLIP.NUM_TASKS == 1000
+
+
 def test_a_variant_is_a_method_with_folders_of_its_own():
     (method,) = choose_methods("DLRCLIP@cma+glr", "tiny")
     assert (method.stem, method.options) == ("tiny@cma+glr", ("TRAINER.DLRCLIP.SKD", "False"))
@@ -142,6 +170,7 @@ def test_what_evaluates_waits_and_goes_first_when_it_can():
         (["base2new", "--trainers", "MMA,LinearProbe"], "LinearProbe: it cannot be evaluated on classes .* weights"),
         (["cross-dataset", "--trainers", "TipAdapterF"], "images in the cache of its own"),
         (["base2new", "--trainers", "EMDirichlet"], "images of its own"),
+        (["cross-dataset", "--trainers", "TransCLIP"], "images of its own"),
         (["base2new", "--trainers", "CoOp", "TRAINER.COOP.CSC", "True", "TRAINER.COOP.CTX_INIT", ""], "a context"),
         (["few-shot", "--trainers", "TipAdapterPP"], "MODEL.IMO_WEIGHTS"),
         (["few-shot", "--trainers", "MMA@cma"], "variant of MMA"),
@@ -162,6 +191,9 @@ def test_what_evaluates_waits_and_goes_first_when_it_can():
         (["label-noise", "--trainers", "GDA@mae"], "OPTIM.LOSS to be ce for GDA"),
         (["few-shot", "OPTIM.LR"], "no value"),
         (["few-shot", "--trainers", "MMA", "--read-only"], "finished runs"),
+        (["transductive", "--trainers", "StatA,MMA"], "transductive methods but got MMA"),
+        (["transductive", "--tasks", "0"], "--tasks to be at least 1 but got 0"),
+        (["few-shot", "--tasks", "5"], "--tasks to be left out for few-shot but got 5"),
         (["nothing"], "invalid choice"),
     ],
 )
@@ -179,7 +211,7 @@ def test_bad_input_is_said_before_any_run(tmp_path, capsys, arguments, message):
 def test_without_trainers_those_that_cannot_are_named(capsys):
     assert main(["base2new", "--seeds", "1", "--dry-run"]) == 0
     said = capsys.readouterr()
-    for name in ("LinearProbe", "TipAdapter", "TipAdapterPP", "EMDirichlet"):
+    for name in ("LinearProbe", "TipAdapter", "TipAdapterPP", "EMDirichlet", "TransCLIP"):
         assert f"{name} is left out: " in said.err
     commands = [line for line in said.out.splitlines() if line.startswith("python train.py")]
     assert sum("--trainer CoCoOp" in line for line in commands) == 2 and "LinearProbe" not in said.out
@@ -275,6 +307,20 @@ def test_all_heads_under_shift_and_classes_taken_as_new_ones(tmp_path):
     assert (kway, "MMA", "shapes_v2") not in rows
     assert main([*arguments, "--heads", "main", "--read-only"]) == 0
     assert ("shapes", "DLRCLIP", "average") in table(tmp_path / "t")
+
+
+def test_zero_shot_clip_has_a_row_beside_transductive_methods(tmp_path):
+    where = ["--output", str(tmp_path), "--write", str(tmp_path / "t")]
+    arguments = ["transductive", *where, "--trainers", "StatA,TransCLIP:tiny_zeroshot", "--seeds", "1,2"]
+    _, cells, _ = make_plan(parse_args(arguments))
+    for cell, clip, value in ((cells[0], 60.0, 62.0), (cells[1], 50.0, 55.0), (cells[22], 60.0, 40.0)):
+        assert cell.column == "very low, 64"
+        finish(cell.run, clip=clip, main=value)
+    assert main([*arguments, "--read-only"]) == 0
+    rows = table(tmp_path / "t")
+    means = {method: (float(row["mean"]), row["n"]) for (_, method, _), row in rows.items()}
+    assert means == {"ZeroshotCLIP": (55.0, "2"), "StatA": (58.5, "2"), "TransCLIP:tiny_zeroshot": (40.0, "1")}
+    assert list(means)[0] == "ZeroshotCLIP"
 
 
 def test_an_ablation_has_heads_as_columns(tmp_path):

@@ -5,21 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from feature_world import unit
 from torch.nn import functional as F
 
-import datasets
-import trainers
-from dassl.config import get_cfg_default
-from dassl.engine import build_trainer
 from trainers import stata as module
 from trainers.modules import transduction
 from trainers.stata import StatALearner, stata
 
 WIDTH, CLASSES = 8, 4
-
-
-def unit(*shape, seed=0):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double(), dim=-1)
 
 
 def world(size=25, present=CLASSES, seed=0):
@@ -109,19 +102,8 @@ def test_few_queries(size, make_clip, names):
 
 
 @pytest.fixture
-def make_cfg(tmp_path, random_tiny):
-    def make(name, *pairs, out="run"):
-        cfg = get_cfg_default()
-        datasets.extend_cfg(cfg)
-        trainers.extend_cfg(cfg)
-        cfg.merge_from_file("configs/trainers/stata/tiny.yaml")
-        cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / out), "DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", 1])
-        cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", False])
-        cfg.merge_from_list(["FEATURE_CACHE.USE", False, *pairs])
-        cfg.freeze()
-        return cfg
-
-    return make
+def make_cfg(small_run):
+    return small_run("stata", "DATASET.NUM_SHOTS", 1, "TEST.NO_TEST", False)
 
 
 def test_tasks_of_a_run(make, tmp_path):
@@ -135,6 +117,6 @@ def test_tasks_of_a_run(make, tmp_path):
 
 
 @pytest.mark.parametrize(("key", "value"), [("ALPHA", -1.0), ("SOFT", 2), ("UNEVEN", 2), ("TASK_CLASSES", 0)])
-def test_bad_settings_are_named(key, value, make_cfg):
+def test_bad_settings_are_named(key, value, make):
     with pytest.raises(ValueError, match=f"Expected TRAINER.STATA.{key} to be .* but got {value}"):
-        build_trainer(make_cfg("StatA", f"TRAINER.STATA.{key}", value))
+        make("StatA", f"TRAINER.STATA.{key}", value)

@@ -5,20 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from feature_world import unit
 from torch.nn import functional as F
 
-import datasets
-import trainers
-from dassl.config import get_cfg_default
 from trainers.modules import transduction
 from trainers.modules.transduction import grouped, neighbor_graph
 from trainers.transclip import GAMMAS, TransCLIPLearner, describe_supports, transclip
 
 WIDTH, CLASSES = 8, 4
-
-
-def unit(*shape, seed=0):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double(), dim=-1)
 
 
 def world(size=25, each=3, seed=0):
@@ -161,19 +155,8 @@ def test_part_of_the_classes(make_clip, names):
 
 
 @pytest.fixture
-def make_cfg(tmp_path, random_tiny):
-    def make(name, *pairs, out="run"):
-        cfg = get_cfg_default()
-        datasets.extend_cfg(cfg)
-        trainers.extend_cfg(cfg)
-        cfg.merge_from_file("configs/trainers/transclip/tiny.yaml")
-        cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / out), "DATASET.NAME", "Digits", "DATASET.NUM_SHOTS", 2])
-        cfg.merge_from_list(["MODEL.BACKBONE.WEIGHTS", str(random_tiny), "USE_CUDA", False, "TEST.NO_TEST", True])
-        cfg.merge_from_list(["FEATURE_CACHE.USE", False, *pairs])
-        cfg.freeze()
-        return cfg
-
-    return make
+def make_cfg(small_run):
+    return small_run("transclip")
 
 
 @torch.no_grad()
@@ -212,11 +195,9 @@ def test_zero_shot_tasks(make, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"), [("GAMMA", -1.0), ("LAMBDA", -0.5), ("TASK_SIZE", -1), ("SUPPORTS", 2), ("NUM_TASKS", 0)]
 )
-def test_bad_settings_are_named(key, value, make_cfg):
-    from dassl.engine import build_trainer
-
+def test_bad_settings_are_named(key, value, make):
     with pytest.raises(ValueError, match=f"Expected TRAINER.TRANSCLIP.{key} to be .* but got {value}"):
-        build_trainer(make_cfg("TransCLIP", f"TRAINER.TRANSCLIP.{key}", value))
+        make("TransCLIP", f"TRAINER.TRANSCLIP.{key}", value)
 
 
 def test_a_task_that_cannot_be_drawn_is_named(make):

@@ -123,7 +123,7 @@ def make_trainer(args: argparse.Namespace, name: str, folder: Path) -> Any:
     texts = F.normalize(torch.randn(args.classes, args.width), dim=1)
     known: type[Any] = TRAINER_REGISTRY.get(name)
 
-    class Subject(known):  # type: ignore[misc]
+    class Subject(known):
         """The trainer, whose texts and features are random."""
 
         def zeroshot(self, clip: Any, classnames: Any) -> Tensor:

@@ -41,18 +41,20 @@ def make_cfg(folder: Path, *pairs: Any):
     return cfg
 
 
-def few_views(name: str) -> tuple[Any, ...]:
-    """Two views of each training image, for methods that keep more: some keep 300."""
+def quick(name: str) -> tuple[Any, ...]:
+    """Two views of each training image for methods that keep more (some keep 300), and few inner steps."""
     node = TRAINER_REGISTRY.get(name).config_node()
-    views = make_cfg(Path("unused")).TRAINER.get(node, {}).get("VIEWS", 0)
-    return (f"TRAINER.{node}.VIEWS", 2) if views > 2 else ()
+    known = make_cfg(Path("unused")).TRAINER.get(node, {})
+    limits = {"VIEWS": 2, "ITER_MM": 20}
+    few = {f"TRAINER.{node}.{key}": most for key, most in limits.items() if known.get(key, 0) > most}
+    return tuple(part for pair in few.items() for part in pair)
 
 
 @pytest.fixture
 def build(tmp_path, random_tiny, random_adapters):
     def build(name: str, *pairs: Any, seed: int = 1):
         weights = ("MODEL.BACKBONE.WEIGHTS", str(random_tiny))
-        cfg = make_cfg(tmp_path, "TRAINER.NAME", name, *few_views(name), *weights, "SEED", seed, *pairs)
+        cfg = make_cfg(tmp_path, "TRAINER.NAME", name, *quick(name), *weights, "SEED", seed, *pairs)
         if getattr(TRAINER_REGISTRY.get(name), "adapters", "none") == "needed":
             cfg = cfg.clone()
             cfg.defrost()

@@ -66,8 +66,8 @@ def draw_streams(labels: Tensor, size: int, gamma: float, count: int, seed: int)
 
     Args:
         labels: [N], on the CPU.
-        gamma: parameter of the Dirichlet distribution: the less, the fewer slots have a class; below 0: a class comes
-            after the other.
+        gamma: parameter of the Dirichlet distribution: the less, the fewer slots have images of a class; below 0: one
+            class comes after the other, without slots.
         seed: decides the draws.
 
     Raises:
@@ -126,8 +126,8 @@ class TransductiveConfig(MethodConfig):
     )
     stream: float = key(
         0.0,
-        "tasks are successive parts of a random stream of all test images, in which each class is drawn together: the "
-        "less, the more; -1: class after class; 0: tasks are drawn each by itself",
+        "cut tasks one after the other from a random stream of all test images, along which a Dirichlet distribution "
+        "with this parameter spreads each class: the less, the closer together; -1: class by class; 0: no stream",
         low=-1,
     )
 

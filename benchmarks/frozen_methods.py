@@ -5,8 +5,8 @@
 Features are random: each class has a direction, which is its text as well, and images are noise around it. No image is
 encoded, so that what is measured is the method alone. Settings are those of the method's vit_b16.yaml but for VIEWS
 (--views at most) and the epochs of those that are trained (--epochs). A row of the result:
-    fit     seconds of training or fitting, with what is chosen on validation images (--val of each class)
-    test    seconds of the test
+    fit     CPU seconds of training or fitting, with what is chosen on validation images (--val of each class)
+    test    CPU seconds of the test
     before  the most memory that the process held before: PyTorch, CLIP and the features
     peak    the same at the end
 """
@@ -153,11 +153,11 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     make_dataset(args)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, name, Path(folder))
-        before, start = peak_memory(), time.perf_counter()
+        before, start = peak_memory(), time.process_time()
         trainer.train()
-        fitted = time.perf_counter()
+        fitted = time.process_time()
         accuracy = trainer.test()
-        end = time.perf_counter()
+        end = time.process_time()
         epochs = trainer.max_epoch if trainer._optim is not None else 0
         times = {"fit": fitted - start, "test": end - fitted}
         views = len(trainer.train_features.all().values)
@@ -173,22 +173,29 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
-    """Measures each method in a process of its own, and returns what goes into the JSON."""
+    """Measures each method in a process of its own; returns what goes into the JSON, which is written after each."""
     rows: list[dict[str, Any]] = []
+    settings = {key: value for key, value in vars(args).items() if key != "json"}
+    result = {
+        "benchmark": "frozen_methods",
+        "rows": rows,
+        "settings": settings,
+        "machine": machine(torch.device("cpu")),
+    }
     for name in args.methods:
         command = [sys.executable, __file__, *arguments, "--only", name]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit or None)
         except subprocess.TimeoutExpired:
             rows.append({"method": name, "error": f"more than {args.limit:g} s"})
-            continue
-        if done.returncode:
-            rows.append({"method": name, "error": "failed"})
-            print(done.stderr, file=sys.stderr)
         else:
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-    settings = {key: value for key, value in vars(args).items() if key != "json"}
-    return {"benchmark": "frozen_methods", "rows": rows, "settings": settings, "machine": machine(torch.device("cpu"))}
+            if done.returncode:
+                print(done.stderr, file=sys.stderr)
+            rows.append(
+                {"method": name, "error": "failed"} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+            )
+        write_json(args.json, result)
+    return result
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -207,7 +214,7 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
-    head = ["method", "views", "epochs", "fit", "test", "memory before", "peak"]
+    head = ["method", "views", "epochs", "fit, CPU", "test, CPU", "memory before", "peak"]
     return f"{table(head, rows)}\n\n{made_by(result)}"
 
 
@@ -245,9 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(args, args.only)))
         return 0
     result = run(args, arguments)
-    write_json(args.json, result)
     print(markdown(result))
-    return 0
+    return int(any(row.get("error") == "failed" for row in result["rows"]))
 
 
 if __name__ == "__main__":

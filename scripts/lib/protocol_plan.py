@@ -325,7 +325,7 @@ def transductive(asked: Asked) -> list[Cell]:
                 pairs = {f"TRAINER.{name}.{key}": str(value) for key, value in {**fixed, **drawn}.items()}
                 options = [part for pair in pairs.items() for part in pair]
                 level = f"{block}_{column}".replace(", ", "_").replace(" ", "_")
-                folder = asked.output / "transductive" / dataset / method.trainer / method.stem / level
+                folder = asked.output / "transductive" / asked.place(dataset) / method.trainer / method.stem / level
                 given = asked.given(method, dataset, 1, *options)
                 for seed in asked.seeds:
                     own = 1 if column == "all" else seed

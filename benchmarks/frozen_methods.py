@@ -44,6 +44,7 @@ from trainers.clip.tiny import save_tiny
 from trainers.configs import CONFIGS
 from trainers.features.encoder import FeatureSet
 
+SPLITS = ("train", "val", "test")
 NOISE = 7.0  # length of the noise beside the class's direction: half of 1000 classes' images are right zero-shot
 
 
@@ -77,12 +78,18 @@ def make_clip(width: int, classes: int) -> tuple[open_clip.CLIP, set[int]]:
     return model, {int(token) for word in set(words.split()) for token in open_clip.tokenize(word)[0]}
 
 
+def file_names(split: str, count: int) -> list[str]:
+    """Names in place of the files of a split, of which there are none."""
+    return [f"{split}/{i}.png" for i in range(count)]
+
+
 def make_dataset(args: argparse.Namespace) -> None:
     """Registers the dataset RandomFeatures, whose items are no files."""
     names = class_names(args.classes)
 
-    def items(count: int) -> list[Datum]:
-        return [Datum(f"{i}.png", i % args.classes, 0, names[i % args.classes]) for i in range(count)]
+    def items(split: str, count: int) -> list[Datum]:
+        files = file_names(split, count)
+        return [Datum(file, i % args.classes, 0, names[i % args.classes]) for i, file in enumerate(files)]
 
     @DATASET_REGISTRY.register()
     class RandomFeatures(DatasetBase):
@@ -91,15 +98,19 @@ def make_dataset(args: argparse.Namespace) -> None:
         check_files = False
 
         def __init__(self, cfg: Any) -> None:
-            super().__init__(items(args.rows), val=items(args.val * args.classes) or None, test=items(args.queries))
+            super().__init__(
+                items("train", args.rows),
+                val=items("val", args.val * args.classes) or None,
+                test=items("test", args.queries),
+            )
 
 
-def make_features(texts: Tensor, count: int, views: int, seed: int) -> FeatureSet:
-    """Features [V, N, E] around the texts, in chunks."""
-    generator = torch.Generator().manual_seed(seed)
+def make_features(texts: Tensor, split: str, count: int, views: int = 1) -> FeatureSet:
+    """Features [V, N, E] around the texts."""
+    generator = torch.Generator().manual_seed(SPLITS.index(split))
     labels = torch.arange(count) % len(texts)
     noise = torch.randn(views, count, texts.shape[1], generator=generator).mul_(NOISE / texts.shape[1] ** 0.5)
-    return FeatureSet(F.normalize(noise.add_(texts[labels]), dim=-1), labels, [f"{i}.png" for i in range(count)])
+    return FeatureSet(F.normalize(noise.add_(texts[labels]), dim=-1), labels, file_names(split, count))
 
 
 def make_trainer(args: argparse.Namespace, name: str, folder: Path) -> Any:
@@ -130,14 +141,14 @@ def make_trainer(args: argparse.Namespace, name: str, folder: Path) -> Any:
             return texts
 
         def _encode_views(self, transform: Any, views: int) -> FeatureSet:
-            return make_features(texts, args.rows, max(1, views), 1)
+            return make_features(texts, "train", args.rows, max(1, views))
 
     Subject.__name__ = name
     TRAINER_REGISTRY.register(Subject, force=True)
     trainer: Any = build_trainer(cfg)
     if trainer.val_loader is not None:
-        trainer.val_loader._known = make_features(texts, args.val * args.classes, 1, 2)
-    trainer.test_loader._known = make_features(texts, args.queries, 1, 3)
+        trainer.val_loader._known = make_features(texts, "val", args.val * args.classes)
+    trainer.test_loader._known = make_features(texts, "test", args.queries)
     trainer.train_features.all()
     return trainer
 
@@ -169,6 +180,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         "epochs": epochs,
         "views": views,
         "accuracy": accuracy,
+        "selected": trainer.selected,
     }
 
 

@@ -119,6 +119,7 @@ def test_methods_on_frozen_features(tmp_path, monkeypatch):
     (row,) = json.loads(result.read_text())["rows"]
     assert (row["method"], row["epochs"], row["views"]) == ("TipAdapterF", 1, 2)
     assert 0 < row["before"] <= row["peak"] and row["fit"] > 0 and row["test"] > 0
+    assert row["selected"] and all(choice["on"] == "val" for choice in row["selected"].values())
 
     def stop(command, timeout, **arguments):
         raise subprocess.TimeoutExpired(command, timeout)

@@ -232,7 +232,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--methods", default="", help="names, separated by commas (default: all that need no adapters)")
     parser.add_argument("--rows", type=int, default=16000, help="training images (default: 16000)")
     parser.add_argument("--classes", type=int, default=1000, help="at most 1000 (default)")

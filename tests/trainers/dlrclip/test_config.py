@@ -46,7 +46,7 @@ def test_extending_twice_changes_nothing(cfg):
 
 
 def test_plain_yacs_nodes_are_extended_in_kind():
-    cfg = CfgNode({"TRAINER": {}, "INPUT": {}, "OPTIM": {}})
+    cfg = CfgNode({"TRAINER": {}, "INPUT": {}, "OPTIM": {}, "DATASET": {}})
     DLRCLIP.add_config(cfg)
     assert type(cfg.TRAINER.DLRCLIP) is CfgNode
 

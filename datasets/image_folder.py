@@ -28,7 +28,7 @@ from typing import Any
 
 from dassl.data.datasets import DATASET_REGISTRY, Datum
 from dassl.data.datasets.base_dataset import find_missing
-from dassl.utils import InputError, did_you_mean
+from dassl.utils import InputError, did_you_mean, place_name
 
 from .files import check_name, read_lines
 from .layout import PARTS, Photo, describe, scan_folder
@@ -236,6 +236,7 @@ class ImageFolder(SplitDataset):
         if not root:
             raise InputError("Expected --root (or DATASET.ROOT) to be the folder of your images but none was given")
         path = Path(os.path.abspath(os.path.expanduser(root)))
+        self.shown_name = place_name(path)
         if path.is_dir():
             self.table = path / CSV_NAME if (path / CSV_NAME).is_file() else None
             if self.table is not None:

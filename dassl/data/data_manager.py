@@ -271,7 +271,12 @@ class DataManager:
         rows = [["Dataset", cfg.DATASET.NAME]]
         parts = (("training", "train_x"), ("unlabeled", "train_u"), ("validation", "val"), ("test", "test"))
         counts = [f"{len(items):,} {word}" for word, name in parts if (items := getattr(dataset, name))]
-        logger.info("%s: %s classes; images: %s", cfg.DATASET.NAME, f"{self.num_classes:,}", ", ".join(counts))
+        logger.info(
+            "%s: %s classes; images: %s",
+            dataset.shown_name or cfg.DATASET.NAME,
+            f"{self.num_classes:,}",
+            ", ".join(counts),
+        )
         if cfg.DATASET.SOURCE_DOMAINS:
             rows.append(["Source", str(cfg.DATASET.SOURCE_DOMAINS)])
         if cfg.DATASET.TARGET_DOMAINS:

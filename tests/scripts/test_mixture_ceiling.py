@@ -16,9 +16,7 @@ def write_run(folder, heads, labels, seed, limit=10**6):
     recorder.add(heads, labels)
     folder.mkdir(parents=True)
     kept = recorder.finish("test", next(reversed(heads)), "clip", {0: "a", 1: "b", 2: "c"})
-    save_predictions(
-        folder / "predictions.safetensors", recorder.finish("test", main, "clip", {0: "a", 1: "b", 2: "c"})
-    )
+    save_predictions(folder / "predictions.safetensors", kept)
     metrics = {"trainer": "DLRCLIP", "dataset": "Digits", "shots": 4, "seed": seed}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "DONE").write_text("{}")

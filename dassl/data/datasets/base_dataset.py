@@ -147,6 +147,7 @@ class DatasetBase:
     """
 
     dataset_dir: str = ""  # the dataset's folder under DATASET.ROOT
+    shown_name: str = ""  # what people call it, where that is not its registered name
     domains: Sequence[str] = ()  # names of all domains
     check_files: bool = True  # False where items are not files
     missing_hint: str = ""  # end of the message about missing files: where to get them

@@ -1,4 +1,4 @@
-"""How far a mixture of DLR-CLIP's branches could reach if it were fitted to the test images themselves.
+"""Compute how far a mixture of DLR-CLIP's branches could reach if it were fitted to the test images themselves.
 
     python scripts/dev/mixture_ceiling.py output/digits/DLRCLIP output/shapes/DLRCLIP
 

@@ -217,8 +217,9 @@ def test_photos_without_a_dataset_are_ones_own_and_nothing_is_written_among_them
     assert train.main(command) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["dataset"], metrics["test"]["n"]) == ("ImageFolder", 8) and listing(photos) == before
-    assert f"\n{photos.name}: " in capsys.readouterr().out
-    assert "Images in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"\n{photos.name}: " in said
+    assert "Images in" in said
     for name in ("Digits", "Shapes"):  # those that this project makes never go where photos are
         assert train.main([*command[:-4], "--dry-run", *command[-4:], "DATASET.NAME", name]) == 0
         assert listing(photos) == before

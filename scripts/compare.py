@@ -43,6 +43,7 @@ from scripts.lib.lead import lead_table
 from scripts.lib.methods import check_datasets, choose_methods, whole_numbers
 from scripts.lib.tables import SPREAD, Record, collect, comma_separated, latex, markdown
 
+SHOTS_HELP = "labeled images per class, separated by commas (default: 1,2,4,8,16)"
 METRICS = ("accuracy", "top5", "macro_f1", "ece")
 
 
@@ -124,8 +125,8 @@ def write_results(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=lambda s: s.split(","), default=["digits"], help="configs/datasets/*.yaml")
-    parser.add_argument("--shots", type=whole_numbers, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--seeds", type=whole_numbers, default=[1, 2, 3])
+    parser.add_argument("--shots", type=whole_numbers, default=[1, 2, 4, 8, 16], help=SHOTS_HELP)
+    parser.add_argument("--seeds", type=whole_numbers, default=[1, 2, 3], help="separated by commas (default: 1,2,3)")
     parser.add_argument("--trainers", default="", help="names, each perhaps with :CONFIG")
     parser.add_argument("--config", default="tiny", help="name of the configs in configs/trainers/*/ (default: tiny)")
     parser.add_argument("--metric", choices=METRICS, default="accuracy")

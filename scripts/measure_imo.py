@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("groups", nargs="+", metavar="NAME=RUN,RUN,...", help="runs of IMO or IMODINO, one per seed")
     parser.add_argument("--sources", nargs="+", choices=tuple(SOURCES), default=list(SOURCES))
-    parser.add_argument("--shots", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--shots", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="labeled images per class")
     parser.add_argument("--root", default="", help="folder that holds the datasets")
     parser.add_argument("--weights", default="", help="MODEL.BACKBONE.WEIGHTS")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers behind the tables")

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from dassl.engine import TRAINER_REGISTRY
+from dassl.utils.checkpoints import POINTER_NAME
 from scripts.compare import main
 from scripts.lib.grid import digest_of_data
 from scripts.lib.methods import choose_methods, methods_with
@@ -97,7 +98,8 @@ def test_stopping_stops_the_runs_and_the_same_command_goes_on(tmp_path):
     folder = tmp_path / "digits" / "TaskRes" / "tiny_16shots" / "seed1"
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list(folder.glob("*/model.pth.tar-*")) and time.monotonic() < deadline:
+    # Not the first file of a checkpoint: a run goes on from what its pointer names, which is written last.
+    while not list(folder.glob(f"*/{POINTER_NAME}")) and time.monotonic() < deadline:
         time.sleep(0.05)
     first.terminate()
     assert first.wait(60) == 130

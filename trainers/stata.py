@@ -31,28 +31,15 @@ from .clip import CLIP
 from .modules.transduction import (
     ROUNDS,
     SMALLEST,
-    Moments,
     assign,
     directions,
     log_likelihood,
     moments,
     neighbor_graph,
+    spread,
 )
 
 CHUNK = 2500  # queries that the source sums at once
-
-
-def spread(sums: Moments, means: Tensor) -> Tensor:
-    """Return the sum of z (x - mu)^2 over the queries, [C, E] or, over all classes, [1, E].
-
-    Args:
-        sums: `second` may be of each class, or of all.
-        means: [C, E].
-    """
-    linear, constant = -2 * means * sums.first, sums.mass[:, None] * means.square()
-    if len(sums.second) == 1:
-        linear, constant = linear.sum(dim=0), constant.sum(dim=0)
-    return sums.second + linear + constant
 
 
 def first_variance(queries: Tensor, y: Tensor, texts: Tensor, uneven: bool) -> Tensor:

@@ -33,11 +33,13 @@ from .modules.transduction import (
     SMALLEST,
     TEMPERATURE,
     Graph,
+    Moments,
     assign,
     directions,
     log_likelihood,
     moments,
     neighbor_graph,
+    spread,
 )
 
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
@@ -90,7 +92,7 @@ def update(queries: Tensor, last: Mixture, known: Known | None, gamma: float) ->
         mass, first, second = mass + weight * known.counts, first + weight * known.sums, second + weight * known.squares
         total += gamma * TEMPERATURE
     means = directions(first, last.means)
-    apart = second - 2 * (means * first).sum(dim=0) + (mass[:, None] * means.square()).sum(dim=0)
+    apart = spread(Moments(mass, first, second), means)
     return last._replace(means=means, variances=(apart / total).clamp(min=SMALLEST))
 
 

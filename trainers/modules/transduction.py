@@ -197,6 +197,19 @@ def moments(queries: Tensor, z: Tensor, *, of_each: bool) -> Moments:
     return Moments(mass, first, second)
 
 
+def spread(sums: Moments, means: Tensor) -> Tensor:
+    """Return the sum of z (x - mu)^2 over the queries, [C, E] or, over all classes, [1, E].
+
+    Args:
+        sums: `second` may be of each class, or of all.
+        means: [C, E].
+    """
+    linear, constant = -2 * means * sums.first, sums.mass[:, None] * means.square()
+    if len(sums.second) == 1:
+        linear, constant = linear.sum(dim=0), constant.sum(dim=0)
+    return sums.second + linear + constant
+
+
 def directions(vectors: Tensor, otherwise: Tensor) -> Tensor:
     """Return vectors [C, E] with length 1; a row of `otherwise` [C, E] where there is no direction."""
     length = vectors.norm(dim=1, keepdim=True)

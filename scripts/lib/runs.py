@@ -152,9 +152,11 @@ def each_once(runs: Iterable[Run]) -> list[Run]:
     kept: list[Run] = []
     first: dict[tuple[Any, ...], Run] = {}
     for run in runs:
-        key = (run.dataset(), run.method, run.metrics["seed"])
-        if run.shots != 0 or first.setdefault(key, run) is run or first[key].heads() != run.heads():
-            kept.append(run)
+        if run.shots == 0:  # asked first: the dataset's name is read from a file
+            known = first.setdefault((run.dataset(), run.method, run.metrics["seed"]), run)
+            if known is not run and known.heads() == run.heads():
+                continue
+        kept.append(run)
     return kept
 
 

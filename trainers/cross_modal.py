@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from dassl.engine import TRAINER_REGISTRY
 
 from .base import CorrectedKeys, FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
-from .clip import CLIP, IMAGENET_TEMPLATES_SELECT, sentence_features, sentences_of, zeroshot_weights
-from .clip.templates import ensemble_templates
+from .clip import CLIP, IMAGENET_TEMPLATES_SELECT, zeroshot_weights
+from .clip.templates import ensemble_templates, prompt_features
 
 
 class Outputs(NamedTuple):
@@ -113,14 +113,7 @@ class CrossModalProbe(FeatureTrainer):
         """Build the classifier, and keep the features of the prompts beside it."""
         own = self.templates()
         templates = own if self.settings.templates == "dataset" else ensemble_templates(own, "select", "")
-        described = sentences_of(templates, classnames)
-        if described:
-            texts, self.text_labels = sentence_features(clip, described)
-            self.texts = F.normalize(texts, dim=-1)
-        else:
-            texts = torch.stack([zeroshot_weights(clip, classnames, [template]) for template in templates])
-            self.texts = texts.flatten(0, 1)  # [T * C, E]
-            self.text_labels = torch.arange(len(classnames), device=texts.device).repeat(len(templates))
+        self.texts, self.text_labels = prompt_features(clip, classnames, templates)
         start = zeroshot_weights(clip, classnames, templates, self.raw_mean)
         return CrossModalLearner(clip, classnames, zeroshot, F.normalize(start, dim=-1))
 

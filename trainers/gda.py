@@ -37,11 +37,10 @@ from .base import FeatureLearner, FeatureTrainer, MethodConfig, class_rows, kept
 from .base.search import best_place
 from .clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from .features import FeatureSet
-from .modules.gaussian import class_counts, class_means, pooled_scatter
+from .modules.gaussian import LEAST_SPREAD, class_counts, class_means, linear, pooled_scatter, precision_matrix
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 NEAREST, COPIES = 64, 16  # views that describe a new class, and how often its text counts beside them
-LEAST_SPREAD = 1e-10  # mean squared distance that is told from rounding; features have length 1
 AT_ONCE = 2**22  # most numbers in the logits of the images that are left out at once
 NEW_AT_ONCE = 64  # new classes described at once
 
@@ -62,25 +61,6 @@ def fit_gaussians(values: Tensor, labels: Tensor, num_classes: int) -> Gaussians
     """
     means = class_means(values, labels, num_classes)
     return Gaussians(means, pooled_scatter(values, labels, means), class_counts(labels, num_classes))
-
-
-def precision_matrix(scatter: Tensor, n: int) -> Tensor:
-    """Return P [E, E], for the scatter [E, E] of n views.
-
-    Without any spread (one image of each class in one view), all directions count alike: P = I. The source's
-    pseudo-inverse is zero there.
-    """
-    width, ridge = len(scatter), scatter.trace() / max(n - 1, 1)
-    identity = torch.eye(width, dtype=scatter.dtype, device=scatter.device)
-    if float(ridge) <= LEAST_SPREAD:
-        return identity
-    return width * torch.cholesky_inverse(torch.linalg.cholesky(scatter + ridge * identity))
-
-
-def linear(means: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return W [C, E] and b + log(C) [C], for means [C, E] and P [E, E]."""
-    weight = means @ inverse
-    return weight, -(weight * means).sum(dim=1) / 2
 
 
 def describe_new(texts: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,25 @@
-"""Choose the best point of a grid by its scores on validation images."""
+"""Lay out grids of settings, and choose the best point by its scores on validation images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class Axis(NamedTuple):
+    """`steps` evenly spaced values from `start` up to `end`; `end` itself is left out unless `closed`."""
+
+    start: float
+    end: float
+    steps: int
+    closed: bool = False
+
+    def values(self) -> list[float]:
+        """Return the values of the axis in rising order."""
+        gaps = max(1, self.steps - 1) if self.closed else self.steps
+        return [self.start + i * (self.end - self.start) / gaps for i in range(self.steps)]
 
 
 def best_place(scores: Tensor, rank: Callable[[tuple[int, ...]], Any] | None = None) -> tuple[int, ...]:

@@ -182,6 +182,19 @@ def sentence_features(clip: CLIP, described: Sequence[Sequence[str]]) -> tuple[T
     return features, torch.arange(len(described)).repeat_interleave(counts).to(features.device)
 
 
+def prompt_features(clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return the features [M, E] of every single prompt, normalized, and the class [M] of each.
+
+    The prompts are the classes' own sentences, where there are such, else each template with each class name.
+    """
+    described = sentences_of(templates, classnames)
+    if described:
+        features, labels = sentence_features(clip, described)
+        return F.normalize(features, dim=-1), labels
+    features = torch.stack([zeroshot_weights(clip, classnames, [template]) for template in templates])
+    return features.flatten(0, 1), torch.arange(len(classnames), device=features.device).repeat(len(templates))
+
+
 def _class_means(features: Tensor, described: Sequence[Sequence[str]]) -> Tensor:
     return torch.stack([rows.mean(dim=0) for rows in features.split([len(texts) for texts in described])])
 

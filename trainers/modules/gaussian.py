@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LEAST_SPREAD = 1e-10  # mean squared distance that is told from rounding; features have length 1
+
 
 def class_counts(labels: Tensor, num_classes: int) -> Tensor:
     """Return the number of images of each class, [C], for labels [N].
@@ -56,3 +58,22 @@ def pooled_scatter(values: Tensor, labels: Tensor, means: Tensor) -> Tensor:
         apart = view.double() - own
         scatter += apart.t() @ apart
     return scatter
+
+
+def precision_matrix(scatter: Tensor, n: int) -> Tensor:
+    """Return P [E, E], for the scatter [E, E] of n views.
+
+    Without any spread (one image of each class in one view), all directions count alike: P = I. GDA's
+    source has a pseudo-inverse, which is zero there.
+    """
+    width, ridge = len(scatter), scatter.trace() / max(n - 1, 1)
+    identity = torch.eye(width, dtype=scatter.dtype, device=scatter.device)
+    if float(ridge) <= LEAST_SPREAD:
+        return identity
+    return width * torch.cholesky_inverse(torch.linalg.cholesky(scatter + ridge * identity))
+
+
+def linear(means: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return W [C, E] and b + log(C) [C], for means [C, E] and P [E, E]."""
+    weight = means @ inverse
+    return weight, -(weight * means).sum(dim=1) / 2

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..base.search import best_place
+from ..base.search import Axis, best_place
+from ..modules.cache import cache_logits
 
 GRID_NUMBERS = 2**24  # most numbers in the logits of the grid points that are evaluated at once
 
@@ -59,20 +60,6 @@ def tip_values(dataset: str) -> TipValues:
 def values_origin(dataset: str) -> str:
     """Return words that name the origin of the values of `tip_values`."""
     return f"Tip-Adapter's code for {dataset if dataset in TIP_VALUES else 'ImageNet'}"
-
-
-class Axis(NamedTuple):
-    """`steps` evenly spaced values from `start` up to `end`; `end` itself is left out unless `closed`."""
-
-    start: float
-    end: float
-    steps: int
-    closed: bool = False
-
-    def values(self) -> list[float]:
-        """Return the values of the axis in rising order."""
-        gaps = max(1, self.steps - 1) if self.closed else self.steps
-        return [self.start + i * (self.end - self.start) / gaps for i in range(self.steps)]
 
 
 class Grid(NamedTuple):
@@ -123,17 +110,6 @@ def grid_of(
         grid.gamma._replace(end=gamma_end or grid.gamma.end, steps=gamma_steps or grid.gamma.steps),
         grid.first,
     )
-
-
-def cache_logits(affinity: Tensor, key_labels: Tensor, num_classes: int, beta: float) -> Tensor:
-    """Return the cache's logits exp(-beta (1 - affinity)) V, [n, C], where V is given as labels.
-
-    Args:
-        affinity: [n, N], cosine similarities of images and keys.
-        key_labels: [N], the classes of the keys.
-    """
-    weights = torch.exp(-beta * (1 - affinity))
-    return weights.new_zeros(len(weights), num_classes).index_add(1, key_labels, weights)
 
 
 def grid_accuracy(

@@ -66,6 +66,8 @@ ALIASES = {
     "ClassAdaptiveLinearProbe": "CLAP",
     "ADAPTER": "CLAP",
     "GaussianDiscriminantAnalysis": "GDA",
+    "APE-T": "APET",
+    "TIMO-S": "TIMO",
     "LP++": "LPPlusPlus",
     "LinearProbe_P2": "LPPlusPlus",
     "RegLinearAdapter": "RLA",

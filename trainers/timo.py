@@ -141,7 +141,7 @@ class TIMOConfig(MethodConfig):
     )
     sharpness: float = key(50.0, "g, of the texts' weights", low=0, source="50; ImageNet: 1, OxfordFlowers: 100")
     alpha: float = key(
-        1000.0,
+        10.0,
         "weight of the texts where it cannot be chosen: no validation images",
         low=0,
         source="0.1, where nothing in its grid is right once",

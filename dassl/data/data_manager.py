@@ -153,6 +153,7 @@ class DataManager:
         custom_tfm_test: the same for validation and test.
         dataset_wrapper: class to use instead of DatasetWrapper.
         drop_last: see ``build_data_loader``.
+        dataset: the dataset; None: the one that the config names.
     """
 
     def __init__(
@@ -162,11 +163,12 @@ class DataManager:
         custom_tfm_test: Transform | None = None,
         dataset_wrapper: Callable[..., Dataset[Any]] | None = None,
         drop_last: bool = True,
+        dataset: DatasetBase | None = None,
     ) -> None:
         read_noise(cfg)  # what is wrong with these keys is said before the dataset is read
         # One seed per loader, or labeled and unlabeled batches would come in the same order.
         self._seed = cfg.SEED if cfg.SEED >= 0 else int(torch.randint(2**31, (1,)))
-        dataset = build_dataset(cfg)
+        dataset = build_dataset(cfg) if dataset is None else dataset
         # the skipped images: path -> reason
         self.bad_images = skip_bad_images(dataset) if cfg.DATALOADER.SKIP_BAD_IMAGES else {}
         self.noise = add_noise(cfg, dataset, self._seed)  # training images made wrong on purpose; None: none

@@ -13,12 +13,13 @@ logger = logging.getLogger(__name__)
 TRAINER_REGISTRY = Registry("TRAINER")
 
 
-def build_trainer(cfg: Any, data: Any = None) -> Any:
+def build_trainer(cfg: Any, data: Any = None, hooks: Any = None) -> Any:
     """Build the trainer that ``cfg.TRAINER.NAME`` names.
 
     Args:
         cfg: the frozen configuration.
         data: the trainer's data manager, or a stand-in for it; None: the trainer makes one from the configuration.
+        hooks: the hooks of the run; None: all those of a run on the command line, which write its files.
 
     Raises:
         InputError: no trainer of that name; the message has the nearest one.
@@ -28,4 +29,6 @@ def build_trainer(cfg: Any, data: Any = None) -> Any:
     if cfg.VERBOSE:
         logger.info("Loading trainer: %s", name, extra=DETAIL)
     trainer_class = TRAINER_REGISTRY.get(name)
-    return trainer_class(cfg) if data is None else trainer_class(cfg, data)  # upstream's classes take a cfg only
+    # Classes written for upstream take a cfg only.
+    given = {name: value for name, value in (("data", data), ("hooks", hooks)) if value is not None}
+    return trainer_class(cfg, **given)

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class SimpleTrainer(EvaluatingTrainer):
     Args:
         cfg: the frozen configuration.
         data: the data manager, or a stand-in with the same attributes; None: one is made from the configuration.
+        hooks: the hooks of the run; None: those of ``build_hooks``, which write the run's files.
 
     Attributes:
         drop_last: whether a training epoch leaves out its last, smaller batch; a method may say otherwise.
@@ -59,7 +60,7 @@ class SimpleTrainer(EvaluatingTrainer):
 
     drop_last = True
 
-    def __init__(self, cfg: Any, data: Any = None) -> None:
+    def __init__(self, cfg: Any, data: Any = None, hooks: Sequence[HookBase] | None = None) -> None:
         super().__init__()
         ensure_heard()
         self.check_cfg(cfg)
@@ -82,7 +83,7 @@ class SimpleTrainer(EvaluatingTrainer):
         self._check_data()
         self.build_model()
         self.evaluator = build_evaluator(cfg, lab2cname=self.lab2cname)
-        self.register_hooks(self.build_hooks())
+        self.register_hooks(self.build_hooks() if hooks is None else hooks)
 
     # ---- set-up
 

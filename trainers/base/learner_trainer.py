@@ -40,15 +40,27 @@ class LearnerTrainer(CLIPTrainer):
         method = type(self).__name__
         path = checkpoint_path(directory, self.model_name, epoch, method)
         checkpoint = load_checkpoint(path)
+        self.take_checkpoint(checkpoint, path)
+        logger.info("Loaded %s (epoch %s)", path, checkpoint.get("epoch"))
+
+    def take_checkpoint(self, checkpoint: Any, source: str | os.PathLike[str]) -> None:
+        """Take over what a checkpoint holds.
+
+        Args:
+            checkpoint: what an earlier run wrote: "state_dict", and "engine" with what it had chosen.
+            source: the file that it comes from, for messages.
+
+        Raises:
+            ValueError: the checkpoint was made by something else, for another CLIP or for other classes.
+        """
         state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
         if not isinstance(state, Mapping):
-            raise ValueError(f"Expected a checkpoint of {method} but got something else: {path}")
+            raise ValueError(f"Expected a checkpoint of {type(self).__name__} but got something else: {source}")
         try:
             self.network.learner.take(state, class_indices(self.dm.dataset))
         except ValueError as error:
-            raise ValueError(f"{error}: {path}") from error
+            raise ValueError(f"{error}: {source}") from error
         self.after_load(checkpoint)
-        logger.info("Loaded %s (epoch %s)", path, checkpoint.get("epoch"))
 
     def after_load(self, checkpoint: Mapping[str, Any]) -> None:
         """Take over what a loaded checkpoint holds beside the weights: which settings were chosen, and on what."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import open_clip
@@ -19,6 +22,18 @@ from .tiny import IDS, expand_vocabulary, read_record, tiny_files
 logger = logging.getLogger(__name__)
 
 _ACTIVATIONS = {True: "quick-GELU", False: "GELU"}
+_shared: ContextVar[dict[tuple[str, ...], CLIP] | None] = ContextVar("shared_clips", default=None)
+
+
+@contextlib.contextmanager
+def shared_clips() -> Iterator[None]:
+    """Load each CLIP once within this block: runs that follow each other get the same frozen CLIP."""
+    outer = _shared.get()
+    token = _shared.set({} if outer is None else outer)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
 
 
 def load_clip(
@@ -45,6 +60,16 @@ def load_clip(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"Expected precision to be one of {', '.join(PRECISIONS)} but got {precision!r}")
+    shared, key = _shared.get(), (name, str(weights or ""), precision, str(device))
+    if shared is not None and key in shared:
+        return shared[key]
+    clip = _load(name, weights, precision).to(device)
+    if shared is not None:
+        shared[key] = clip
+    return clip
+
+
+def _load(name: str, weights: str | os.PathLike[str] | None, precision: str) -> CLIP:
     backbone = resolve_backbone(name)
     known = None
     if name == "tiny":
@@ -63,7 +88,7 @@ def load_clip(
     logger.info("CLIP %s from %s (%s, %s)", name, path, precision, _ACTIVATIONS[quick])
     if weights and name != "tiny":
         _check_activation(name, path, quick)
-    return clip.to(device)
+    return clip
 
 
 def _check_activation(name: str, path: Path, quick: bool) -> None:

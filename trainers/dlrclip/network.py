@@ -302,7 +302,7 @@ class DLRCLIPNetwork(nn.Module):
         return self.report(images, features)["heads"]
 
     @torch.no_grad()
-    def report(self, images: Tensor, features: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
+    def report(self, images: Tensor | None, features: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
         """Return `heads`, `values` (alpha, weight, trust, [B, 1]) and `features` (clip, cma, [B, E]); see `forward`."""
         frozen, adapted = self.image_features(images, features)
         outputs = self._outputs(frozen, adapted)

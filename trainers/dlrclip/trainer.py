@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from dassl.data import DatasetWrapper
 from dassl.data.transforms import build_transform
@@ -21,6 +22,7 @@ from dassl.optim import build_lr_scheduler
 from ..base import LearnerTrainer, build_optimizer_with_eps, count_steps
 from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT, tell_alike
 from ..features import (
+    FeatureLoader,
     FrozenPart,
     ImageEncoder,
     KnownFeatures,
@@ -32,7 +34,7 @@ from ..features import (
 from ..features.kept_views import GIB, ViewLoader
 from ..log import DETAIL
 from ..portable import class_indices
-from .calibration import all_features, all_reports, fit_mixture
+from .calibration import Branches, all_features, all_reports, fit_mixture
 from .config import DLRCLIPConfig, ViewsKeys
 from .glr import best_beta
 from .network import DLRCLIPNetwork, by_branch
@@ -48,12 +50,12 @@ class GivenImages(NamedTuple):
     """Test images, and what is known of their zero-shot features.
 
     Attributes:
-        images: [B, 3, H, W].
+        images: [B, 3, H, W], or None where their features suffice.
         features: [B, E], or None where they are not known.
         place: where features are not known but wanted, which they are: see KnownFeatures; else None.
     """
 
-    images: Tensor
+    images: Tensor | None
     features: Tensor | None = None
     place: tuple[str, int] | None = None
 
@@ -123,7 +125,10 @@ class DLRCLIP(LearnerTrainer):
         self.train_loader_x: Any = self._views
 
     def _share_features(self, clip: CLIP) -> None:
-        """Let validation and test loaders read zero-shot features from the cache on disk, or fill it."""
+        """Let validation and test loaders read zero-shot features from the cache on disk, or fill it.
+
+        Without an adapted branch, and unless corruptions of the images are wanted, features are all that is needed.
+        """
         encoder = self._encoder = ImageEncoder(clip, self.settings.prec, self._autocast)
         self._known: dict[str, KnownFeatures] = {}  # loaders that want features, by their names
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -131,7 +136,9 @@ class DLRCLIP(LearnerTrainer):
         for split in ("val", "test"):
             loader = getattr(self, f"{split}_loader")
             slot = feature_slot(self.cfg, encoder, loader, split)
-            if slot is not None:
+            if self.network.learner.cma is None and self.network.learner.robust is None and loader is not None:
+                setattr(self, f"{split}_loader", FeatureLoader(loader, encoder, slot))
+            elif slot is not None:
                 self._known[split] = KnownFeatures(loader, slot, split)
                 setattr(self, f"{split}_loader", self._known[split])
 
@@ -201,8 +208,11 @@ class DLRCLIP(LearnerTrainer):
 
     def parse_batch_test(self, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
         """Return images [B, 3, H, W], with what is known of their features, and labels [B], on the device."""
+        known = batch.get("feature"), batch.get("place")
+        if "img" not in batch:
+            return GivenImages(None, *known), batch["label"].to(self.device)
         images, labels = super().parse_batch_test(batch)
-        return GivenImages(images, batch.get("feature"), batch.get("place")), labels
+        return GivenImages(images, *known), labels
 
     def model_heads(self, input: Tensor | GivenImages) -> dict[str, Tensor]:
         """Return logits [B, C] of all heads for images [B, 3, H, W]."""
@@ -283,7 +293,7 @@ class DLRCLIP(LearnerTrainer):
             augmented = DatasetWrapper(self.cfg, items, transform=build_transform(self.cfg, is_train=True))
             loaders.append((self.in_order(SeededViews(augmented, views, seed)), views))
         with self._autocast():
-            training = all_features(loaders, self._branch_features)
+            training = self._training_features(loaders)
             texts = {"clip": network.zeroshot}
             if network.learner.cma is not None:
                 texts["cma"] = network.text_features()
@@ -291,6 +301,17 @@ class DLRCLIP(LearnerTrainer):
         fit_mixture(network.learner, training, texts, validation, lambda known: network.branches(known, None)[0])
         self.selected["mixture"] = self._mixture_choice()
         logger.info("Mixture: %s", self.selected["mixture"], extra=DETAIL)
+
+    def _training_features(self, loaders: Sequence[tuple[DataLoader[Any], int]]) -> tuple[Branches, Tensor]:
+        """Return the features [V, N, E] of the training images by branch, and the labels [N]; see `all_features`."""
+        if self.network.learner.cma is not None:
+            return all_features(loaders, self._branch_features)
+        slots = [feature_slot(self.cfg, self._encoder, loader, "train") for loader, _ in loaders]
+        known = [
+            collect_features(loader, self._encoder, views, slot)
+            for (loader, views), slot in zip(loaders, slots, strict=True)
+        ]
+        return {"clip": torch.cat([part.values for part in known])}, known[0].labels
 
     def _branch_features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return by_branch(*self.network.image_features(batch["img"].to(self.device)))

@@ -4,6 +4,7 @@ from .cache_key import feature_slot
 from .encoder import Batch, FeatureSet, ImageEncoder
 from .kept_views import FrozenPart, ViewLoader
 from .loaders import FeatureLoader, KnownFeatures, OneStep, TrainingFeatures, collect_features
+from .memory import remembered_features
 from .views import Mirror, SeededViews
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "ViewLoader",
     "collect_features",
     "feature_slot",
+    "remembered_features",
 ]

@@ -30,6 +30,7 @@ from dassl.utils import read_image
 from ..log import DETAIL
 from .cache import GIB, FeatureCache, default_folder
 from .encoder import FeatureSet, ImageEncoder
+from .memory import MemorySlot, memory_slot
 from .views import SeededViews
 
 logger = logging.getLogger(__name__)
@@ -110,8 +111,10 @@ class FeatureSlot:
             self.cache.save(self.facts, values, self.about)
 
 
-def feature_slot(cfg: Any, encoder: ImageEncoder, loader: Any, split: str) -> FeatureSlot | None:
+def feature_slot(cfg: Any, encoder: ImageEncoder, loader: Any, split: str) -> FeatureSlot | MemorySlot | None:
     """Return the slot of a loader's images; None where the cache is off, or the images have no fixed order.
+
+    Within `remembered_features`, slots are in memory, whether the cache is on or off.
 
     Args:
         cfg: the configuration; FEATURE_CACHE and the names of dataset and backbone are read.
@@ -121,10 +124,11 @@ def feature_slot(cfg: Any, encoder: ImageEncoder, loader: Any, split: str) -> Fe
     dataset = getattr(loader, "dataset", None)
     images = dataset.dataset if isinstance(dataset, SeededViews) else dataset
     fixed = isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler)
-    if not (cfg.FEATURE_CACHE.USE and fixed and type(images) is DatasetWrapper):
+    if not (fixed and type(images) is DatasetWrapper) or loader.batch_size is None or loader.drop_last:
         return None
-    if loader.batch_size is None or loader.drop_last:
-        return None
+    in_memory = memory_slot(encoder, loader)
+    if in_memory is not None or not cfg.FEATURE_CACHE.USE:
+        return in_memory
     cache = FeatureCache(
         Path(cfg.FEATURE_CACHE.DIR).expanduser().absolute() if cfg.FEATURE_CACHE.DIR else default_folder(),
         int(cfg.FEATURE_CACHE.LIMIT * GIB),

@@ -29,7 +29,20 @@ first_come_first_served(TRAINER_REGISTRY, __name__)  # before the methods below 
 
 # What lies here and is no method.
 ROOMS = frozenset(
-    ("app", "base", "clip", "compat", "configs", "datasets", "features", "files", "modules", "portable", "scripts")
+    (
+        "api",
+        "app",
+        "base",
+        "clip",
+        "compat",
+        "configs",
+        "datasets",
+        "features",
+        "files",
+        "modules",
+        "portable",
+        "scripts",
+    )
 )
 for _found in pkgutil.iter_modules(__path__):
     if _found.name not in ROOMS and not _found.name.startswith("_"):
@@ -78,7 +91,15 @@ ALIASES = {
     "IntraModalOverlap": "IMO",
 }
 
-__all__ = ["ALIASES", "complete_cfg", "extend_cfg", "find_config", "merge_from_file", "warn_if_for_another"]
+__all__ = [
+    "ALIASES",
+    "FewShotClassifier",
+    "complete_cfg",
+    "extend_cfg",
+    "find_config",
+    "merge_from_file",
+    "warn_if_for_another",
+]
 
 
 def extend_cfg(cfg: Any) -> None:
@@ -99,3 +120,10 @@ def complete_cfg(cfg: Any, given: Collection[str]) -> None:
     """
     if issubclass(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), CLIPTrainer):
         complete_input(cfg, given)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is for people who write Python when it is asked for: it needs the datasets and scikit-learn, too."""
+    if name != "FewShotClassifier":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.api").FewShotClassifier

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import InputError
 
-__all__ = ["MAX_ASPECT", "read_image"]
+__all__ = ["MAX_ASPECT", "as_rgb", "read_image"]
 
 # Longer : shorter side. Models see the middle of an image after its short side has been resized to theirs; beyond this
 # ratio that middle shows next to nothing, and the resized strip can take gigabytes.
@@ -36,9 +36,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            _check_shape(image)  # before the pixels are decoded: sizes stand in the header
-            image.load()
-            return _opaque_rgb(_upright(image), image.format or "")
+            return as_rgb(image)
     except FileNotFoundError as error:
         raise InputError(f'Expected an image at "{os.fspath(path)}" but found no file') from error
     except UnidentifiedImageError as error:
@@ -50,6 +48,17 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise InputError(
             f'Expected "{os.fspath(path)}" to be a readable image but got: {" ".join(reason.split())}'
         ) from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as 8-bit RGB, upright and on white; see ``read_image``.
+
+    Raises:
+        ValueError: the image is more than MAX_ASPECT times as long as wide, or white is unknown in its number format.
+    """
+    _check_shape(image)  # before the pixels are decoded: sizes stand in the header
+    image.load()
+    return _opaque_rgb(_upright(image), image.format or "")
 
 
 def _check_shape(image: Image.Image) -> None:

@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -35,6 +35,7 @@ __all__ = [
     "close_logger",
     "ensure_heard",
     "is_quiet",
+    "muted",
     "note_in_log",
     "setup_logger",
     "take_log_name",
@@ -162,6 +163,7 @@ class _Fallback(logging.Handler):
 
 _PROJECT = ("dassl", "trainers", "datasets", "dlr_clip")  # names of our loggers
 _fallback: _Fallback | None = None
+_muted = False  # whether `muted` is in force
 
 
 def ensure_heard() -> None:
@@ -298,7 +300,24 @@ def setup_logger(output: str | os.PathLike[str] | None = None, rank: int = 0, sh
 
 def is_quiet() -> bool:
     """Return whether the console is to show warnings and results only."""
-    return _active is not None and _active.shown == QUIET
+    return _muted or (_active is not None and _active.shown == QUIET)
+
+
+@contextlib.contextmanager
+def muted(level: int = logging.WARNING) -> Iterator[None]:
+    """Show only this project's lines from a level on, within this block; progress bars go with ``logging.INFO``."""
+    global _muted
+    ensure_heard()
+    before = {name: logging.getLogger(name).level for name in _PROJECT}
+    outer, _muted = _muted, level > logging.INFO
+    try:
+        for name in _PROJECT:
+            logging.getLogger(name).setLevel(level)
+        yield
+    finally:
+        _muted = outer
+        for name, old in before.items():
+            logging.getLogger(name).setLevel(old)
 
 
 def warnings_so_far() -> list[str]:

@@ -48,7 +48,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     cfg = default_cfg()
     default_output = cfg.OUTPUT_DIR
     if args.config is not None:
-        _check_trainer(args.trainer)
+        check_method(args.trainer)
         args.config_file = str(find_config(args.trainer, args.config))
     said = {
         file: cfg.merge_from_file(file) for file in (args.dataset_config_file, args.config_file) if file is not None
@@ -60,7 +60,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     pairs = [*_flag_pairs(args), *args.opts]
     cfg.merge_from_list(pairs)
 
-    _check_trainer(cfg.TRAINER.NAME)
+    check_method(cfg.TRAINER.NAME)
     complete_cfg(cfg, _given_keys(list(said.values()), pairs, cfg.MODEL.BACKBONE.NAME))
     cfg.DATASET.NAME = cfg.DATASET.NAME or datasets.name_dataset(cfg.DATASET.ROOT)
     _check_name("the dataset (DATASET.NAME)", cfg.DATASET.NAME, DATASET_REGISTRY.registered_names())
@@ -91,8 +91,16 @@ def _given_keys(said: Sequence[Mapping[str, Any]], pairs: Sequence[Any], backbon
     return found
 
 
-def _check_trainer(name: str) -> None:
-    _check_name("--trainer (or TRAINER.NAME)", name, TRAINER_REGISTRY.registered_names(), ALIASES)
+def check_method(name: str, what: str = "--trainer (or TRAINER.NAME)") -> None:
+    """Check the name of a method.
+
+    Args:
+        what: gave the name, for the message.
+
+    Raises:
+        InputError: no trainer of that name; the message has the nearest one.
+    """
+    _check_name(what, name, TRAINER_REGISTRY.registered_names(), ALIASES)
 
 
 def _check_name(what: str, name: str, known: Sequence[str], aliases: Mapping[str, str] | None = None) -> None:

@@ -8,12 +8,13 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,6 +30,9 @@ from .configuration import default_cfg
 from .data import files as image_files
 
 FEW_IMAGES = 64  # fewer are read faster than reader processes start
+
+Source = str | Image.Image  # a path, or an image in RGB
+Rows = list[tuple[int, Tensor]]  # number of an image, and its tensor [3, H, W]
 
 
 class Prediction(NamedTuple):
@@ -169,21 +173,42 @@ def find_images(paths: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, 
 
 
 class _Images(Dataset[Any]):
-    """A dataset of (number, image tensor) of each file, or (number, reason) where the file cannot be read."""
+    """A dataset of (number, image tensor) of each source, or (number, reason) where a file cannot be read."""
 
-    def __init__(self, files: Sequence[tuple[str, str]], transform: Any) -> None:
-        self.files, self.transform = files, transform
+    def __init__(self, sources: Sequence[Source], transform: Any) -> None:
+        self.sources, self.transform = sources, transform
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.sources)
 
     def __getitem__(self, number: int) -> tuple[int, Any]:
-        path = self.files[number][0]
+        source = self.sources[number]
         try:
-            image_files.check_name(path, "the command line")
-            return number, self.transform(read_image(path))
+            if isinstance(source, str):
+                image_files.check_name(source, "the command line")
+                source = read_image(source)
+            return number, self.transform(source)
         except InputError as error:
             return number, str(error)
+
+
+def read_batches(trainer: Any, sources: Sequence[Source], bar: bool = True) -> Iterator[tuple[Rows, dict[int, str]]]:
+    """Yield batches of images: ((number, tensor [3, H, W]) of those that can be read, number -> reason of the others).
+
+    Args:
+        trainer: whose transform and batch size are used.
+        sources: paths, and images in RGB.
+        bar: whether to show progress where there are several batches.
+    """
+    cfg = trainer.cfg
+    workers = usable_workers(cfg.DATALOADER.NUM_WORKERS) if len(sources) >= FEW_IMAGES else 0
+    images = _Images(sources, build_transform(cfg, is_train=False))
+    loader: DataLoader[Any] = DataLoader(
+        images, batch_size=cfg.DATALOADER.TEST.BATCH_SIZE, num_workers=workers, collate_fn=list
+    )
+    for batch in progress_bar(loader, desc="predict", unit="batch", disable=not bar or len(loader) < 2, leave=False):
+        good = [(number, image) for number, image in batch if not isinstance(image, str)]
+        yield good, {number: image for number, image in batch if isinstance(image, str)}
 
 
 @torch.no_grad()
@@ -191,30 +216,29 @@ def predict(
     trainer: Any, files: Sequence[tuple[str, str]], head: str | None = None
 ) -> tuple[list[Prediction], dict[str, str], str]:
     """Return (prediction of every file that can be read, path -> reason of the others, the head that was used)."""
-    cfg = trainer.cfg
-    workers = usable_workers(cfg.DATALOADER.NUM_WORKERS) if len(files) >= FEW_IMAGES else 0
-    images = _Images(files, build_transform(cfg, is_train=False))
-    loader: DataLoader[Any] = DataLoader(
-        images, batch_size=cfg.DATALOADER.TEST.BATCH_SIZE, num_workers=workers, collate_fn=list
-    )
     predictions: list[Prediction] = []
     unreadable: dict[str, str] = {}
     used = str(head or trainer.main_head)
-    for batch in progress_bar(loader, desc="predict", unit="batch", disable=len(loader) < 2, leave=False):
-        unreadable.update((files[number][0], image) for number, image in batch if isinstance(image, str))
-        good = [(number, image) for number, image in batch if not isinstance(image, str)]
+    for good, bad in read_batches(trainer, [path for path, _ in files]):
+        unreadable.update((files[number][0], reason) for number, reason in bad.items())
         if not good:
             continue
         heads = infer(trainer, torch.stack([image for _, image in good]), [files[number][0] for number, _ in good])
         used = used or next(iter(heads))
-        if used not in heads:
-            raise InputError(
-                f'Expected --head to be one of {", ".join(heads)} but got "{used}"{did_you_mean(used, heads)}'
-            )
-        for (number, _), row in zip(good, heads[used].float().softmax(dim=1).cpu(), strict=True):
-            path, name = files[number]
-            predictions.append(Prediction(path, name, row))
+        rows = head_of(heads, used).float().softmax(dim=1).cpu()
+        predictions += [Prediction(*files[number], row) for (number, _), row in zip(good, rows, strict=True)]
     return predictions, unreadable, used
+
+
+def head_of(heads: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the logits of a head.
+
+    Raises:
+        InputError: there is no such head.
+    """
+    if name not in heads:
+        raise InputError(f'Expected --head to be one of {", ".join(heads)} but got "{name}"{did_you_mean(name, heads)}')
+    return heads[name]
 
 
 def infer(trainer: Any, images: Tensor, paths: Sequence[str]) -> Mapping[str, Tensor]:

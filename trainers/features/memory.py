@@ -1,7 +1,7 @@
 """Remember features while a block of code runs, so that many runs on the same images encode each image once.
 
-Cross-validation trains on many parts of the same images. The cache on disk (cache.py) keeps whole lists of images, so it
-would hold none of these parts; here each image is remembered by itself.
+Cross-validation trains on many parts of the same images. The cache on disk (cache.py) keeps whole lists of images, so
+it would hold none of these parts; here each image is remembered by itself.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ from .encoder import FeatureSet, ImageEncoder
 from .views import SeededViews
 
 Memory = dict[tuple[Any, ...], dict[str, Tensor]]  # what decides the features of a view -> path -> features [E]
-_memory: ContextVar[Memory | None] = ContextVar("remembered_features", default=None)
+_memory: ContextVar[tuple[Memory, bool] | None] = ContextVar("remembered_features", default=None)
 
 
 @contextlib.contextmanager
-def remembered_features() -> Iterator[None]:
-    """Remember the features of all images that are encoded within this block; a block within it shares its memory."""
+def remembered_features(random_views: bool = True) -> Iterator[None]:
+    """Remember the features of all images that are encoded within this block; a block within it shares its memory.
+
+    Args:
+        random_views: whether random views are remembered, too. They depend on the place of an image in its list, so that
+            a run has other views, equally random ones, than it would have by itself.
+    """
     outer = _memory.get()
-    token = _memory.set({} if outer is None else outer)
+    token = _memory.set(({} if outer is None else outer[0], random_views))
     try:
         yield
     finally:
@@ -34,9 +39,11 @@ def remembered_features() -> Iterator[None]:
 
 
 def memory_slot(encoder: ImageEncoder, loader: DataLoader[Any]) -> MemorySlot | None:
-    """Return the place of a loader's images in the memory; None outside of `remembered_features`."""
-    memory = _memory.get()
-    return None if memory is None else MemorySlot(memory, encoder, loader)
+    """Return the place of a loader's images in the memory; None where they are not to be remembered."""
+    found = _memory.get()
+    if found is None or (isinstance(loader.dataset, SeededViews) and not found[1]):
+        return None
+    return MemorySlot(found[0], encoder, loader)
 
 
 class MemorySlot:

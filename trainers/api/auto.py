@@ -1,0 +1,241 @@
+"""Choose a method for the images at hand, by cross-validation on features that are computed once.
+
+Legend: N images, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+from torch.nn import functional as F
+
+from dassl.data.datasets import Datum
+from dassl.engine import TRAINER_REGISTRY
+
+from .folds import draw_folds, held_out_logits
+from .runs import Choice, Runner, draw_validation
+
+FREE = ("TRAINER.DLRCLIP.CMA", False), ("TRAINER.DLRCLIP.GLR", False)
+# The simplest first. All of them learn on features of the images as they are, so that each image is encoded once.
+CANDIDATES = (
+    Choice("ZeroshotCLIP"),
+    Choice("TipAdapter", settings=(("TRAINER.TIPADAPTER.VIEWS", 0),)),
+    Choice("GDA", settings=(("TRAINER.GDA.VIEWS", 0),)),
+    Choice("LPPlusPlus", settings=(("TRAINER.LPPLUSPLUS.VIEWS", 0),)),
+    Choice("LinearProbe", "_text", (("TRAINER.LINEARPROBE.VIEWS", 0),)),
+    Choice("DLRCLIP", "_plus", (*FREE, ("TRAINER.DLRCLIP.MIXTURE.VIEWS", 0)), "DLRCLIP (training-free)"),
+)
+ADAPTED = (Choice("DLRCLIP", "_plus", name="DLRCLIP (adapted)"),)  # tried where there is time for them
+FIRST_CHOICE = CANDIDATES[-1]  # where no image can be held out
+PROBED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a method did on held-out images.
+
+    Attributes:
+        choice: the method.
+        logits: [N, C], NaN where an image was never held out.
+        accuracy: percent of the held-out images; NaN where there are none.
+        loss: their mean cross-entropy.
+        seconds: that this took.
+        skipped: why it was not tried; "": it was.
+    """
+
+    choice: Choice
+    logits: Tensor | None = None
+    accuracy: float = float("nan")
+    loss: float = float("nan")
+    seconds: float = 0.0
+    skipped: str = ""
+
+
+@dataclass
+class Comparison:
+    """What cross-validation found out.
+
+    Attributes:
+        folds: [N], see `draw_folds`.
+        labels: [N].
+        scores: of each method, the simplest first.
+        chosen: the score of the method that is taken.
+        why: a sentence.
+        curve: images of each class in training -> accuracy of the chosen method on held-out images, in percent.
+    """
+
+    folds: Tensor
+    labels: Tensor
+    scores: list[Score]
+    chosen: Score
+    why: str
+    curve: dict[float, float] = field(default_factory=dict)
+
+    @property
+    def held(self) -> Tensor:
+        """Which images were held out once, [N]."""
+        return self.folds >= 0
+
+
+def score(choice: Choice, logits: Tensor, labels: Tensor, held: Tensor, seconds: float = 0.0) -> Score:
+    """Return the score of logits [N, C] on the images that were held out."""
+    if not held.any():
+        return Score(choice, logits, seconds=seconds)
+    known, truth = logits[held], labels[held]
+    right = 100 * float((known.argmax(dim=1) == truth).double().mean())
+    return Score(choice, logits, right, float(F.cross_entropy(known, truth)), seconds)
+
+
+def simplest_good(scores: Sequence[Score], labels: Tensor, held: Tensor) -> tuple[Score, str]:
+    """Return the simplest method that is within one standard error of the best, and a sentence that says why.
+
+    The error is that of the mean difference, image by image, between a method and the best.
+
+    Args:
+        scores: the simplest first.
+        labels, held: [N].
+    """
+    best = max(scores, key=lambda one: (one.accuracy, -one.loss))
+    truth = labels[held]
+
+    def right(one: Score) -> Tensor:
+        assert one.logits is not None
+        return (one.logits[held].argmax(dim=1) == truth).double()
+
+    for one in scores:
+        apart = right(best) - right(one)
+        error = float(apart.std()) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
+        if float(apart.mean()) <= error:
+            if one is best:
+                return one, f"{one.choice.shown} was best on held-out images"
+            return one, (
+                f"{one.choice.shown} is the simplest method within one standard error of the best on held-out images, "
+                f"{best.choice.shown} ({best.accuracy:.1f} %)"
+            )
+    return best, ""  # not reached: the best is within any error of itself
+
+
+def compare(
+    runner: Runner, items: Sequence[Datum], output: str, share: float, time_limit: float | None = None
+) -> Comparison:
+    """Cross-validate the candidates on N images, and choose one.
+
+    Args:
+        runner: how to train.
+        items: N images, with labels 0 to C - 1.
+        output: a folder for what runs may write.
+        share: of the training images that are taken for validation, where a class has enough.
+        time_limit: seconds for methods that train within the encoders; None: they are not tried.
+    """
+    labels = torch.tensor([item.label for item in items])
+    folds = draw_folds(labels.tolist(), runner.seed)
+    held, began = folds >= 0, time.monotonic()
+    if not held.any():
+        return Comparison(
+            folds, labels, [], Score(FIRST_CHOICE),
+            f"with one image of each class none can be held out: {FIRST_CHOICE.shown} is taken unseen",
+        )  # fmt: skip
+    scores = [_scored(runner, choice, items, folds, labels, share, output) for choice in CANDIDATES]
+    if time_limit is not None:
+        for choice in ADAPTED:
+            left = time_limit - (time.monotonic() - began)
+            scores.append(_adapted(runner, choice, items, folds, labels, share, output, left))
+    chosen, why = simplest_good([one for one in scores if not one.skipped], labels, held)
+    return Comparison(folds, labels, scores, chosen, why)
+
+
+def _scored(
+    runner: Runner, choice: Choice, items: Sequence[Datum], folds: Tensor, labels: Tensor, share: float, output: str
+) -> Score:
+    began = time.monotonic()
+    cfg = quiet_cfg(runner, choice, output)
+    logits = held_out_logits(runner, cfg, items, folds, share)
+    return score(choice, logits, labels, folds >= 0, time.monotonic() - began)
+
+
+def _adapted(
+    runner: Runner, choice: Choice, items: Sequence[Datum], folds: Tensor, labels: Tensor, share: float, output: str,
+    left: float,
+) -> Score:  # fmt: skip
+    """Score a method that trains within the encoders, if its runs fit into the seconds that are left."""
+    cfg = quiet_cfg(runner, choice, output)
+    runs = len(set(folds.tolist()) - {-1}) + 1  # the folds, and the final run
+    needed = runs * seconds_of_run(runner, cfg, (*draw_validation(items, share, runner.seed), []))
+    if needed > left:
+        return Score(choice, skipped=f"needs about {needed:.0f} s, and {max(left, 0):.0f} s are left")
+    return _scored(runner, choice, items, folds, labels, share, output)
+
+
+def quiet_cfg(runner: Runner, choice: Choice, output: str) -> Any:
+    """Return the configuration of a run on given items that is not tested at its end."""
+    return runner.configure(replace(choice, settings=(("TEST.NO_TEST", True), *choice.settings)), "", output)
+
+
+def seconds_of_run(runner: Runner, cfg: Any, parts: tuple[list[Datum], list[Datum], list[Datum]]) -> float:
+    """Estimate the seconds of a training run, from a few steps of it."""
+    trainer = runner.build(cfg, parts)
+    trainer.set_model_mode("train")
+    trainer.num_batches, seconds = trainer.count_batches(), []
+    for number, batches in enumerate(trainer.train_batches()):
+        began = time.monotonic()
+        trainer.batch_idx = number
+        trainer.guard.begin()
+        trainer.forward_backward(*batches)
+        seconds.append(time.monotonic() - began)
+        if number + 1 == PROBED_STEPS:
+            break
+    trainer.guard.end()
+    return min(seconds) * trainer.num_batches * trainer.max_epoch
+
+
+def learning_curve(
+    runner: Runner, comparison: Comparison, items: Sequence[Datum], output: str, share: float
+) -> dict[float, float]:
+    """Return images of each class in training -> accuracy of the chosen method on held-out images, in percent.
+
+    The last point is what cross-validation found; those before it have a half and a quarter of the images.
+    """
+    held, labels, chosen = comparison.held, comparison.labels, comparison.chosen
+    if not held.any():
+        return {}
+    counts = Counter(labels.tolist())
+    folds = len(set(comparison.folds.tolist()) - {-1})
+    full = len(items) / len(counts) * (1 - 1 / folds)
+    curve = {}
+    cfg = quiet_cfg(runner, chosen.choice, output)
+    if TRAINER_REGISTRY.get(chosen.choice.method).trains(cfg):
+        for part in (4, 2):
+            size = int(full / part)
+            if size >= 1 and size not in curve:
+                logits = held_out_logits(runner, cfg, items, comparison.folds, share, size)
+                curve[float(size)] = score(chosen.choice, logits, labels, held).accuracy
+    return {**curve, full: chosen.accuracy}
+
+
+def gain_of_doubling(curve: dict[float, float]) -> float | None:
+    """Return how many points twice as many images would bring, by a learning curve; None: it has one point.
+
+    The gain of the last doubling is taken to shrink as the one before it did, and no more than half of the errors that
+    are left can go.
+    """
+    sizes = sorted(curve)
+    gains = [(curve[more] - curve[less]) / math.log2(more / less) for less, more in zip(sizes, sizes[1:], strict=False)]
+    if not gains:
+        return None
+    last = max(0.0, gains[-1])
+    shrinks = min(1.0, last / gains[-2]) if len(gains) > 1 and gains[-2] > 0 else 0.7
+    return min(last * shrinks, (100 - curve[sizes[-1]]) / 2)
+
+
+def interval(accuracy: float, n: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval (Wilson) of an accuracy in percent that was measured on n images."""
+    found = binomtest(round(accuracy * n / 100), n).proportion_ci(0.95, method="wilson")
+    return 100 * float(found.low), 100 * float(found.high)

@@ -3,9 +3,10 @@
     {command} --model-dir output/... IMAGE_OR_FOLDER... [--top-k 5] [--json | --csv] [--classes "a,b,c"]
 
 The run's own folder is all that is needed: its config, its class names and its checkpoint; the images that it was
-trained on are not. Folders are searched for images. The best classes of each image and their probabilities go to
-stdout, everything else to stderr. `result.txt` has a line per image: its name and the numbers of its five best classes,
-best first, counted from 0 in the order of the run's classes.json (or of --classes).
+trained on are not. A file that FewShotClassifier.save has written may stand in its place. Folders are searched for
+images. The best classes of each image and their probabilities go to stdout, everything else to stderr. `result.txt` has
+a line per image: its name and the numbers of its five best classes, best first, counted from 0 in the order of the
+run's classes.json (or of --classes); for a saved classifier it is written where --output is given.
 
 Exit codes: 0 done, also when some files could not be read (each is named); 2 something given was wrong, or no file at
 all could be read (one line on stderr; --debug adds the traceback); 1 anything else (one line for a full memory).
@@ -30,11 +31,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--model-dir", required=True, help="output folder of the training run")
+    parser.add_argument("--model-dir", required=True, help="output folder of the training run, or a saved classifier")
     parser.add_argument("--load-epoch", type=int, help="epoch to load (default: the best one if kept, else the last)")
     parser.add_argument("--top-k", type=int, default=5, help="how many classes to show of each image (default: 5)")
     parser.add_argument("--head", help="which of the method's classifiers (default: the one that is its accuracy)")
     parser.add_argument("--classes", help='other class names, as "a,b,c" (a name with a comma in double quotes)')
+    parser.add_argument(
+        "--unknown",
+        nargs="?",
+        const="auto",
+        metavar="PROBABILITY",
+        help="answer '(unknown)' where no class is as probable as this (default: what the saved classifier says)",
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of a table")
     form.add_argument("--csv", action="store_true", help="print CSV instead of a table")
@@ -50,6 +58,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(args, flag)
         if value is not None and value < 1:
             parser.error(f"Expected --{flag.replace('_', '-')} to be at least 1 but got {value}")
+    if args.unknown not in (None, "auto"):
+        try:
+            args.unknown = float(args.unknown)
+        except ValueError:
+            parser.error(f"Expected --unknown to be a probability but got {args.unknown} (put images before --unknown)")
+        if not 0 <= args.unknown <= 1:
+            parser.error(f"Expected --unknown to be from 0 to 1 but got {args.unknown}")
     return args
 
 

@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", help="short name of one of the trainer's YAML files, such as tiny")
     parser.add_argument("--config-file", help="YAML of the trainer (instead of --config)")
     parser.add_argument("--dataset-config-file", help="YAML of the dataset")
-    parser.add_argument("--trainer", help="name of the trainer")
+    parser.add_argument("--trainer", help="name of the trainer; auto: chosen by cross-validation (with --backbone)")
     parser.add_argument("--backbone", help="name of the backbone")
     parser.add_argument("--head", help="name of the head")
     parser.add_argument("--eval-only", action="store_true", help="evaluate only")

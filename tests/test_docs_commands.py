@@ -69,7 +69,7 @@ def test_commands_run_in_order_in_one_folder(document, programs, fresh, random_t
     found = [words for words in commands(document) if words[0] in programs]
     assert {words[0] for words in found} == programs
     for program, *arguments in found:
-        arguments = [re.sub(r"vit_b(16|32)\b", "tiny", word) for word in arguments]
+        arguments = [re.sub(r"vit_b(16|32)\b|ViT-B/(16|32)\b", "tiny", word) for word in arguments]
         short = SHORT[program] if "--eval-only" not in arguments else []
         weights = ["MODEL.BACKBONE.WEIGHTS", str(random_tiny)] if SHORT[program] else []
         code = PROGRAMS[program]([*arguments, *short, *weights])

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from color_photos import COLORS, draw
 
 from dassl.engine import TRAINER_REGISTRY
 from scripts.dev.docs_tables import filled
+from trainers.app.automatic import AUTO
 from trainers.configs import find_config
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +45,7 @@ def test_commands_name_what_there_is():
         assert (ROOT / words[1]).exists(), words[1]
         options = dict(zip(words, words[1:], strict=False))
         trainer = options.get("--trainer", "")
-        assert not trainer or trainer in TRAINER_REGISTRY.registered_names()
+        assert trainer in ("", AUTO, *TRAINER_REGISTRY.registered_names())
         if "--config" in options:
             find_config(trainer, options["--config"])
         if "--config-file" in options:
@@ -73,13 +75,26 @@ def test_ci_runs_the_test_command():
     assert command.rpartition("&& ")[2] in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_the_snippet_runs(tmp_path):
-    snippet = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)
+def run_snippet(document, folder):
+    """Run the first Python snippet of a document in a folder, and return the lines that it prints."""
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
     assert snippet is not None
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", snippet[1]], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", snippet[1]], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "'probe'" in done.stdout.splitlines()[-1]
+    return done.stdout.splitlines()
+
+
+def test_the_snippet_runs(tmp_path):
+    paths, _ = draw(tmp_path / "my_photos", dict.fromkeys(COLORS, 5))
+    Path(paths[0]).rename(tmp_path / "new_photo.jpg")
+    lines = run_snippet("README.md", tmp_path)
+    assert any("expected accuracy" in line for line in lines) and lines[-1] == "['red']"
+    assert (tmp_path / "my_photos.safetensors").exists()
+
+
+def test_the_snippet_of_the_usage_page_runs(tmp_path):
+    assert "'probe'" in run_snippet("docs/USAGE.md", tmp_path)[-1]
     assert (tmp_path / "output" / "from_python" / "metrics.json").exists()

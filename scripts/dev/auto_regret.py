@@ -30,7 +30,7 @@ if __name__ == "__main__":  # run as a file
 from dassl.data.datasets import DATASET_REGISTRY, Datum
 from dassl.utils.cli import run_main
 from datasets.splits import read_split
-from trainers.api.auto import CANDIDATES, compare, learning_curve, quiet_cfg
+from trainers.api.auto import CANDIDATES, add_learning_curve, compare, quiet_cfg
 from trainers.api.report import estimate
 from trainers.api.runs import Runner, apart, draw_validation, logits_of
 from trainers.app.configuration import default_cfg
@@ -58,7 +58,7 @@ def one(dataset: str, shots: int, seed: int, part: str, share: float) -> dict[st
     runner = Runner("tiny", seed=seed)
     with tempfile.TemporaryDirectory() as folder, apart(seed, warnings=False), shared_clips(), remembered_features():
         comparison = compare(runner, items, folder, share)
-        comparison.curve = learning_curve(runner, comparison, items, folder, share)
+        add_learning_curve(runner, comparison, items, folder, share)
         found = {}
         for choice in CANDIDATES:
             parts = (*draw_validation(items, share, seed), others)

@@ -11,7 +11,7 @@ import torch
 from feature_world import CLASSES, WIDTH
 
 from trainers.ape import APELearner, APETLearner, channel_scores, number_of_channels
-from trainers.app import predict
+from trainers.app import prediction
 from trainers.modules import cache
 from trainers.modules.cache import cache_accuracy, cache_logits
 
@@ -207,14 +207,14 @@ def test_a_run_classifies_a_part_of_its_classes_later(name, make, tmp_path):
         model_dir=str(tmp_path / "run"), load_epoch=None, classes="three,one", cpu=True, debug=False, set=[],
         batch_size=None,
     )  # fmt: skip
-    loaded, names = predict.load_trainer(args)
+    loaded, names = prediction.load_trainer(args)
     assert names == ["three", "one"] and loaded.selected == trainer.selected
     own, whole = loaded.network.learner, trainer.network.learner
     rows = torch.cat([(whole.key_labels == y).nonzero().flatten() for y in (3, 1)]).sort().values
     assert torch.equal(own.keys, whole.keys[rows]) and torch.equal(own.channels, whole.channels)
     args.classes = "three,horse"
     with pytest.raises(ValueError, match="that were trained on"):
-        predict.load_trainer(args)
+        prediction.load_trainer(args)
 
 
 def test_training_moves_the_residual_and_the_strengths(make):

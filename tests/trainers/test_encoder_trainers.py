@@ -13,7 +13,7 @@ import datasets
 import trainers
 from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY, build_trainer
-from trainers.app import predict
+from trainers.app import predict, prediction
 from trainers.base.encoder_trainer import EncoderTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +133,7 @@ def test_predict(name, make, tmp_path):
             model_dir=str(tmp_path / "run"), load_epoch=None, classes=classes, cpu=True, debug=False, set=[],
             batch_size=None,
         )  # fmt: skip
-        trainer, names = predict.load_trainer(args)
+        trainer, names = prediction.load_trainer(args)
         predictions, unreadable, head = predict.predict(trainer, [(path, path) for path in paths])
         assert (len(predictions), unreadable, head) == (3, {}, trainer.main_head)
         assert predictions[0].probabilities.shape == (len(names),)

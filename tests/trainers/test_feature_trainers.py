@@ -16,7 +16,7 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.utils import read_image
-from trainers.app import predict
+from trainers.app import predict, prediction
 from trainers.base import TransductiveTrainer
 from trainers.base.feature_trainer import FeatureTrainer
 from trainers.base.learner import pack_record, unpack_record
@@ -210,7 +210,7 @@ def test_predict(name, make, tmp_path):
             model_dir=str(tmp_path / "run"), load_epoch=None, classes=classes, cpu=True, debug=False, set=[],
             batch_size=None,
         )  # fmt: skip
-        loaded, names = predict.load_trainer(args)
+        loaded, names = prediction.load_trainer(args)
         predictions, unreadable, head = predict.predict(loaded, [(path, path) for path in paths])
         assert (len(predictions), unreadable, head) == (3, {}, trainer.main_head)
         assert predictions[0].probabilities.shape == (len(names),)

@@ -12,7 +12,7 @@ import torch
 from feature_world import CLASSES, WIDTH
 
 from trainers import gda
-from trainers.app import predict
+from trainers.app import predict, prediction
 from trainers.features.encoder import FeatureSet
 from trainers.gda import (
     ALPHAS,
@@ -241,7 +241,7 @@ def test_a_run_classifies_trained_and_new_classes_later(make, tmp_path):
             model_dir=str(tmp_path / "run"), load_epoch=None, classes=classes, cpu=True, debug=False, set=[],
             batch_size=None,
         )  # fmt: skip
-        loaded, names = predict.load_trainer(args)
+        loaded, names = prediction.load_trainer(args)
         assert names == classes.split(",")
         other = loaded.network.learner
         if classes == "three,one":

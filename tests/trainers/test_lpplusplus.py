@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import trainers
 from trainers import lpplusplus
-from trainers.app import predict
+from trainers.app import prediction
 from trainers.features.encoder import FeatureSet
 from trainers.lpplusplus import (
     LPPlusPlusLearner,
@@ -174,7 +174,7 @@ def test_a_run_classifies_part_of_its_classes_later(make, tmp_path):
         model_dir=str(tmp_path / "run"), load_epoch=None, classes="three,one", cpu=True, debug=False, set=[],
         batch_size=None,
     )  # fmt: skip
-    loaded, found = predict.load_trainer(args)
+    loaded, found = prediction.load_trainer(args)
     assert found == ["three", "one"]
     for name in LPPlusPlusLearner.CLASS_ROWS:
         assert torch.equal(getattr(loaded.network.learner, name), getattr(trainer.network.learner, name)[[3, 1]])

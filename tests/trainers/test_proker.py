@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dassl.data.datasets import DATASET_REGISTRY
 from trainers import proker
-from trainers.app import predict
+from trainers.app import prediction
 from trainers.proker import (
     FIXED,
     GRID,
@@ -237,7 +237,7 @@ def test_a_run_classifies_part_of_its_classes_later(make, tmp_path):
         model_dir=str(tmp_path / "run"), load_epoch=None, classes="three,one", cpu=True, debug=False, set=[],
         batch_size=None,
     )  # fmt: skip
-    loaded, found = predict.load_trainer(args)
+    loaded, found = prediction.load_trainer(args)
     assert found == ["three", "one"]
     other, learner = loaded.network.learner, trainer.network.learner
     assert torch.equal(other.coefficients, learner.coefficients[[3, 1]])

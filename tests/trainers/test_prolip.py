@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from trainers.app import predict
+from trainers.app import predict, prediction
 from trainers.prolip import ProLIPLearner
 
 FEW_STEPS = ("TRAINER.PROLIP.VIEWS", 2, "TRAINER.PROLIP.LAMBDA", 1.0, "OPTIM.LR", 0.01, "OPTIM.MAX_EPOCH", 4)
@@ -100,7 +100,7 @@ def test_a_run_moves_the_projection_and_nothing_else(make, tmp_path):
         optim.step()
         schedule.step()
     np.testing.assert_allclose(learner.matrix.detach().numpy(), w.detach().numpy(), atol=2e-5)
-    loaded, names = predict.load_trainer(
+    loaded, names = prediction.load_trainer(
         SimpleNamespace(
             model_dir=str(tmp_path / "run"), load_epoch=None, classes="three,horse", cpu=True, debug=False, set=[],
             batch_size=None,

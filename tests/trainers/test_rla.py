@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainers.app import predict
+from trainers.app import predict, prediction
 from trainers.base import AnchoredLearner
 
 WIDTH, CLASSES = 24, 5
@@ -132,7 +132,7 @@ def test_a_run_classifies_any_classes_later(make, tmp_path):
             model_dir=str(tmp_path / "run"), load_epoch=None, classes=classes, cpu=True, debug=False, set=[],
             batch_size=None,
         )  # fmt: skip
-        loaded, names = predict.load_trainer(args)
+        loaded, names = prediction.load_trainer(args)
         assert names == classes.split(",")
         other = loaded.network.learner
         assert torch.equal(other.matrix, learner.matrix)

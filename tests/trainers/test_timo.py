@@ -13,7 +13,7 @@ from feature_world import CLASSES, WIDTH
 
 from datasets.digits import CLASSES as DIGITS
 from trainers import timo
-from trainers.app import predict
+from trainers.app import prediction
 from trainers.features.encoder import FeatureSet
 from trainers.timo import ALPHAS, TIMOLearner, agreement, best_texts, fit_joined, weighed_texts
 
@@ -206,7 +206,7 @@ def test_a_run_classifies_a_part_of_its_classes_later(make, tmp_path):
         model_dir=str(tmp_path / "run"), load_epoch=None, classes="three,one", cpu=True, debug=False, set=[],
         batch_size=None,
     )  # fmt: skip
-    loaded, names = predict.load_trainer(args)
+    loaded, names = prediction.load_trainer(args)
     assert names == ["three", "one"] and loaded.selected == trainer.selected
     for name in ("texts", "weight", "bias"):
         assert torch.equal(getattr(loaded.network.learner, name), getattr(trainer.network.learner, name)[[3, 1]])

@@ -17,7 +17,7 @@ from dassl.utils.logger import muted
 
 from ..base import FeatureTrainer
 from ..features import remembered_features
-from .auto import Comparison, Score, compare, learning_curve, quiet_cfg, score
+from .auto import Comparison, Score, add_learning_curve, compare, quiet_cfg, score
 from .calibration import UnknownRule, calibrated_apart, calibration_error, fit_temperature, unknown_rule
 from .folds import draw_folds, held_out_logits, without_classes
 from .report import Report, make_report
@@ -85,7 +85,7 @@ def fit(
         elif calibrate and _in_seconds(choice):
             comparison = _cross_validated(runner, choice, known, output, share)
         if comparison is not None:
-            comparison.curve = learning_curve(runner, comparison, known, output, share)
+            add_learning_curve(runner, comparison, known, output, share)
 
     with remembered_features(random_views=False):  # the numbers are those of the same run on the command line
         if items is None:

@@ -97,7 +97,9 @@ def read_file(file: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, T
     return record, tensors
 
 
-def load_trainer_of(file: str | os.PathLike[str], weights: str | None, device: str) -> tuple[Any, dict[str, Any]]:
+def load_trainer_of(
+    file: str | os.PathLike[str], weights: str | None, device: str, batch_size: int | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Return the trainer of a saved classifier, ready to classify, and the file's record.
 
     Raises:
@@ -115,6 +117,7 @@ def load_trainer_of(file: str | os.PathLike[str], weights: str | None, device: s
                 raise InputError(f"Expected {path} to be of a registered method but got {record['method']}")
             cfg.OUTPUT_DIR = folder
             cfg.MODEL.BACKBONE.WEIGHTS = weights or ""
+            cfg.DATALOADER.TEST.BATCH_SIZE = batch_size or cfg.DATALOADER.TEST.BATCH_SIZE
             if device != "auto":
                 cfg.USE_CUDA = device == "cuda"
             if record["descriptions"]:

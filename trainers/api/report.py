@@ -28,6 +28,8 @@ def estimate(comparison: Comparison) -> tuple[float, float, float]:
     accuracy = comparison.chosen.accuracy
     if not n or math.isnan(accuracy):
         return float("nan"), 0.0, 100.0
+    if not comparison.learns:
+        return accuracy, *interval(accuracy, n)
     folds = len(comparison.folds[comparison.held].unique())
     more = math.log2(folds / (folds - 1))  # doublings from the folds' training images to all of them
     gain = gain_of_doubling(comparison.curve)
@@ -40,7 +42,7 @@ def estimate(comparison: Comparison) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found while a classifier was fitted. It prints as text, and shows itself as a table in a notebook.
+    """Hold the findings of a fit. The report prints as text, and shows itself as a table in a notebook.
 
     Attributes:
         method: what is used.
@@ -163,22 +165,26 @@ def make_report(
             ("unknown below", f"a probability of {rule.threshold:.3f}"),
             ("known against unknown", f"AUROC {rule.auroc:.1f} %, false positives at 95 % {rule.fpr95:.1f} %"),
         ]
-    methods = () if comparison is None or len(comparison.scores) < 2 else tuple(_row(one) for one in comparison.scores)
+    scores = [] if comparison is None or len(comparison.scores) < 2 else comparison.scores
     before, after = errors or (None, None)
     return Report(
-        choice.shown, len(counts), len(items), tuple(facts), tuple(sentences), methods, accuracy, low, high,
+        choice.shown, len(counts), len(items), tuple(facts), tuple(sentences), tuple(map(method_row, scores)),
+        accuracy, low, high,
         None if tested is None else tested[0], before, after,
         None if rule is None else rule.auroc, None if rule is None else rule.fpr95,
     )  # fmt: skip
 
 
-def _row(one: Score) -> tuple[str, str, str, str]:
+def method_row(one: Score) -> tuple[str, str, str, str]:
+    """Return the row of a method that was compared, under METHOD_COLUMNS."""
     accuracy = "" if math.isnan(one.accuracy) else f"{one.accuracy:.1f} %"
     return one.choice.shown, accuracy, f"{one.seconds:.1f}", one.skipped
 
 
 def _of_more_images(comparison: Comparison) -> list[str]:
     """Return a sentence about what more images would bring."""
+    if not comparison.learns:
+        return ["It learns nothing from images, so that more of them would change nothing."]
     gain = gain_of_doubling(comparison.curve)
     if gain is None:
         return ["What more images would bring cannot be said: there are too few to leave some away."]

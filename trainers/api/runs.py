@@ -34,7 +34,7 @@ from ..app.configuration import setup_cfg
 from ..app.prediction import head_of
 from ..configs import configs_of
 
-Settings = Sequence[tuple[str, Any]]  # keys and values of the configuration
+VALIDATION_SHARE = 0.2  # share of the images given that settings are chosen on
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Choice:
 
     @property
     def shown(self) -> str:
-        """What people call it."""
+        """The name that people read."""
         return self.name or self.method
 
 

@@ -17,6 +17,7 @@ from dassl.utils import InputError, atomic_write, one_line
 from .prediction import Prediction
 
 RESULT_CLASSES = 5  # in each line of result.txt
+UNKNOWN = "(unknown)"
 
 
 def best(prediction: Prediction, names: Sequence[str], count: int) -> list[dict[str, Any]]:
@@ -33,7 +34,11 @@ def print_table(predictions: Sequence[Prediction], names: Sequence[str], count: 
     rows = [
         [
             one_line(p.name),
-            *(f"{one_line(guess['class'])} {100 * guess['probability']:.1f} %" for guess in best(p, names, count)),
+            *([UNKNOWN] if p.unknown else []),
+            *(
+                f"{one_line(guess['class'])} {100 * guess['probability']:.1f} %"
+                for guess in best(p, names, count - bool(p.unknown))
+            ),
         ]
         for p in predictions
     ]
@@ -41,13 +46,16 @@ def print_table(predictions: Sequence[Prediction], names: Sequence[str], count: 
 
 
 def print_csv(predictions: Sequence[Prediction], names: Sequence[str], count: int) -> None:
-    """Print a row per image: its path and, for each of the `count` best classes, name and probability."""
+    """Print a row per image: its path, the `count` best classes with their probabilities, and whether it is unknown."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     ranks = range(1, min(count, len(names)) + 1)
-    writer.writerow(["path", *(f"{column}_{rank}" for rank in ranks for column in ("class", "probability"))])
+    asked = any(p.unknown is not None for p in predictions)
+    unknown = ["unknown"] if asked else []
+    writer.writerow(["path", *(f"{column}_{rank}" for rank in ranks for column in ("class", "probability")), *unknown])
     for p in predictions:
         guesses = best(p, names, count)
-        writer.writerow([p.path, *(guess[key] for guess in guesses for key in ("class", "probability"))])
+        cells = [guess[key] for guess in guesses for key in ("class", "probability")]
+        writer.writerow([p.path, *cells, *([int(bool(p.unknown))] if asked else [])])
 
 
 def print_json(
@@ -57,14 +65,26 @@ def print_json(
     content = {
         "head": head,
         "classes": list(names),
-        "images": [{"path": p.path, "predictions": best(p, names, count)} for p in predictions],
+        "images": [
+            {
+                "path": p.path,
+                "predictions": best(p, names, count),
+                **({} if p.unknown is None else {"unknown": p.unknown}),
+            }
+            for p in predictions
+        ],
         "unreadable": [{"path": path, "reason": reason} for path, reason in unreadable.items()],
     }
     print(json.dumps(content, indent=2))
 
 
 def write_result(args: argparse.Namespace, predictions: Sequence[Prediction], names: Sequence[str]) -> None:
-    """Write `result.txt`: "name index index index index index" per image; fewer where there are fewer classes."""
+    """Write `result.txt`: "name index index index index index" per image; fewer where there are fewer classes.
+
+    Beside a saved classifier, which has no folder of its own, nothing is written unless --output says where.
+    """
+    if args.output is None and not Path(args.model_dir).is_dir():
+        return
     path = Path(args.output or Path(args.model_dir) / "predictions") / "result.txt"
     try:
         with atomic_write(path) as stream:

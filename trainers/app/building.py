@@ -26,6 +26,7 @@ from dassl.utils.files import remove_leftovers
 from dassl.utils.logger import ALL_LINES, DETAIL, MAIN_LINES, QUIET
 
 from .. import warn_if_for_another
+from .automatic import AUTO, choose_method
 from .configuration import default_cfg, setup_cfg
 from .run_folder import existing, remove_traces
 
@@ -38,6 +39,7 @@ def build(args: argparse.Namespace, held: contextlib.ExitStack | None = None) ->
     Args:
         held: takes the lock of the output folder; None: it is not locked.
     """
+    chosen = choose_method(args) if args.trainer == AUTO else []
     cfg = setup_cfg(args)
     if cfg.SEED >= 0:
         set_random_seed(cfg.SEED)
@@ -51,6 +53,8 @@ def build(args: argparse.Namespace, held: contextlib.ExitStack | None = None) ->
     shown = QUIET if args.quiet else ALL_LINES if args.verbose else MAIN_LINES
     log_file = setup_logger(None if args.dry_run else cfg.OUTPUT_DIR, distributed.rank(), shown)
     try:
+        for line in chosen:
+            logger.info(line)
         if cfg.SEED >= 0:
             logger.info(f"Setting fixed seed: {cfg.SEED}", extra=DETAIL)
         if torch.cuda.is_available() and cfg.USE_CUDA:

@@ -13,7 +13,7 @@ from dassl.utils.cli import SETUP_ERRORS, fail, given_wrongly, run_main
 from dlr_clip_cli.predict import parse_args
 
 from .answers import print_csv, print_json, print_table, write_result
-from .prediction import find_images, load_trainer, predict
+from .prediction import find_images, load_model, predict
 
 
 def run_program(argv: Sequence[str] | None = None) -> int:
@@ -31,12 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 files, unreadable = find_images(args.images)
                 if not files:
                     raise InputError(next(iter(unreadable.values())))
-                trainer, names = load_trainer(args)
+                model = load_model(args)
             except SETUP_ERRORS as error:
                 if given_wrongly(error):
                     return fail(error, args.debug)
                 raise
-            predictions, bad, head = predict(trainer, files, args.head)
+            predictions, bad, head = predict(model, files, args.head)
+        names = model.names
         unreadable |= bad
         for reason in unreadable.values():
             print(f"skipped: {one_line(reason)}", file=sys.stderr)

@@ -41,6 +41,23 @@ class Prediction(NamedTuple):
     path: str
     name: str  # relative to the folder given, or the file's name
     probabilities: Tensor  # [C]
+    unknown: bool | None = None  # whether no class is probable enough; None: nobody asked
+
+
+class Model(NamedTuple):
+    """Hold a trainer that is ready to classify, and how its logits are to be read.
+
+    Attributes:
+        trainer: the trainer.
+        names: its classes.
+        temperature: what logits are divided by.
+        threshold: below it, no class is probable enough; None: the best class is always the answer.
+    """
+
+    trainer: Any
+    names: list[str]
+    temperature: float = 1.0
+    threshold: float | None = None
 
 
 def load_cfg(args: argparse.Namespace) -> CfgNode:
@@ -103,6 +120,31 @@ class ClassesOnly:
         self.train_loader_x = self.test_loader = (None,)  # their length counts: schedules are made of it
         self.train_loader_u = self.val_loader = None
         self.bad_images: dict[str, str] = {}
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """Return the model of a run's folder, or of a file that FewShotClassifier.save has written.
+
+    Raises:
+        InputError: it is neither, or a flag does not suit it.
+    """
+    if not Path(args.model_dir).is_file():
+        if args.unknown == "auto":
+            raise InputError("Expected --unknown to come with a probability for a run, which has chosen none")
+        return Model(*load_trainer(args), threshold=args.unknown)
+    from ..api.model_file import load_trainer_of  # it needs more than predictions of runs do
+
+    for flag in ("classes", "load_epoch", "set"):
+        if getattr(args, flag):
+            raise InputError(f"Expected no --{flag.replace('_', '-')} for a saved classifier, which is used as it is")
+    trainer, record = load_trainer_of(args.model_dir, None, "cpu" if args.cpu else "auto", args.batch_size)
+    threshold = record["threshold"] if args.unknown == "auto" else args.unknown
+    if args.unknown == "auto" and threshold is None:
+        raise InputError(
+            f"Expected --unknown to come with a probability for {args.model_dir}, which has none: it was fitted "
+            'without unknown="auto"'
+        )
+    return Model(trainer, list(map(str, record["classes"])), record["temperature"], threshold)
 
 
 def load_trainer(args: argparse.Namespace) -> tuple[Any, list[str]]:
@@ -213,9 +255,10 @@ def read_batches(trainer: Any, sources: Sequence[Source], bar: bool = True) -> I
 
 @torch.no_grad()
 def predict(
-    trainer: Any, files: Sequence[tuple[str, str]], head: str | None = None
+    model: Model, files: Sequence[tuple[str, str]], head: str | None = None
 ) -> tuple[list[Prediction], dict[str, str], str]:
     """Return (prediction of every file that can be read, path -> reason of the others, the head that was used)."""
+    trainer = model.trainer
     predictions: list[Prediction] = []
     unreadable: dict[str, str] = {}
     used = str(head or trainer.main_head)
@@ -225,8 +268,11 @@ def predict(
             continue
         heads = infer(trainer, torch.stack([image for _, image in good]), [files[number][0] for number, _ in good])
         used = used or next(iter(heads))
-        rows = head_of(heads, used).float().softmax(dim=1).cpu()
-        predictions += [Prediction(*files[number], row) for (number, _), row in zip(good, rows, strict=True)]
+        rows = (head_of(heads, used).float() / model.temperature).softmax(dim=1).cpu()
+        least = model.threshold
+        for (number, _), row in zip(good, rows, strict=True):
+            unknown = None if least is None else float(row.max()) < least
+            predictions.append(Prediction(*files[number], row, unknown))
     return predictions, unreadable, used
 
 

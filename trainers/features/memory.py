@@ -27,8 +27,8 @@ def remembered_features(random_views: bool = True) -> Iterator[None]:
     """Remember the features of all images that are encoded within this block; a block within it shares its memory.
 
     Args:
-        random_views: whether random views are remembered, too. They depend on the place of an image in its list, so that
-            a run has other views, equally random ones, than it would have by itself.
+        random_views: whether random views are remembered, too. They depend on the place of an image in its list, so
+            that a run has other views, equally random ones, than it would have by itself.
     """
     outer = _memory.get()
     token = _memory.set(({} if outer is None else outer[0], random_views))

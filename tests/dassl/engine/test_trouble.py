@@ -19,7 +19,7 @@ from dassl.engine.reliability.trouble import explain_trouble
 from dassl.engine.trainer import SimpleTrainer
 from dassl.utils import close_logger, setup_logger
 from dlr_clip_cli.train import parse_args
-from trainers.app import predict, train
+from trainers.app import predict, prediction, train
 from trainers.app.configuration import setup_cfg
 
 
@@ -228,7 +228,7 @@ def test_output_that_cannot_be_written(run, tmp_path, where):
 
 def test_memory_while_predicting(monkeypatch, capsys):
     monkeypatch.setattr(predict, "find_images", lambda paths: ([("a.png", "a.png")], {}))
-    monkeypatch.setattr(predict, "load_trainer", lambda args: (None, ["cat"]))
+    monkeypatch.setattr(predict, "load_model", lambda args: prediction.Model(None, ["cat"]))
     monkeypatch.setattr(predict, "predict", lambda *arguments: torch.empty(2**50))
     assert predict.main(["--model-dir", "x", "a.png"]) == 1
     assert capsys.readouterr().err == (

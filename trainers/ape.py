@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from dassl.engine import TRAINER_REGISTRY
 
 from .base import FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
-from .base.search import Axis, best_place
+from .base.search import Axis, best_place, check_grid
 from .clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from .features import FeatureSet
 from .modules.cache import cache_accuracy, cache_logits
@@ -215,25 +215,6 @@ def weight_of_similarity(default: float, source: str) -> Any:
     return key(default, about, low=0, high=1, source=source)
 
 
-def check_grid(path: str, scale: Sequence[Any], steps: Sequence[Any], axes: Sequence[str]) -> None:
-    """Check the keys of a grid with these axes.
-
-    Raises:
-        ValueError: an axis has no upper end above its lower one, or no number of values.
-    """
-    lows = [STARTS[axis] for axis in axes]
-    good = len(scale) == len(axes) and all(
-        isinstance(end, (int, float)) and not isinstance(end, bool) and low < end < float("inf")
-        for low, end in zip(lows, scale, strict=True)
-    )
-    if not good:
-        above = ", ".join(f"{low:g}" for low in lows)
-        raise ValueError(f"Expected {path}.SEARCH_SCALE to be {len(axes)} numbers, above {above}, but got {scale}")
-    whole = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in steps)
-    if len(steps) != len(axes) or not whole:
-        raise ValueError(f"Expected {path}.SEARCH_STEP to be {len(axes)} whole numbers above 0 but got {steps}")
-
-
 @dataclass(frozen=True)
 class APEConfig(MethodConfig):
     """Settings of APE."""
@@ -255,7 +236,7 @@ class APEConfig(MethodConfig):
 
     def check(self, path: str) -> None:
         """See MethodConfig."""
-        check_grid(path, self.search_scale, self.search_step, tuple(STARTS))
+        check_grid(path, self.search_scale, self.search_step, list(STARTS.values()))
 
 
 @TRAINER_REGISTRY.register()
@@ -341,7 +322,7 @@ class APETConfig(MethodConfig):
 
     def check(self, path: str) -> None:
         """See MethodConfig."""
-        check_grid(path, self.search_scale, self.search_step, ("beta", "alpha"))
+        check_grid(path, self.search_scale, self.search_step, [STARTS["beta"], STARTS["alpha"]])
 
 
 @TRAINER_REGISTRY.register()

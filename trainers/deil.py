@@ -31,18 +31,11 @@ from dassl.engine import TRAINER_REGISTRY
 from .base import FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
 from .base.search import best_place
 from .clip import CLIP
+from .modules.standardized import standardized
 
 TEMPERATURE = 0.1  # of InfoNCE
 POINTS = 20  # of each axis of the grid
 LEAST = 0.1  # where both axes begin
-
-
-def standardized(logits: Tensor) -> Tensor:
-    """Return logits [B, C] with mean 0 and standard deviation 1 over the classes of each image; of one class: 0."""
-    centered = logits - logits.mean(dim=1, keepdim=True)
-    if logits.shape[1] == 1:  # it has no standard deviation
-        return centered
-    return centered / logits.std(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 def deil_logits(clip_logits: Tensor, own: Tensor, alpha: Tensor | float, beta: Tensor | float) -> Tensor:

@@ -10,7 +10,7 @@ CLIPTrainer          is the base class of all, for methods that fit none
 from .anchored_trainer import AnchoredConfig, AnchoredLearner, AnchoredTrainer
 from .clip_trainer import CLIPTrainer
 from .encoder_trainer import EncoderTrainer
-from .feature_learner import FeatureLearner, FeatureNetwork
+from .feature_learner import FeatureLearner, FeatureNetwork, PooledLearner
 from .feature_trainer import CorrectedKeys, FeatureTrainer
 from .keys import MethodConfig, kept_views, key, precision
 from .learner import Classifier, Learner, class_rows, pack_record, unpack_record
@@ -32,6 +32,7 @@ __all__ = [
     "Learner",
     "LearnerTrainer",
     "MethodConfig",
+    "PooledLearner",
     "SupportLearner",
     "TransductiveConfig",
     "TransductiveTrainer",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..clip import CLIP
 from ..features.encoder import ImageEncoder
@@ -75,6 +76,31 @@ class FeatureLearner(Learner):
             own: Tensor = getattr(self, name)
             own.data = torch.empty_like(state[name], device=own.device)
         return state
+
+
+class PooledLearner(FeatureLearner):
+    """Classify features before CLIP's last projection, [B, P], with their lengths; see ImageEncoder.before_projection.
+
+    Args:
+        clip, classnames, zeroshot: see FeatureLearner.
+    """
+
+    start: Tensor  # CLIP's last matrix, [P, E]
+    bias: Tensor | None  # what is added to the product, [E]
+
+    def __init__(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> None:
+        super().__init__(clip, classnames, zeroshot)
+        start, bias = clip.visual.projection()
+        self.register_buffer("start", start.detach().float().clone(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone(), persistent=False)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Return features [B, E], as CLIP gives them, from those before its projection, [B, P]."""
+        return F.linear(features, self.start.t(), self.bias)
+
+    def original(self, features: Tensor) -> Tensor:
+        """Return CLIP's features [B, E], normalized, from those before its projection, [B, P]."""
+        return F.normalize(self.project(features), dim=-1)
 
 
 class FeatureNetwork(nn.Module):

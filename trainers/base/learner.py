@@ -23,6 +23,7 @@ FACTS = {
     "context": "the prompt context",
     "glr_mode": "TRAINER.DLRCLIP.GLR_MODE",
     "features": "TRAINER.LINEARPROBE.FEATURES",
+    "auxiliary": "auxiliary features",
 }
 
 

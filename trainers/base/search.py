@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -36,3 +36,26 @@ def best_place(scores: Tensor, rank: Callable[[tuple[int, ...]], Any] | None = N
         raise ValueError("Expected a grid with at least one point but got none")
     places = [tuple(place) for place in (scores == scores.max()).nonzero().tolist()]
     return min(places, key=rank) if rank is not None else min(places)
+
+
+def check_grid(path: str, scale: Sequence[Any], steps: Sequence[Any], starts: Sequence[float]) -> None:
+    """Check the keys SEARCH_SCALE and SEARCH_STEP of a grid.
+
+    Args:
+        path: the path of the method's node, for messages.
+        scale: upper end of each axis. steps: number of values of each axis.
+        starts: where the axes begin.
+
+    Raises:
+        ValueError: an axis has no upper end above its lower one, or no number of values.
+    """
+    good = len(scale) == len(starts) and all(
+        isinstance(end, (int, float)) and not isinstance(end, bool) and low < end < float("inf")
+        for low, end in zip(starts, scale, strict=True)
+    )
+    if not good:
+        above = ", ".join(f"{low:g}" for low in starts)
+        raise ValueError(f"Expected {path}.SEARCH_SCALE to be {len(starts)} numbers, above {above}, but got {scale}")
+    whole = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in steps)
+    if len(steps) != len(starts) or not whole:
+        raise ValueError(f"Expected {path}.SEARCH_STEP to be {len(starts)} whole numbers above 0 but got {steps}")

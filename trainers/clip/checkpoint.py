@@ -63,6 +63,16 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         ValueError: the file is no checkpoint, is damaged, or holds anything but tensors where tensors belong.
     """
+    return clean_state(read_content(path), path)
+
+
+def read_content(path: Path) -> Any:
+    """Read what a checkpoint file of any of these forms holds, tensors onto the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no checkpoint, is damaged, or holds more than tensors and plain values.
+    """
     form = checkpoint_form(path)
     try:
         if form == "safetensors":
@@ -73,13 +83,13 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Detected pickle protocol")  # comes with a refusal
                 content = torch.load(path, map_location="cpu", weights_only=True)
+        return content
     except pickle.UnpicklingError as error:  # torch's text advises to load the file unsafely: it is not repeated
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         found = f"it asks for {wanted.group(1)}" if wanted else "its pickle is damaged or holds other things"
         raise ValueError(f"Expected {path} to hold nothing but tensors, but {found}; it was not loaded") from error
     except Exception as error:  # a damaged file can make a parser raise nearly anything
         raise ValueError(f"Expected {path} to be a readable {form} file but got: {_first_line(error)}") from error
-    return clean_state(content, path)
 
 
 def _first_line(error: Exception) -> str:

@@ -243,10 +243,8 @@ def test_a_step_that_is_left_out_moves_nothing(name, build, tmp_path):
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        *(
-            (name, [4, 4, 2])
-            for name in ("DLRCLIP", "CLIPLoRA", "TipAdapterF", "JCLIPAdapter", "RLA", "ProLIP", "APET")
-        ),
+        *((name, [4, 4, 2]) for name in ("DLRCLIP", "CLIPLoRA", "TipAdapterF", "JCLIPAdapter", "RLA", "ProLIP")),
+        *((name, [4, 4, 2]) for name in ("APET", "AMUTuning", "DAC", "FAR")),
         *((name, [4, 4]) for name in ("CoOp", "CoCoOp", "MMA", "CLIPAdapter", "TaskRes", "CLAP")),
     ],
 )

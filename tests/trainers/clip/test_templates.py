@@ -37,7 +37,7 @@ ONE, SEVEN, EIGHT = (
 SOURCES = {
     **dict.fromkeys(("DLRCLIP", "TipAdapter", "TipAdapterF", "TipAdapterPP", "TipX", "TipXPP"), SEVEN),
     **dict.fromkeys(("IMO", "IMODINO", "CrossModalProbe", "GDA", "LPPlusPlus", "ProKeR", "ProLIP", "RLA"), SEVEN),
-    **dict.fromkeys(("APE", "APET", "TIMO"), SEVEN),
+    **dict.fromkeys(("APE", "APET", "TIMO", "AMUTuning", "DAC", "FAR"), SEVEN),
     **dict.fromkeys(("TaskRes", "CLAP"), EIGHT),
 }
 

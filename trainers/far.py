@@ -105,7 +105,7 @@ class FARConfig(MethodConfig):
         "share of the classifier where it cannot be chosen: no validation images",
         low=0,
         high=1,
-        source="chosen on test images there",
+        source="none: always chosen",
     )
 
 

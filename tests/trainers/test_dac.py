@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
-from trainers.app import predict
+from trainers.app import prediction
 from trainers.dac import DACLearner, supervised_contrast
 
 WIDTH, CLASSES = 24, 5
@@ -154,7 +154,7 @@ def test_a_run_classifies_a_part_of_its_classes_later(make, tmp_path):
         model_dir=str(tmp_path / "run"), load_epoch=None, classes="three,one", cpu=True, debug=False, set=[],
         batch_size=None,
     )  # fmt: skip
-    loaded, names = predict.load_trainer(args)
+    loaded, names = prediction.load_trainer(args)
     assert names == ["three", "one"] and loaded.selected == trainer.selected
     own, whole = loaded.network.learner, trainer.network.learner
     rows = torch.cat([(whole.key_labels == y).nonzero().flatten() for y in (3, 1)]).sort().values

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,18 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor
 from torch.nn import functional as F
 
-from dassl.data.datasets import Datum
-from dassl.utils import InputError
+from dassl.utils import InputError, atomic_write
 
 from ..app.configuration import check_method
 from ..app.prediction import infer, read_batches
-from ..clip import clean_classname
 from ..clip.load import shared_clips
 from ..features import remembered_features
 from .fitting import Fitting, fit
-from .images import as_files, list_images
+from .given import all_paths, folder_of, items_of
+from .images import list_images
+from .inspect_page import Page
+from .inspecting import photos_below
+from .inspection import Findings, Photo, inspect_photos
 from .model_file import load_file, save_file
 from .report import Report
 from .runs import Choice, Runner, apart, wrong_input_told
@@ -127,10 +128,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         with tempfile.TemporaryDirectory(prefix="dlr_clip_") as temporary:
             folder, items, classes = "", None, np.empty(0)
             if y is None:
-                folder = self._folder(X)
+                folder = folder_of(X)
             else:
-                items, classes = self._items(X, y, Path(temporary))
-            runner = self._runner(temporary_images=items is not None and not _all_paths(X))
+                items, classes = items_of(X, y, self.class_names or {}, Path(temporary))
+            runner = self._runner(temporary_images=items is not None and not all_paths(X))
             choice = None if self.method == AUTO else Choice(self.method, self.config or "")
             with apart(self.seed, self.verbose), wrong_input_told(), shared_clips(), remembered_features():
                 found = fit(
@@ -160,49 +161,6 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(f"Expected seed to be a whole number, at least 0, but got {self.seed!r}")
 
-    @staticmethod
-    def _folder(X: Any) -> str:
-        if not isinstance(X, str | os.PathLike):
-            raise InputError(
-                f"Expected labels y for the images, or X to be the path of a folder or of a CSV file, but got no y and "
-                f"X of type {type(X).__name__}"
-            )
-        return os.fspath(X)
-
-    def _items(self, X: Any, y: Any, temporary: Path) -> tuple[list[Datum], np.ndarray[Any, Any]]:
-        """Return an item for each image, and the classes."""
-        sources = list_images(X)
-        labels = np.asarray(y)
-        if labels.ndim != 1 or len(labels) != len(sources):
-            raise InputError(f"Expected a label for each of {len(sources)} images but got y of shape {labels.shape}")
-        if labels.dtype.kind == "f" and not (np.isfinite(labels).all() and (labels == np.rint(labels)).all()):
-            raise InputError("Expected y to hold classes (text or whole numbers) but got other numbers")
-        try:
-            classes, places = np.unique(labels, return_inverse=True)
-        except TypeError as error:
-            raise InputError(f"Expected all labels in y to be of one kind but got a mixture: {error}") from error
-        if len(classes) < 2:
-            raise InputError(f"Expected images of two classes or more but got {len(classes)} class")
-        names = self._names(classes)
-        items = [
-            Datum(path, int(place), classname=names[place])
-            for path, place in zip(as_files(sources, temporary), places, strict=True)
-        ]
-        return items, classes
-
-    def _names(self, classes: np.ndarray[Any, Any]) -> list[str]:
-        given = dict(self.class_names or {})
-        labels = classes.tolist()
-        strange = [label for label in given if label not in labels]
-        if strange:
-            raise InputError(f"Expected class_names to name classes of y ({labels[:10]}) but got {strange[0]!r}")
-        names = [str(given.get(label, label)) for label in labels]
-        counts = Counter(clean_classname(name).lower().strip() for name in names)
-        twice = next((name for name, count in counts.items() if count > 1 or not name), None)
-        if twice is not None:
-            raise InputError(f"Expected class names that CLIP can tell apart but two are called {twice!r}, or one ''")
-        return names
-
     def _runner(self, temporary_images: bool = False) -> Runner:
         pairs = dict(self.settings or {})
         if temporary_images:  # their files are gone afterwards, and would only fill the cache of features
@@ -214,6 +172,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     _trainer: Any
     _report: Report
+    _photos: list[Photo]
+    _held_out: dict[str, Tensor]
     threshold_: float | None
 
     def _adopt(self, found: Fitting, classes: np.ndarray[Any, Any]) -> None:
@@ -226,6 +186,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             label: found.counts.get(place, 0) for place, label in enumerate(classes.tolist()) if found.counts
         }
         self._trainer, self._report = found.trainer, found.report
+        self._photos, self._held_out = found.photos, found.held_out
 
     # --------------------------------------------------------------------------------------------- predicting
 
@@ -317,6 +278,35 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self._fitted()
         return self._report
 
+    def inspect(
+        self, images: str | os.PathLike[str] | None = None, *, file: str | os.PathLike[str] | None = None
+    ) -> Findings:
+        """Find what is wrong with photos: mistakes, doubtful labels, near-duplicates, broken and tiny files.
+
+        Args:
+            images: a folder with a folder for each class, or a CSV file; None: the photos of `fit`, which have to be
+                where they were.
+            file: an HTML page to write, with thumbnails; None: none.
+
+        Raises:
+            InputError: there are no photos, or they have classes that were not learnt.
+        """
+        trainer = self._fitted()
+        photos = self._photos if images is None else photos_below(images, self.class_names_)
+        if images is None and not all(os.path.exists(photo.path) for photo in photos[:1]):
+            raise InputError(
+                "Expected the photos of fit in files but they were given as images: save them, and name the folder"
+            )
+        with apart(self.seed, self.verbose):
+            held_out = self._held_out if images is None else {}
+            found = inspect_photos(trainer, photos, held_out, self.temperature_)
+        if file is not None:
+            with atomic_write(file) as stream:
+                stream.write(
+                    Page(found, "Photos of the classifier" if images is None else f"Photos of {images}").html()
+                )
+        return found
+
     def save(self, file: str | os.PathLike[str]) -> None:
         """Save the classifier as one safetensors file: weights, and the rest as JSON in its header; no pickle.
 
@@ -375,7 +365,3 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise TypeError("Expected FewShotClassifier.save(file) for a fitted classifier but got pickle")
         state: dict[str, Any] = super().__getstate__()
         return state
-
-
-def _all_paths(X: Any) -> bool:
-    return isinstance(X, str | os.PathLike) or all(isinstance(image, str | os.PathLike) for image in X)

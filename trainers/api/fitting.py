@@ -20,6 +20,7 @@ from ..features import remembered_features
 from .auto import Comparison, Score, add_learning_curve, compare, quiet_cfg, score
 from .calibration import UnknownRule, calibrated_apart, calibration_error, fit_temperature, unknown_rule
 from .folds import draw_folds, held_out_logits, without_classes
+from .inspection import TEST, TRAINING, Photo
 from .report import Report, make_report
 from .runs import Choice, Runner, collect_logits, draw_validation, logits_of
 
@@ -36,6 +37,8 @@ class Fitting:
         temperature: what logits are divided by.
         threshold: probability below which an image is of no known class; None: none was asked for.
         report: what was found.
+        photos: those that it learnt from, and the folder's test photos.
+        held_out: path of a photo -> logits [C] of the run that it was held out of.
     """
 
     trainer: Any
@@ -45,6 +48,8 @@ class Fitting:
     temperature: float
     threshold: float | None
     report: Report
+    photos: list[Photo]
+    held_out: dict[str, Tensor]
 
 
 def fit(
@@ -111,7 +116,15 @@ def fit(
     )
     counts = dict(Counter(item.label for item in known))
     names = list(trainer.dm.dataset.classnames)
-    return Fitting(trainer, choice, names, counts, temperature, rule.threshold if rule else None, report)
+    photos = [Photo(item.impath, item.label, TRAINING) for item in known]
+    if items is None:
+        photos += [Photo(item.impath, item.label, TEST) for item in trainer.dm.dataset.test]
+    apart: dict[str, Tensor] = {}
+    if comparison is not None and comparison.chosen.logits is not None:
+        rows = zip(known, comparison.chosen.logits, comparison.held.tolist(), strict=True)
+        apart = {item.impath: row for item, row, held in rows if held}
+    threshold = rule.threshold if rule else None
+    return Fitting(trainer, choice, names, counts, temperature, threshold, report, photos, apart)
 
 
 def _of_folder(runner: Runner, choice: Choice | None, folder: str, output: str) -> list[Datum]:

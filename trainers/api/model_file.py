@@ -182,4 +182,5 @@ def _filled(
     found.temperature_, found.threshold_ = record["temperature"], record["threshold"]
     found.n_images_ = dict(zip(classes.tolist(), counts, strict=False))
     found._trainer, found._report = trainer, report
+    found._photos, found._held_out = [], {}  # it was handed on without them
     return found

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import datasets
-    from datasets import files, open_images
+    from datasets import files, image_folder, layout, open_images
 else:
     _package = __name__.partition(".")[0]
     _name = "datasets" if _package == "trainers" else f"{_package}.datasets"
     datasets = import_module(_name)
-    files, open_images = (import_module(f"{_name}.{module}") for module in ("files", "open_images"))
+    files, image_folder, layout, open_images = (
+        import_module(f"{_name}.{module}") for module in ("files", "image_folder", "layout", "open_images")
+    )
 
-__all__ = ["datasets", "files", "open_images"]
+__all__ = ["datasets", "files", "image_folder", "layout", "open_images"]

@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -46,16 +45,9 @@ class NearPromptsClassifier(Classifier):
         state = self.learner.prompts.state(self.clip.text, self.learner.context)
         return F.normalize(self.clip.text.suffix(state, 1).float(), dim=-1)
 
-    def forward(self, images):
-        """Return logits [B, C] for images [B, 3, H, W]."""
-        with torch.no_grad():
-            features = self.clip.encode_image(images)
-        return self.logits(features, self.text_features())
-
-    def both(self, images):
-        """Return the logits of zero-shot CLIP and those of the prompts."""
-        features = self.clip.encode_image(images)
-        return self.logits(features, self.zeroshot), self.logits(features, self.text_features())
+    def classify(self, part):
+        """Return logits [B, C] for what is frozen of the images: here their features [B, E]."""
+        return self.logits(part.features, self.text_features())
 
 
 @TRAINER_REGISTRY.register()

@@ -24,6 +24,7 @@ from dassl.engine import TRAINER_REGISTRY
 
 from .base import Classifier, EncoderTrainer, Learner, MethodConfig, key, precision
 from .clip import CLIP, fill_template
+from .features import FrozenPart
 from .modules.low_rank import LowRankUpdates
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class LoRAClassifier(Classifier):
     """
 
     learner: LoRALearner
+    first_adapted = 1
 
     def __init__(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str], learner: LoRALearner) -> None:
         super().__init__(clip, classnames, templates, learner)
@@ -81,15 +83,11 @@ class LoRAClassifier(Classifier):
         features = text.suffix(text.prefix(tokens, 0), 1, [learner.text])
         return F.normalize(features.float(), dim=-1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, C] for images [B, 3, H, W]."""
-        visual = self.clip.visual
-        features = visual.suffix(visual.prefix(images, 0), 1, [self.learner.visual])
+    def classify(self, part: FrozenPart) -> Tensor:
+        """Return logits [B, C] for what enters the first block."""
+        assert part.hidden is not None
+        features = self.clip.visual.suffix(part.hidden, 1, [self.learner.visual])
         return self.logits(features, self.text_features())
-
-    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of zero-shot CLIP and of the updated encoders, [B, C] each, for images [B, 3, H, W]."""
-        return self.logits(self.clip.encode_image(images), self.zeroshot), self(images)
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,8 @@ class CLIPLoRA(EncoderTrainer):
     paper = "Zanella and Ben Ayed 2024"
     learns = "low-rank updates of both encoders"
     config = CLIPLoRAConfig
+    extra_keys = {}
+    no_views = "whose updates begin in the first block of the image tower"
     model_name = "lora"
     main_head = "lora"
     per_step = True

@@ -22,6 +22,7 @@ from dassl.engine import TRAINER_REGISTRY
 from .base import Classifier, EncoderTrainer, MethodConfig, key, precision
 from .clip import CLIP
 from .coop import CoOpConfig, PromptLearner
+from .features import FrozenPart
 
 REDUCTION = 16  # hidden width of the meta network: E / 16
 
@@ -57,26 +58,16 @@ class CoCoOpClassifier(Classifier):
 
     learner: ConditionalPromptLearner
 
-    def _conditional(self, features: Tensor) -> Tensor:
-        """Return logits [B, C] for image features [B, E]."""
+    def classify(self, part: FrozenPart) -> Tensor:
+        """Return logits [B, C] for the features of images."""
+        assert part.features is not None
         text, learner = self.clip.text, self.learner
-        features = F.normalize(features.float(), dim=-1)
+        features = F.normalize(part.features, dim=-1)
         rows = []
         for feature, context in zip(features, learner.contexts(features), strict=True):
             texts = F.normalize(text.suffix(learner.prompts.state(text, context), 1).float(), dim=-1)  # [C, E]
             rows.append(self.logits(feature[None], texts))
         return torch.cat(rows)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, C] for images [B, 3, H, W]."""
-        with torch.no_grad():
-            features = self.clip.encode_image(images)
-        return self._conditional(features)
-
-    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return zero-shot logits and those of the conditional prompts, [B, C] each, for images [B, 3, H, W]."""
-        features = self.clip.encode_image(images)
-        return self.logits(features, self.zeroshot), self._conditional(features)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from dassl.engine import TRAINER_REGISTRY
 
 from .base import Classifier, EncoderTrainer, Learner, MethodConfig, class_rows, key, precision
 from .clip import CLIP
+from .features import FrozenPart
 from .modules.context_prompts import POSITIONS, ContextPrompts, word_vectors
 
 logger = logging.getLogger(__name__)
@@ -87,16 +88,10 @@ class CoOpClassifier(Classifier):
         text, learner = self.clip.text, self.learner
         return F.normalize(text.suffix(learner.prompts.state(text, learner.ctx), 1).float(), dim=-1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, C] for images [B, 3, H, W]."""
-        with torch.no_grad():
-            features = self.clip.encode_image(images)
-        return self.logits(features, self.text_features())
-
-    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return zero-shot logits and those of the learnt prompts, [B, C] each, for images [B, 3, H, W]."""
-        features = self.clip.encode_image(images)
-        return self.logits(features, self.zeroshot), self.logits(features, self.text_features())
+    def classify(self, part: FrozenPart) -> Tensor:
+        """Return logits [B, C] for the features of images."""
+        assert part.features is not None
+        return self.logits(part.features, self.text_features())
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from dassl.engine import TRAINER_REGISTRY
 from .base import Classifier, EncoderTrainer, Learner, MethodConfig, key, precision
 from .base.keys import check_number
 from .clip import CLIP, clean_classname
+from .features import FrozenPart
 from .modules.cross_modal_adapter import CrossModalAdapter, build_adapter
 
 
@@ -62,7 +63,7 @@ class MMAClassifier(Classifier):
         context = settings.text_ctx_init.replace("_", " ").strip()
         facts = {"backbone": clip.name, "weights_digest": clip.weights_digest, "context": context}
         super().__init__(clip, classnames, templates, AdapterLearner(adapter, classnames, facts))
-        self._text_start, self._visual_start = adapter.text_edit.first_block, adapter.visual_edit.first_block
+        self._text_start, self.first_adapted = adapter.text_edit.first_block, adapter.visual_edit.first_block
         prompts = [f"{context} {clean_classname(name)}.".strip() for name in classnames]
         with torch.no_grad():
             self._text_state = clip.text.prefix(clip.text.tokenise(prompts), self._text_start - 1)
@@ -72,23 +73,11 @@ class MMAClassifier(Classifier):
         features = self.clip.text.suffix(self._text_state, self._text_start, [self.learner.cma.text_edit])
         return F.normalize(features.float(), dim=-1)
 
-    def _prefix(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.clip.visual.prefix(images, self._visual_start - 1)
-
-    def _adapted(self, hidden: Tensor) -> Tensor:
-        edits = [self.learner.cma.visual_edit]
-        return self.logits(self.clip.visual.suffix(hidden, self._visual_start, edits), self.text_features())
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, C] for images [B, 3, H, W]."""
-        return self._adapted(self._prefix(images))
-
-    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of zero-shot CLIP and of the adapted encoders, [B, C] each, for images [B, 3, H, W]."""
-        hidden = self._prefix(images)
-        plain = self.clip.visual.suffix(hidden, self._visual_start)
-        return self.logits(plain, self.zeroshot), self._adapted(hidden)
+    def classify(self, part: FrozenPart) -> Tensor:
+        """Return logits [B, C] for what enters the first adapted block."""
+        assert part.hidden is not None and self.first_adapted is not None
+        features = self.clip.visual.suffix(part.hidden, self.first_adapted, [self.learner.cma.visual_edit])
+        return self.logits(features, self.text_features())
 
 
 @dataclass(frozen=True)

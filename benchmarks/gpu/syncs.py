@@ -115,7 +115,7 @@ def _through_loader(session: Session, classes: int, batch: int) -> None:
     rows = torch.arange(batch)
     for start in range(0, items, batch):
         chosen = (rows + start)[: items - start]
-        assert part.hidden is not None
+        assert part.features is not None and part.hidden is not None
         trainer._views.store.put(chosen, FrozenPart(part.features[: len(chosen)], part.hidden[: len(chosen)]))
     batches = iter(trainer.train_loader_x)
     views = Fresh(trainer)

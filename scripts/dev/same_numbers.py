@@ -43,6 +43,8 @@ EXTRA = {
     "linearprobe_text": ("LinearProbe", "tiny_text", SHORT),
     "emdirichlet_zeroshot": ("EMDirichlet", "tiny_zeroshot", SHORT),
     "transclip_zeroshot": ("TransCLIP", "tiny_zeroshot", SHORT),
+    "coop_views": ("CoOp", "tiny", (*SHORT, "INPUT.VIEWS", "2")),
+    "mma_views": ("MMA", "tiny", (*SHORT, "INPUT.VIEWS", "2")),
     "coop_csc": ("CoOp", "tiny", (*SHORT, "TRAINER.COOP.CSC", "True")),
 }
 OWN = {"CLIPLoRA": ("TRAINER.CLIPLORA.N_ITERS", "8")}

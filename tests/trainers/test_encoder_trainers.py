@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from view_loops import Uncached, epochs
 
 import datasets
 import trainers
@@ -28,6 +29,8 @@ SHORT = {
     "CLIPLoRA": ["TRAINER.CLIPLORA.N_ITERS", 0, "TRAINER.CLIPLORA.DROPOUT", 0.0]
 }  # what makes a run short and free of random numbers
 every = pytest.mark.parametrize("name", TRAINERS)
+KEEPS = [name for name in TRAINERS if not TRAINER_REGISTRY.get(name).no_views]
+AUGMENTED = ("INPUT.TRANSFORMS", ("random_resized_crop", "normalize"), "SEED", 3)
 
 
 @pytest.fixture
@@ -247,3 +250,86 @@ def test_a_list_of_templates(name, make):
         rows = torch.stack([clip.encode_text([t.format(n) for n in names]) for t in ("a {}", "{} texture.")])
     want = torch.nn.functional.normalize(torch.nn.functional.normalize(rows, dim=-1).mean(0), dim=-1)
     torch.testing.assert_close(trainer.network.zeroshot, want, rtol=1e-4, atol=1e-5)
+
+
+def test_who_can_keep_views():
+    assert {"CoOp", "CoCoOp", "MMA"} <= set(KEEPS)
+    refusing = [n for n in TRAINER_REGISTRY.registered_names() if getattr(TRAINER_REGISTRY.get(n), "no_views", "")]
+    assert refusing == ["CLIPLoRA", "IMO", "IMODINO"]
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [
+        *((name, ()) for name in KEEPS),
+        *((name, ("INPUT.VIEWS_MEMORY", 0.0, "PREC", "bf16")) for name in KEEPS),
+        *((name, ("PREC", "amp")) for name in KEEPS),
+        ("MMA", ("TRAINER.MMADAPTER.ADAPTER_START", 1)),
+    ],
+)
+def test_losses_on_kept_views_are_those_of_the_same_images_encoded_anew(name, pairs, make):
+    pairs = [f"TRAINER.{TRAINER_REGISTRY.get(name).node_name}.PREC" if part == "PREC" else part for part in pairs]
+    cached = make(name, "INPUT.VIEWS", 2, *AUGMENTED, *pairs)
+    got, order = epochs(cached, cached.train_loader_x, 3)
+    assert cached.train_loader_x.store.on_disk == ("INPUT.VIEWS_MEMORY" in pairs)
+    plain = make(name, *AUGMENTED, *pairs, out="plain")
+    want, _ = epochs(plain, Uncached(plain, 2, 3, order), 3)
+    assert len(got) == 3 * len(cached.train_loader_x) >= 6
+    assert got == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", KEEPS)
+def test_the_frozen_image_tower_runs_once(name, make, monkeypatch):
+    trainer = make(name, "INPUT.VIEWS", 1, *AUGMENTED, "DATALOADER.TRAIN_X.BATCH_SIZE", 5)
+    visual, calls = trainer.network.clip.visual, {"prefix": 0, "suffix": 0}
+
+    def count(part):
+        whole = getattr(visual, part)
+
+        def counted(*arguments):
+            calls[part] += 1
+            return whole(*arguments)
+
+        monkeypatch.setattr(visual, part, counted)
+
+    for part in calls:
+        count(part)
+    epochs(trainer, trainer.train_loader_x, 1)
+    assert calls["prefix"] == 2
+    calls.update(prefix=0, suffix=0)
+    steps = len(epochs(trainer, trainer.train_loader_x, 1)[0])
+    adapted = trainer.network.first_adapted is not None
+    assert calls == {"prefix": 0, "suffix": steps if adapted else 0}
+
+
+@pytest.mark.parametrize("name", KEEPS)
+def test_a_resumed_run_on_kept_views_ends_as_an_uninterrupted_one(name, make, tmp_path):
+    pairs = ("INPUT.VIEWS", 2, *AUGMENTED, "OPTIM.MAX_EPOCH", 3, "TRAIN.CHECKPOINT_FREQ", 1)
+    whole = make(name, *pairs, out="whole")
+    whole.train()
+    assert not whole.train_loader_x.store.known.any()  # their memory is given back
+    half = make(name, *pairs, out="half")
+    half.train()
+    (tmp_path / "half" / half.model_name / "checkpoint").write_text("model.pth.tar-1\n")
+    torch.manual_seed(5)
+    again = make(name, *pairs, out="half")
+    again.train()
+    for key, value in whole.network.learner.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(again.network.learner.state_dict()[key], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(set(TRAINERS) - set(KEEPS)))
+def test_a_method_that_can_keep_no_views_says_so_before_clip_is_loaded(name, make_cfg, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("CLIP was loaded before the check")
+
+    monkeypatch.setattr("trainers.base.clip_trainer.load_clip", refuse)
+    with pytest.raises(ValueError, match=f"Expected INPUT.VIEWS to be 0 for {name}, whose .* image tower, but got 2"):
+        build_trainer(make_cfg(name, "INPUT.VIEWS", 2))
+
+
+@pytest.mark.parametrize("name", KEEPS)
+def test_wrong_numbers_of_views(name, make_cfg):
+    with pytest.raises(ValueError, match="Expected INPUT.VIEWS to be a whole number, at least 0, but got -1"):
+        build_trainer(make_cfg(name, "INPUT.VIEWS", -1))

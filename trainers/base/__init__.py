@@ -1,6 +1,7 @@
 """Give a method's author the trainers to derive from, the learner that is saved, and the keys of its settings.
 
-EncoderTrainer       trains what sits inside CLIP's encoders (prompts, adapters); every step encodes images
+EncoderTrainer       trains what sits inside CLIP's encoders (prompts, adapters)
+ViewsTrainer         is its base, which keeps what frozen blocks make of seeded views of the images (INPUT.VIEWS)
 FeatureTrainer       trains or fits a FeatureLearner on features of the frozen CLIP, which are computed once
 AnchoredTrainer      trains one matrix that features go through, and holds it near where it starts
 TransductiveTrainer  is a FeatureTrainer that classifies test images together
@@ -17,6 +18,7 @@ from .learner import Classifier, Learner, class_rows, pack_record, unpack_record
 from .learner_trainer import LearnerTrainer, checkpoint_path
 from .schedule import build_optimizer_with_eps, count_steps
 from .transductive import SupportLearner, TransductiveConfig, TransductiveTrainer
+from .views_trainer import ViewsTrainer
 
 __all__ = [
     "AnchoredConfig",
@@ -36,6 +38,7 @@ __all__ = [
     "SupportLearner",
     "TransductiveConfig",
     "TransductiveTrainer",
+    "ViewsTrainer",
     "build_optimizer_with_eps",
     "checkpoint_path",
     "class_rows",

@@ -13,14 +13,16 @@ from dassl.optim import build_lr_scheduler, build_optimizer
 
 from ..clip import CLIP, tell_alike
 from .learner import Classifier
-from .learner_trainer import LearnerTrainer
 from .schedule import count_steps
+from .views_trainer import ViewsTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class EncoderTrainer(LearnerTrainer):
+class EncoderTrainer(ViewsTrainer):
     """Train a `Classifier` by cross-entropy; a subclass says which classifier, and declares the configuration.
+
+    What of the image tower is frozen is said by `Classifier.first_adapted`: with INPUT.VIEWS, it is computed once.
 
     The learning-rate schedule counts epochs, as CoOp's does, unless `per_step` is set.
     """
@@ -42,6 +44,7 @@ class EncoderTrainer(LearnerTrainer):
         self.tell_size(learner)
         optim = self.build_optimizer(learner)
         self.register_model(self.model_name, learner, optim, self.build_schedule(optim))
+        self.keep_views()
 
     def build_optimizer(self, learner: Any) -> Any:
         """Build the optimizer of the learner's parameters."""

@@ -1,12 +1,11 @@
 """Share what methods beside a frozen CLIP have in common: a learner that describes itself, a classifier around it.
 
-This module is plain torch and uses no toolbox. Legend: B images, C classes, E width of the joint embedding.
+Legend: B images, C classes, E width of the joint embedding.
 """
 
 from __future__ import annotations
 
 import json
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..clip import CLIP, zeroshot_weights
+from ..features.kept_views import FrozenPart
 
 # Name of a learner's fact -> what an error message calls that fact.
 FACTS = {
@@ -191,6 +191,8 @@ class TextCache:
 class Classifier(nn.Module):
     """A frozen CLIP with a learner beside it. Only `learner` is to be trained and saved.
 
+    A subclass says in `classify` what it makes of the frozen part of the images, and in `first_adapted` what that is.
+
     Args:
         clip: a frozen CLIP, on its device.
         classnames: class names in the order of their labels.
@@ -199,6 +201,9 @@ class Classifier(nn.Module):
     """
 
     zeroshot: Tensor  # [C, E], normalized
+    # The first block of the image tower that the learner changes; what comes before it is frozen. None: no block; the
+    # frozen part of an image is its feature.
+    first_adapted: int | None = None
 
     def __init__(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str], learner: Learner) -> None:
         super().__init__()
@@ -210,16 +215,36 @@ class Classifier(nn.Module):
         self.register_buffer("zeroshot", zeroshot, persistent=False)
         self._cache = TextCache()
 
-    @abstractmethod
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, C] for images [B, 3, H, W], with gradients."""
+    @torch.no_grad()
+    def frozen_part(self, images: Tensor) -> FrozenPart:
+        """Return what does not depend on what is learnt, for images [B, 3, H, W].
 
-    @abstractmethod
+        Where no block is adapted, these are the features [B, E], fp32, not normalized; else what enters the first
+        adapted block.
+        """
+        if self.first_adapted is None:
+            return FrozenPart(features=self.clip.encode_image(images).float())
+        return FrozenPart(hidden=self.clip.visual.prefix(images, self.first_adapted - 1))
+
+    def classify(self, part: FrozenPart) -> Tensor:
+        """Return logits [B, C], with gradients, for the frozen part of images."""
+        raise NotImplementedError
+
+    def forward(self, images: Any) -> Tensor:
+        """Return logits [B, C], with gradients, for images [B, 3, H, W] or their frozen part."""
+        return self.classify(images if isinstance(images, FrozenPart) else self.frozen_part(images))
+
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return zero-shot logits and the method's, [B, C] each, for images [B, 3, H, W].
 
         The learner is in evaluation mode.
         """
+        part = self.frozen_part(images)
+        features = part.features
+        if features is None:
+            assert part.hidden is not None and self.first_adapted is not None
+            features = self.clip.visual.suffix(part.hidden, self.first_adapted)
+        return self.logits(features, self.zeroshot), self.classify(part)
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Return logits [B, C] for features [B, E] and normalized text features [C, E], in fp32 even under autocast."""

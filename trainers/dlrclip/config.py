@@ -1,4 +1,4 @@
-"""Settings of DLR-CLIP: TRAINER.DLRCLIP.* and INPUT.VIEWS*.
+"""Settings of DLR-CLIP, TRAINER.DLRCLIP.*; those of kept views are in base/views_trainer.py.
 
 "source" is the published method and its code. The source's encoder, which applies the adapters, is not public: where a
 value is called a guess, the source may differ.
@@ -204,17 +204,3 @@ class DLRCLIPConfig(MethodConfig):
         if not present:
             raise ValueError("Expected at least one loss with a weight above 0 but got none")
         return present
-
-
-@dataclass(frozen=True)
-class ViewsKeys:
-    """Keys of INPUT that say how many views of training images are kept, and where."""
-
-    views: int = key(
-        0,
-        "seeded augmentations of each training image; epoch e uses view e mod VIEWS, and what the frozen blocks make "
-        "of a view is computed once and kept; 0: fresh augmentation in every epoch",
-        low=0,
-        source="0",
-    )
-    views_memory: float = key(4.0, "GiB of RAM (in each process) to keep the views in; more goes to a file", low=0)

@@ -19,7 +19,7 @@ from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY
 from dassl.optim import build_lr_scheduler
 
-from ..base import LearnerTrainer, build_optimizer_with_eps, count_steps
+from ..base import ViewsTrainer, build_optimizer_with_eps, count_steps
 from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT, tell_alike
 from ..features import (
     FeatureLoader,
@@ -31,11 +31,10 @@ from ..features import (
     collect_features,
     feature_slot,
 )
-from ..features.kept_views import GIB, ViewLoader
 from ..log import DETAIL
 from ..portable import class_indices
 from .calibration import Branches, all_features, all_reports, fit_mixture
-from .config import DLRCLIPConfig, ViewsKeys
+from .config import DLRCLIPConfig
 from .glr import best_beta
 from .network import DLRCLIPNetwork, by_branch
 from .pseudo_shifts import SHIFTS, shifted
@@ -61,7 +60,7 @@ class GivenImages(NamedTuple):
 
 
 @TRAINER_REGISTRY.register()
-class DLRCLIP(LearnerTrainer):
+class DLRCLIP(ViewsTrainer):
     """Few-shot adaptation of CLIP by a cross-modal adapter and a gated logit refiner.
 
     See dassl/engine/declared.py for what the engine asks of a trainer.
@@ -73,7 +72,6 @@ class DLRCLIP(LearnerTrainer):
     paper = "DLR-CLIP"
     learns = "adapters shared by both encoders, a logit refiner, a fusion gate"
     config = DLRCLIPConfig
-    extra_keys = {"INPUT": ViewsKeys}
     model_name = "dlrclip"
     main_head = "final"  # TRAINER.DLRCLIP.HEAD, once the model is built
     per_step = True
@@ -92,7 +90,8 @@ class DLRCLIP(LearnerTrainer):
         self.loss_terms = tuple(self.network.loss_weights)
         self.selected = {}
         self._register()
-        self._keep_views()
+        if settings.trains:
+            self.keep_views()
         self._share_features(clip)
 
     def _register(self) -> None:
@@ -108,21 +107,6 @@ class DLRCLIP(LearnerTrainer):
         optim = build_optimizer_with_eps(learner, cfg.OPTIM, self.settings.eps)
         sched = build_lr_scheduler(optim, count_steps(cfg.OPTIM, len(self.train_loader_x)))
         self.register_model(self.model_name, learner, optim, sched)
-
-    def _keep_views(self) -> None:
-        """Replace the training loader, where INPUT.VIEWS is set, by one of kept views.
-
-        Its batches carry what the frozen blocks make of the images, instead of images.
-        """
-        cfg, loader, items = self.cfg, self.train_loader_x, self.dm.dataset.train_x
-        views = int(cfg.INPUT.get("VIEWS", 0))
-        self._views: ViewLoader | None = None
-        if not views or not items or not self.settings.trains:  # built without images, to predict
-            return
-        seed = self.seed_or_draw()
-        budget = cfg.INPUT.VIEWS_MEMORY * GIB
-        self._views = ViewLoader(loader, items, self._frozen_part, views, seed, budget, self.output_dir, self.device)
-        self.train_loader_x: Any = self._views
 
     def _share_features(self, clip: CLIP) -> None:
         """Let validation and test loaders read zero-shot features from the cache on disk, or fill it.
@@ -142,31 +126,14 @@ class DLRCLIP(LearnerTrainer):
                 self._known[split] = KnownFeatures(loader, slot, split)
                 setattr(self, f"{split}_loader", self._known[split])
 
-    def _frozen_part(self, images: Tensor) -> FrozenPart:
-        with self._autocast():
-            return self.network.frozen_part(images.to(self.device))
-
     # One step
 
-    def before_epoch(self) -> None:
-        """Let the kept views follow the epoch."""
-        super().before_epoch()
-        if self._views is not None:
-            self._views.set_epoch(self.epoch)
-
-    def after_train(self) -> None:
-        """Release the memory or file of the kept views, then test."""
-        if self._views is not None:
-            self._views.close()
-        super().after_train()
-
     def parse_batch_train(self, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        """Take the images [B, 3, H, W], or the frozen part of them (see INPUT.VIEWS), and the labels [B]."""
-        if "img" in batch:
-            images, labels = super().parse_batch_train(batch)
-            return {"images": images}, labels
-        known = {"images": None, "features": batch.get("feature"), "hidden": batch.get("hidden")}
-        return known, batch["label"].to(self.device, non_blocking=True)
+        """Take what DLRCLIPNetwork takes, images [B, 3, H, W] or the frozen part of them, and the labels [B]."""
+        inputs, labels = super().parse_batch_train(batch)
+        if isinstance(inputs, FrozenPart):
+            return {"images": None, "features": inputs.features, "hidden": inputs.hidden}, labels
+        return {"images": inputs}, labels
 
     def run(self, inputs: Any, labels: Tensor) -> dict[str, Tensor]:
         """Return logits of all heads, alpha and w; see DLRCLIPNetwork."""

@@ -31,15 +31,15 @@ GIB = 2**30
 
 
 class FrozenPart(NamedTuple):
-    """The activations of a batch of images that do not depend on what is learnt.
+    """The activations of a batch of images that do not depend on what is learnt; a method keeps those that it needs.
 
     Attributes:
-        features: normalized features of zero-shot CLIP [B, E], fp32.
-        hidden: what enters the first adapted block: ViT [B, N, D], ResNet [B, D, H, W]; None where CMA is off.
+        features: features of zero-shot CLIP [B, E], fp32, normalized or not as the method wants them; None: not needed.
+        hidden: what enters the first adapted block: ViT [B, N, D], ResNet [B, D, H, W]; None: no block is adapted.
     """
 
-    features: Tensor
-    hidden: Tensor | None
+    features: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 Encode = Callable[[Tensor], FrozenPart]
@@ -99,15 +99,15 @@ class FrozenViews:
                 return mapped_rows(count, shape, values.dtype, self.folder)
             return torch.empty(count, *shape, dtype=values.dtype)  # the system commits pages as they are written to
 
-        self.features = room(part.features)
+        self.features = None if part.features is None else room(part.features)
         self.hidden = None if part.hidden is None else room(part.hidden)
 
     def put(self, rows: Tensor, part: FrozenPart) -> None:
         """Keep the frozen part of these rows [n]."""
-        if self.features is None:
+        if self.features is None and self.hidden is None:
             self._allocate(part)
-        assert self.features is not None
-        self.features[rows] = part.features.cpu()
+        if self.features is not None and part.features is not None:
+            self.features[rows] = part.features.cpu()
         if self.hidden is not None and part.hidden is not None:
             self.hidden[rows] = part.hidden.cpu()
         self.known[rows] = True
@@ -118,15 +118,14 @@ class FrozenViews:
 
     def gather(self, rows: Tensor, device: torch.device) -> FrozenPart:
         """Gather the frozen part of these rows [B], all of them known, in host memory; for a GPU in pinned memory."""
-        assert self.features is not None and bool(self.known[rows].all())
-        hidden = None if self.hidden is None else _rows(self.hidden, rows, device)
-        return FrozenPart(_rows(self.features, rows, device), hidden)
+        assert bool(self.known[rows].all())
+        kept = (self.features, self.hidden)
+        return FrozenPart(*(None if values is None else _rows(values, rows, device) for values in kept))
 
     @staticmethod
     def sent(part: FrozenPart, device: torch.device) -> FrozenPart:
         """Copy a frozen part to the device; from pinned memory, the copy runs while the program goes on."""
-        hidden = None if part.hidden is None else part.hidden.to(device, non_blocking=True)
-        return FrozenPart(part.features.to(device, non_blocking=True), hidden)
+        return FrozenPart(*(None if values is None else values.to(device, non_blocking=True) for values in part))
 
 
 def _rows(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
@@ -139,8 +138,8 @@ def _rows(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
 class ViewLoader:
     """Hand out frozen parts of training images in batches, in the order of a loader of images.
 
-    A batch has "feature", "label", "impath" and "index", and "hidden" where there is one. Images are read and encoded
-    only while a batch has views that are not known yet.
+    A batch has "label", "impath" and "index", and of "feature" and "hidden" what the frozen part
+    has. Images are read and encoded only while a batch has views that are not known yet.
 
     Args:
         loader: a loader of the training images; its batch sampler gives the order, its dataset the augmented images.
@@ -225,10 +224,10 @@ class ViewLoader:
                     ahead = worker.submit(self.store.gather, rows[number + 1], self.device)
                 part = self.store.sent(gathered, self.device)
                 label = torch.tensor([self.items[i].label for i in batch])
-                fields = {
-                    "feature": part.features,
+                known = {"feature": part.features, "hidden": part.hidden}
+                yield {
+                    **{name: values for name, values in known.items() if values is not None},
                     "label": label.pin_memory() if self.device.type == "cuda" else label,
                     "impath": [self.items[i].impath for i in batch],
                     "index": torch.tensor(batch),
                 }
-                yield fields if part.hidden is None else {**fields, "hidden": part.hidden}

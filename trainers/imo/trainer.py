@@ -53,6 +53,8 @@ class AdapterTrainer(EncoderTrainer):
     recipe = 2
     network: IMONetwork
     train_loader_x: Any
+    extra_keys = {}
+    no_views = "whose adapters sit throughout the image tower"
     model_name = "imo"
     main_head = "adapted"
     imagenet_templates = IMAGENET_TEMPLATES_SELECT

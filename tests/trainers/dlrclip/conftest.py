@@ -4,9 +4,9 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from random_clip import NAMES, random_open_clip
+from view_loops import Uncached, epochs
 
 import trainers
 from dassl.config import get_cfg_default
@@ -14,7 +14,6 @@ from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 from dassl.engine import build_trainer
 from dassl.utils import set_random_seed
 from trainers.clip import save_tiny
-from trainers.features.views import SeededViews
 
 __all__ = [
     "NAMES", "ToyScenes", "Uncached", "epochs", "gone_on_after_one_epoch", "heads_on_test", "random_open_clip",
@@ -130,37 +129,3 @@ def gone_on_after_one_epoch(make, pairs, tmp_path):
     resumed = make(*pairs, out="again")
     resumed.train()
     return resumed
-
-
-def epochs(trainer, loader, count):
-    """Losses, step by step, of some epochs by hand, and the image numbers of each batch."""
-    losses, order = [], []
-    for trainer.epoch in range(count):
-        trainer.dm.set_epoch(trainer.epoch)
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(trainer.epoch)
-        trainer.set_model_mode("train")
-        for trainer.batch_idx, batch in enumerate(loader):
-            order.append(batch["index"].tolist())
-            losses.append(trainer.forward_backward(batch)["loss"])
-    return losses, order
-
-
-class Uncached:
-    """The same batches, as images: view `epoch mod V`, read and encoded every time."""
-
-    def __init__(self, trainer, views, seed, order):
-        self.views = SeededViews(trainer.train_loader_x.dataset, views, seed)
-        self.n, self.v = len(trainer.train_loader_x.dataset), views
-        self.order = iter(order)
-        self.epoch, self.steps = 0, len(trainer.train_loader_x)
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        for _ in range(self.steps):
-            rows = next(self.order)
-            items = [self.views[self.epoch % self.v * self.n + i] for i in rows]
-            labels = torch.tensor([item["label"] for item in items])
-            yield {"img": torch.stack([i["img"] for i in items]), "label": labels, "index": torch.tensor(rows)}

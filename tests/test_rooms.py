@@ -9,14 +9,14 @@ ROOT = Path(__file__).parents[1]
 TRAINERS = ROOT / "trainers"
 SHARED = {"base", "features", "modules", "clip"}  # rooms that know no method
 PLAIN = {"compat", "configs", "files", "log", "portable"}  # files beside them that know none either
-# A method may know no other method. These do: each is a variant of the other, and shares its learner.
-KIN = {("cocoop", "coop"), ("jclip_adapter", "clip_adapter")}
+# A method may know no other method. This one does: it is a variant of the other, and shares its learner.
+KIN = {("jclip_adapter", "clip_adapter")}
 # The room -> the rooms that it may know beside itself.
 MAY_KNOW = {
     "clip": {"files", "log"},
     "modules": {"clip"},
     "features": {"clip", "modules", "files", "log"},
-    "base": {"clip", "features", "portable", "configs", "log"},
+    "base": {"clip", "modules", "features", "portable", "configs", "log"},
     "compat": set(),
     "portable": {"compat"},
     "configs": {"compat"},

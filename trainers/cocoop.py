@@ -19,9 +19,8 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import Classifier, EncoderTrainer, MethodConfig, key, precision
+from .base import Classifier, EncoderTrainer, MethodConfig, PromptLearner, initial_context, key, precision
 from .clip import CLIP
-from .coop import CoOpConfig, PromptLearner
 from .features import FrozenPart
 
 REDUCTION = 16  # hidden width of the meta network: E / 16
@@ -37,7 +36,7 @@ class ConditionalPromptLearner(PromptLearner):
     """
 
     def __init__(self, clip: CLIP, classnames: Sequence[str], settings: CoCoOpConfig) -> None:
-        super().__init__(clip, classnames, CoOpConfig(n_ctx=settings.n_ctx, ctx_init=settings.ctx_init))
+        super().__init__(clip, classnames, *initial_context(clip, settings.n_ctx, settings.ctx_init))
         hidden = max(1, clip.embed_dim // REDUCTION)
         self.meta_net = nn.Sequential(
             OrderedDict(

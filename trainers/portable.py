@@ -33,6 +33,10 @@ class PortableTrainer(TrainerX):
         self.set_precision(prec)
         self._autocast: Any = self.precision.autocast
 
+    def _scale(self, loss: Tensor) -> Tensor:
+        """Return the loss times the loss scale, where there is one."""
+        return loss if self.precision.scaler is None else self.precision.scaler.scale(loss)
+
     def _unscale(self, optim: Any) -> None:
         """Divide the gradients by the loss scale, where there is one."""
         if self.precision.scaler is not None:
@@ -56,6 +60,9 @@ if not OWN_TOOLBOX:
             if prec == "amp":
                 logger.info("This toolbox cannot scale gradients: amp means bfloat16 here, which needs no scaling")
                 self._autocast = lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+        def _scale(self, loss: Tensor) -> Tensor:
+            return loss
 
         def _unscale(self, optim: Any) -> None:
             pass

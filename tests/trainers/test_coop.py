@@ -5,8 +5,9 @@ from naive_text import encode_embedded
 from random_clip import random_open_clip
 from torch.nn import functional as F
 
+from trainers.base import PromptClassifier, class_rows
 from trainers.clip import CLIP, zeroshot_weights
-from trainers.coop import CoOpClassifier, CoOpConfig, PromptLearner, class_rows
+from trainers.coop import CoOpConfig, build_learner
 from trainers.modules.context_prompts import ContextPrompts, word_vectors
 
 TEMPLATE = "a photo of a {}."
@@ -40,8 +41,8 @@ def make(make_clip, names):
     def build(kind="vit", classnames=names, clip=None, **arguments):
         clip = clip or make_clip(kind)
         torch.manual_seed(3)
-        learner = PromptLearner(clip, classnames, CoOpConfig(**{"n_ctx": 5, **arguments}))
-        return CoOpClassifier(clip, classnames, [TEMPLATE], learner)
+        learner = build_learner(clip, classnames, CoOpConfig(**{"n_ctx": 5, **arguments}))
+        return PromptClassifier(clip, classnames, [TEMPLATE], learner)
 
     return build
 

@@ -1,6 +1,7 @@
 """Give a method's author the trainers to derive from, the learner that is saved, and the keys of its settings.
 
 EncoderTrainer       trains what sits inside CLIP's encoders (prompts, adapters)
+PromptTrainer        is one for learnt prompts, with what CoOp and its successors share
 ViewsTrainer         is its base, which keeps what frozen blocks make of seeded views of the images (INPUT.VIEWS)
 FeatureTrainer       trains or fits a FeatureLearner on features of the frozen CLIP, which are computed once
 AnchoredTrainer      trains one matrix that features go through, and holds it near where it starts
@@ -10,12 +11,14 @@ CLIPTrainer          is the base class of all, for methods that fit none
 
 from .anchored_trainer import AnchoredConfig, AnchoredLearner, AnchoredTrainer
 from .clip_trainer import CLIPTrainer
+from .dept import DePTKeys
 from .encoder_trainer import EncoderTrainer
 from .feature_learner import FeatureLearner, FeatureNetwork, PooledLearner
 from .feature_trainer import CorrectedKeys, FeatureTrainer
 from .keys import MethodConfig, kept_views, key, precision
 from .learner import Classifier, Learner, class_rows, pack_record, unpack_record
 from .learner_trainer import LearnerTrainer, checkpoint_path
+from .prompts import PromptClassifier, PromptLearner, PromptOutputs, PromptTrainer, distance_to, initial_context
 from .schedule import build_optimizer_with_eps, count_steps
 from .transductive import SupportLearner, TransductiveConfig, TransductiveTrainer
 from .views_trainer import ViewsTrainer
@@ -27,6 +30,7 @@ __all__ = [
     "CLIPTrainer",
     "Classifier",
     "CorrectedKeys",
+    "DePTKeys",
     "EncoderTrainer",
     "FeatureLearner",
     "FeatureNetwork",
@@ -35,6 +39,10 @@ __all__ = [
     "LearnerTrainer",
     "MethodConfig",
     "PooledLearner",
+    "PromptClassifier",
+    "PromptLearner",
+    "PromptOutputs",
+    "PromptTrainer",
     "SupportLearner",
     "TransductiveConfig",
     "TransductiveTrainer",
@@ -43,6 +51,8 @@ __all__ = [
     "checkpoint_path",
     "class_rows",
     "count_steps",
+    "distance_to",
+    "initial_context",
     "kept_views",
     "key",
     "pack_record",

@@ -22,16 +22,18 @@ def word_vectors(text: TextTower, words: str) -> Tensor:
     return text.token_embedding(tokens.ids[0, 1 : int(tokens.eot[0])]).detach().float()
 
 
-def _check_room(names: Sequence[str], n_ctx: int, context_length: int) -> None:
+def _check_room(names: Sequence[str], n_ctx: int, context_length: int, rest: str) -> None:
     # A prompt that is cut loses its full stop, its name or its end, and another token would be read in its place.
-    own = [count - 2 for count in count_tokens([f"{name}." for name in names])]  # of name and full stop
+    own = [count - 2 for count in count_tokens([rest.format(name) for name in names])]  # of name and full stop
     room = context_length - 2 - n_ctx
     if max(own) > room:
         longest = max(range(len(own)), key=own.__getitem__)
+        beside = count_tokens([rest.format("")])[0] - 2
+        words = "a full stop" if rest == "{}." else repr(rest)
         raise ValueError(
-            f"Expected class names of at most {room - 1} tokens beside {n_ctx} context vectors and a full stop (the "
+            f"Expected class names of at most {room - beside} tokens beside {n_ctx} context vectors and {words} (the "
             f"text encoder reads {context_length} tokens) but {sum(size > room for size in own)} are longer, such as "
-            f"{_short(names[longest])} with {own[longest] - 1}: take fewer vectors, or call these classes shorter"
+            f"{_short(names[longest])} with {own[longest] - beside}: take fewer vectors, or call these classes shorter"
         )
 
 
@@ -43,7 +45,8 @@ class ContextPrompts(nn.Module):
     """The fixed tokens of the prompts, and where the context vectors go.
 
     A prompt is "<start> v_1 ... v_n <class name> . <end>" with the class name at the end, in the middle (after the
-    first n // 2 vectors) or in front; the tokens after <end> change nothing and are left out.
+    first n // 2 vectors) or in front; the tokens after <end> change nothing and are left out. With the name at the end,
+    other words may stand in the place of "<class name> ." (`rest`).
 
     Args:
         text: the text tower.
@@ -51,6 +54,7 @@ class ContextPrompts(nn.Module):
         n_ctx: n.
         words: text of n tokens that stands in the vectors' place when prompts are tokenized; "": n placeholders.
         position: where the class name is.
+        rest: what follows the vectors, with {} for the class name.
 
     Raises:
         ValueError: a class name leaves no room for the vectors (the message says how long names may be), n leaves no
@@ -63,7 +67,13 @@ class ContextPrompts(nn.Module):
     order: Tensor  # [C, L], index in (prefix, context, suffix) of the token that stands at each place
 
     def __init__(
-        self, text: TextTower, classnames: Sequence[str], n_ctx: int, words: str = "", position: str = "end"
+        self,
+        text: TextTower,
+        classnames: Sequence[str],
+        n_ctx: int,
+        words: str = "",
+        position: str = "end",
+        rest: str = "{}.",
     ) -> None:
         super().__init__()
         if position not in POSITIONS:
@@ -74,8 +84,8 @@ class ContextPrompts(nn.Module):
         context = words or " ".join(["X"] * n_ctx)
         if n_ctx > text.context_length - 3:  # start, end and a token of the name
             raise ValueError(f"Expected at most {text.context_length - 3} context vectors but got {n_ctx}")
-        _check_room(names, n_ctx, text.context_length)
-        tokens = text.tokenise([f"{context} {name}." for name in names])
+        _check_room(names, n_ctx, text.context_length, rest)
+        tokens = text.tokenise([f"{context} {rest.format(name)}" for name in names])
         length, device = tokens.ids.shape[1], tokens.ids.device
         embedded = text.token_embedding(tokens.ids).detach().to(text.dtype)  # [C, L, D]
         name_lengths = text.tokenise(names).eot - 1  # [C]
@@ -84,9 +94,9 @@ class ContextPrompts(nn.Module):
         rows = []
         for size in name_lengths.tolist():
             context_at, name_at = 1 + torch.arange(n_ctx), 1 + n_ctx + torch.arange(size)
-            rest = torch.arange(1 + n_ctx + size, length)
+            tail = torch.arange(1 + n_ctx + size, length)
             start = torch.zeros(1, dtype=torch.long)
-            rows.append(torch.cat([start, context_at[:before], name_at, context_at[before:], rest])[:length])
+            rows.append(torch.cat([start, context_at[:before], name_at, context_at[before:], tail])[:length])
         self.register_buffer("prefix", embedded[:, :1].contiguous(), persistent=False)
         self.register_buffer("suffix", embedded[:, 1 + n_ctx :].contiguous(), persistent=False)
         self.register_buffer("eot", tokens.eot, persistent=False)

@@ -84,6 +84,7 @@ def runs(folder, command):
             command("DLRCLIP", "dlr", f"{name}/dlr", *MIXTURE),
             command("CoOp", "coop", f"{name}/coop"),
             command("CoOp", "coop", f"{name}/views", "INPUT.VIEWS", "2"),
+            command("ProGrad", "prograd", f"{name}/prograd", "INPUT.VIEWS", "2"),
             command("TipAdapterF", "tip_adapter_f", f"{name}/tip"),
         ]
         if name == "two":
@@ -111,7 +112,7 @@ def runs(folder, command):
     return found
 
 
-@pytest.mark.parametrize("number, method", enumerate(["dlr", "coop", "views", "tip"]))
+@pytest.mark.parametrize("number, method", enumerate(["dlr", "coop", "views", "prograd", "tip"]))
 def test_two_processes_have_the_numbers_of_one(runs, folder, number, method):
     one, two = (runs[name][0][number]["losses"] for name in ("one", "two"))
     assert len(one) >= 20 and two == pytest.approx(one, abs=1e-4)
@@ -145,7 +146,7 @@ def test_only_rank_0_writes(runs, folder, method):
 
 def test_a_wrong_setting_is_told_once(runs, folder):
     results, done = runs["two"]
-    assert [result["code"] for result in results] == [0, 0, 0, 0, 2]
+    assert [result["code"] for result in results] == [0, 0, 0, 0, 0, 2]
     assert len(re.findall(r"^error: Expected TRAINER.COOP.PREC", done.stderr, re.MULTILINE)) == 1
     assert not (folder / "two" / "wrong").exists()
 

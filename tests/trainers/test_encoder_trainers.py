@@ -168,6 +168,9 @@ WRONG: dict[str, list[tuple[str, object]]] = {
         ("CLIPLORA.RANK", 0), ("CLIPLORA.ALPHA", 0.0), ("CLIPLORA.DROPOUT", 1.0), ("CLIPLORA.N_ITERS", -1),
         ("CLIPLORA.LR_MIN", -1.0),
     ],
+    "KgCoOp": [("KGCOOP.N_CTX", 0), ("KGCOOP.CTX_INIT", "a {}"), ("KGCOOP.W", -1.0)],
+    "ProGrad": [("PROGRAD.N_CTX", 0), ("PROGRAD.FROM_TEMPLATE", 1), ("PROGRAD.LAMBDA", -1.0), ("PROGRAD.T", 0.0)],
+    "TCP": [("TCP.N_CTX", 0), ("TCP.CTX_INIT", "a {}"), ("TCP.LAYER", 0), ("TCP.W", -1.0), ("TCP.REST", "a pet")],
     "CoCoOp": [("COCOOP.N_CTX", 0), ("COCOOP.CTX_INIT", "a {}")],
     "MMA": [
         ("MMADAPTER.TEXT_CTX_INIT", "a {}"), ("MMADAPTER.ADAPTER_START", 0), ("MMADAPTER.ADAPTER_DIM", 0),
@@ -224,7 +227,7 @@ def test_lora_on_all_images_counts_epochs(make):
     assert trainer.max_epoch == 2 and trainer.total_steps == 2 * len(trainer.train_loader_x)
 
 
-@pytest.mark.parametrize("name", ["CoOp", "CoCoOp"])
+@pytest.mark.parametrize("name", ["CoOp", "CoCoOp", "KgCoOp", "ProGrad", "TCP"])
 def test_published_checkpoint_file(name, make, tmp_path):
     """As upstream writes it: half precision, full-length tokens of other classes, a live scheduler, no record."""
     trainer = make(name)
@@ -253,7 +256,7 @@ def test_a_list_of_templates(name, make):
 
 
 def test_who_can_keep_views():
-    assert {"CoOp", "CoCoOp", "MMA"} <= set(KEEPS)
+    assert {"CoOp", "CoCoOp", "KgCoOp", "MMA", "ProGrad", "TCP"} <= set(KEEPS)
     refusing = [n for n in TRAINER_REGISTRY.registered_names() if getattr(TRAINER_REGISTRY.get(n), "no_views", "")]
     assert refusing == ["CLIPLoRA", "IMO", "IMODINO"]
 

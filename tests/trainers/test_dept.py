@@ -59,7 +59,7 @@ def test_the_linear_classifier_is_the_naive_one(make_clip, names, images, labels
     logits, doubled = head.trained_on(features, texts, labels)
     torch.testing.assert_close(logits, torch.cat([of_texts[labels], of_images]), rtol=1e-4, atol=1e-4)
     assert doubled.tolist() == [*labels.tolist(), *labels.tolist()]
-    prompts = 100 * F.normalize(features, dim=-1) @ F.normalize(texts, dim=-1).t()
+    prompts = clip.logit_scale * F.normalize(features, dim=-1) @ F.normalize(texts, dim=-1).t()
     torch.testing.assert_close(classifier.train()(images), prompts, rtol=1e-4, atol=1e-3)  # training: separate terms
     torch.testing.assert_close(classifier.eval()(images), 0.3 * prompts + 0.7 * of_images, rtol=1e-4, atol=1e-3)
 

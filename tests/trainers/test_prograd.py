@@ -87,7 +87,7 @@ def test_the_start_is_zeros_and_the_template_s_words(make, make_clip, names, ima
     model = random_open_clip()
     texts = encode_prompts(model, context, names, words)
     want = F.normalize(model.encode_image(images), dim=-1) @ texts.t()
-    torch.testing.assert_close(classifier.both(images)[1] / 100, want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(classifier.both(images)[1] / clip.logit_scale, want, rtol=0, atol=1e-5)
     at_random = make("ProGrad", "TRAINER.PROGRAD.FROM_TEMPLATE", False, "TRAINER.PROGRAD.N_CTX", 3, out="b")
     assert at_random.network.learner.ctx.shape == (3, text.width) and at_random.network.learner.ctx.all()
     nothing_before = make("ProGrad", "DATASET.TEMPLATE", "{} texture.", out="c")

@@ -48,7 +48,7 @@ def test_logits_and_gradients_are_the_naive_ones(make, images, labels, names, ki
     model, learner = random_open_clip(kind), classifier.learner
     words, rest = arguments.get("ctx_init", ""), arguments.get("rest", "{}.")
     texts, frozen = naive_texts(model, learner, names, words, rest)
-    want = 100 * F.normalize(model.encode_image(images), dim=-1) @ texts.t()
+    want = model.logit_scale.exp() * F.normalize(model.encode_image(images), dim=-1) @ texts.t()
     outputs = classifier.outputs(images)
     torch.testing.assert_close(outputs.logits / 100, want / 100, rtol=0, atol=1e-5)
     learnt = list(learner.parameters())

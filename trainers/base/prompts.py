@@ -90,7 +90,7 @@ class PromptLearner(Learner):
 
 
 class PromptOutputs(NamedTuple):
-    """What a training step of prompts computes.
+    """Hold what a training step of prompts computes.
 
     Attributes:
         logits: [B, C], with gradients.

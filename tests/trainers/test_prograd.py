@@ -76,7 +76,7 @@ def test_a_step_in_reduced_precision(make, prec):
 
 
 def test_the_start_is_zeros_and_the_template_s_words(make, make_clip, names, images):
-    trainer = make("ProGrad")
+    trainer = make("ProGrad", "TRAINER.PROGRAD.N_CTX", 16)
     text, ctx = trainer.network.clip.text, trainer.network.learner.ctx
     words = word_vectors(text, "a photo of the number")
     assert ctx.shape == (16, text.width) and not ctx[:11].any() and torch.equal(ctx[11:], words)

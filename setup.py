@@ -30,7 +30,11 @@ REQUIRES = [
     "matplotlib>=3.7",
 ]
 # xdist: a test process per core; setuptools: the tests build and install the package.
-TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "submitit>=1.5", "setuptools>=70.1"]
+TEST = [
+    *("pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "submitit>=1.5", "setuptools>=70.1"),
+    *("nbclient>=0.10", "ipykernel>=6.29"),  # run the notebook of examples/
+]
+SERVE = ["gradio>=5.0"]  # scripts/serve.py
 CLUSTER = ["submitit>=1.5"]  # scripts/protocol.py --launcher submitit
 # Pinned: another version may find other things, and .ci/run would fail without a change of ours.
 LINT = ["ruff==0.17.6", "mypy==2.4.1"]
@@ -67,5 +71,5 @@ setup(
     package_data={"dlr_clip.clip": ["assets/*"], "dlr_clip._configs": ["*/*.yaml", "*/*/*.yaml"]},
     entry_points={"console_scripts": ["dlr-clip = dlr_clip_cli.command:main"]},
     install_requires=REQUIRES,
-    extras_require={"cluster": CLUSTER, "test": TEST, "lint": LINT, "dev": DEV},
+    extras_require={"cluster": CLUSTER, "serve": SERVE, "test": TEST, "lint": LINT, "dev": DEV},
 )

@@ -63,7 +63,7 @@ class Page:
         found = self.found
         leaks = len(found.leaks)
         loud = (
-            f"<p class='loud'><b>{leaks} test photos (or copies of them) are also among the training photos.</b> The "
+            f"<p class='loud'><b>Among the training photos are copies of test photos: {leaks}.</b> The "
             "accuracy on the test photos is too good to be true until they are taken out.</p>\n"
             if leaks
             else ""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 from dassl.config import CfgNode
 from dassl.data.datasets import build_dataset
 from dassl.utils import InputError, did_you_mean
 
 from ..app.data import image_folder, layout
-from ..app.prediction import load_model
+from ..app.prediction import load_model, model_arguments
 from .inspection import TEST, TRAINING, Findings, Photo, inspect_photos
 from .runs import apart, wrong_input_told
 
@@ -28,12 +27,9 @@ def inspect_model(model: str | os.PathLike[str], images: str = "", device: str =
     Raises:
         InputError: the model or the images are not there, or have other classes.
     """
-    args = SimpleNamespace(
-        model_dir=os.fspath(model), classes=None, set=[], batch_size=None, cpu=device == "cpu", debug=False,
-        load_epoch=None, unknown=None,
-    )  # fmt: skip
+    args = model_arguments(model, device == "cpu")
     with apart(1), wrong_input_told():
-        ready = load_model(args)  # type: ignore[arg-type]  # a namespace like that of the command line
+        ready = load_model(args)
         cfg, names = ready.trainer.cfg.clone(), list(ready.trainer.dm.dataset.classnames)
         if not images and os.path.isfile(args.model_dir):
             raise InputError(f"Expected --images for {args.model_dir}: a saved classifier has no images")

@@ -7,7 +7,6 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from dassl.utils import InputError, atomic_write
 from dassl.utils.cli import SETUP_ERRORS, given_wrongly
 
 from ..app.configuration import default_cfg
-from ..app.prediction import ClassesOnly, load_trainer
+from ..app.prediction import ClassesOnly, load_trainer, model_arguments
 from .report import Report
 from .runs import Choice, apart, wrong_input_told
 
@@ -159,12 +158,11 @@ def load_file(cls: Any, file: str | os.PathLike[str], weights: str | None, devic
 
 def from_run(cls: Any, folder: str | os.PathLike[str], device: str, verbose: bool) -> Any:
     """Make a FewShotClassifier of the folder of a run; see there."""
-    args = SimpleNamespace(
-        model_dir=os.fspath(folder), classes=None, set=[] if device != "cuda" else [["USE_CUDA", "True"]],
-        batch_size=None, cpu=device == "cpu", debug=verbose, load_epoch=None,
-    )  # fmt: skip
+    args = model_arguments(folder, device == "cpu")
+    args.debug = verbose
+    args.set = [["USE_CUDA", "True"]] if device == "cuda" else []
     with apart(1, verbose), wrong_input_told():
-        trainer, names = load_trainer(args)  # type: ignore[arg-type]  # a namespace like that of the command line
+        trainer, names = load_trainer(args)
     cfg = trainer.cfg
     found = cls(cfg.TRAINER.NAME, cfg.MODEL.BACKBONE.NAME, device=device, verbose=verbose, calibration=None)
     choice = Choice(cfg.TRAINER.NAME)

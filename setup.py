@@ -30,11 +30,13 @@ REQUIRES = [
     "matplotlib>=3.7",
 ]
 # xdist: a test process per core; setuptools: the tests build and install the package.
+SERVE = ["gradio>=5.0"]  # scripts/serve.py
 TEST = [
+    *SERVE,
+    "playwright>=1.45",  # drives a Chromium that is there
     *("pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "submitit>=1.5", "setuptools>=70.1"),
     *("nbclient>=0.10", "ipykernel>=6.29"),  # run the notebook of examples/
 ]
-SERVE = ["gradio>=5.0"]  # scripts/serve.py
 CLUSTER = ["submitit>=1.5"]  # scripts/protocol.py --launcher submitit
 # Pinned: another version may find other things, and .ci/run would fail without a change of ours.
 LINT = ["ruff==0.17.6", "mypy==2.4.1"]

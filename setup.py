@@ -31,8 +31,10 @@ REQUIRES = [
 ]
 # xdist: a test process per core; setuptools: the tests build and install the package.
 SERVE = ["gradio>=5.0"]  # scripts/serve.py
+TRACK = ["wandb>=0.17", "mlflow>=2.14"]  # LOGGER wandb, mlflow
 TEST = [
     *SERVE,
+    *TRACK,
     "playwright>=1.45",  # drives a Chromium that is there
     *("pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "submitit>=1.5", "setuptools>=70.1"),
     *("nbclient>=0.10", "ipykernel>=6.29"),  # run the notebook of examples/
@@ -73,5 +75,5 @@ setup(
     package_data={"dlr_clip.clip": ["assets/*"], "dlr_clip._configs": ["*/*.yaml", "*/*/*.yaml"]},
     entry_points={"console_scripts": ["dlr-clip = dlr_clip_cli.command:main"]},
     install_requires=REQUIRES,
-    extras_require={"cluster": CLUSTER, "serve": SERVE, "test": TEST, "lint": LINT, "dev": DEV},
+    extras_require={"cluster": CLUSTER, "serve": SERVE, "track": TRACK, "test": TEST, "lint": LINT, "dev": DEV},
 )

@@ -15,6 +15,7 @@ INDIFFERENT = (
     "OUTPUT_DIR",
     "RESUME",
     "VERBOSE",
+    "LOGGER",
     "DIST",
     "DATASET.ROOT",
     "DATALOADER.NUM_WORKERS",

@@ -14,6 +14,7 @@ def build_defaults() -> CN:
     cfg.SEED = -1  # 0 or more: fixed; negative: unseeded
     cfg.USE_CUDA = True  # use a GPU when there is one
     cfg.VERBOSE = True  # say what is being loaded and built
+    cfg.LOGGER = "tensorboard"  # wandb or mlflow: send curves and pictures there, too. Ours
     cfg.DIST = CN()
     cfg.DIST.TIMEOUT = 10.0  # minutes, above 0: how long a process of several waits for another one. Ours
     cfg.INPUT = _input()

@@ -17,6 +17,7 @@ from .parallel import copy_from_main
 from .records import recorded_test, recorded_train
 from .state import EpochStats
 from .step import Steps
+from .trackers import open_tracker
 
 if TYPE_CHECKING:
     from .hooks import HookBase
@@ -167,7 +168,8 @@ class TrainerBase(Checkpoints, Steps):
             from .board import Board  # slow to import, and needed only when training
 
             logger.info("Initialize tensorboard (log_dir=%s)", log_dir, extra=DETAIL)
-            self._writer = Board(log_dir, purge_step)
+            tracker = None if self.cfg is None else open_tracker(self.cfg.LOGGER, self.output_dir)
+            self._writer = Board(log_dir, purge_step, tracker)
 
     def close_writer(self) -> None:
         """Close the event file if one is open."""

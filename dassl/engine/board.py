@@ -8,8 +8,11 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+from .trackers import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +28,31 @@ class Board:
     Args:
         log_dir: folder of the event file, made when missing.
         purge_step: older values from this step on are hidden; None: none are.
+        tracker: takes numbers, pictures and settings, too; None: there is none.
     """
 
-    def __init__(self, log_dir: str | os.PathLike[str], purge_step: int | None = None) -> None:
+    def __init__(
+        self, log_dir: str | os.PathLike[str], purge_step: int | None = None, tracker: Tracker | None = None
+    ) -> None:
         self._broken = False
+        self._tracker = tracker
         self._writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step, flush_secs=FLUSH_SECONDS)
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._writer, name)
         return self._guarded(method) if callable(method) else method
+
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: int) -> None:
+        """Add a number."""
+        self._guarded(self._writer.add_scalar)(tag, scalar_value, global_step)
+        if self._tracker is not None:
+            self._tracker.scalar(tag, float(scalar_value), global_step)
+
+    def add_image(self, tag: str, image: np.ndarray, global_step: int, dataformats: str = "HWC") -> None:
+        """Add a picture, uint8 [H, W, 3]."""
+        self._guarded(self._writer.add_image)(tag, image, global_step, dataformats=dataformats)
+        if self._tracker is not None and dataformats == "HWC":
+            self._tracker.image(tag, np.asarray(image), global_step)
 
     def add_hparams(self, parameters: Mapping[str, Any], tags: Iterable[str]) -> None:
         """Add hyper-parameters, and say which scalars stand beside them.
@@ -42,6 +61,8 @@ class Board:
         """
         for summary in hparams(dict(parameters), dict.fromkeys(tags, 0.0)):
             self._guarded(self._writer._get_file_writer().add_summary)(summary)
+        if self._tracker is not None:
+            self._tracker.settings(parameters)
 
     def _guarded(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -64,6 +85,8 @@ class Board:
             if not self._broken:
                 logger.warning("TensorBoard's file cannot be written: %s", error.strerror or error)
         self._broken = True
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def _silence_event_thread() -> None:

@@ -38,6 +38,7 @@ from .hooks.losses import WHAT_HELPS, as_numbers, fault_of
 from .net import SimpleNet
 from .parallel import copy_from_main, own_draws
 from .state import EpochStats, count_images
+from .trackers import check_logger
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class SimpleTrainer(EvaluatingTrainer):
         ):
             if value not in allowed:
                 raise InputError(f'Expected {key} to be one of {", ".join(allowed)} but got "{value}"')
+        check_logger(cfg.LOGGER)
         for key, value, least in (
             ("OPTIM.MAX_EPOCH", cfg.OPTIM.MAX_EPOCH, 0),
             ("TRAIN.PRINT_FREQ", cfg.TRAIN.PRINT_FREQ, 1),

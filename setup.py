@@ -31,10 +31,12 @@ REQUIRES = [
 ]
 # xdist: a test process per core; setuptools: the tests build and install the package.
 SERVE = ["gradio>=5.0"]  # scripts/serve.py
+PARQUET = ["pyarrow>=15"]  # predict.py --stream parquet
 TRACK = ["wandb>=0.17", "mlflow>=2.14"]  # LOGGER wandb, mlflow
 TEST = [
     *SERVE,
     *TRACK,
+    *PARQUET,
     "playwright>=1.45",  # drives a Chromium that is there
     *("pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "submitit>=1.5", "setuptools>=70.1"),
     *("nbclient>=0.10", "ipykernel>=6.29"),  # run the notebook of examples/
@@ -75,5 +77,13 @@ setup(
     package_data={"dlr_clip.clip": ["assets/*"], "dlr_clip._configs": ["*/*.yaml", "*/*/*.yaml"]},
     entry_points={"console_scripts": ["dlr-clip = dlr_clip_cli.command:main"]},
     install_requires=REQUIRES,
-    extras_require={"cluster": CLUSTER, "serve": SERVE, "track": TRACK, "test": TEST, "lint": LINT, "dev": DEV},
+    extras_require={
+        "cluster": CLUSTER,
+        "serve": SERVE,
+        "track": TRACK,
+        "parquet": PARQUET,
+        "test": TEST,
+        "lint": LINT,
+        "dev": DEV,
+    },
 )

@@ -54,7 +54,12 @@ def list_images_below(folder: str | Path, others: Counter[str] | None = None) ->
     Raises:
         InputError: as `list_folders`, or links that lead around in a circle.
     """
-    return list(_images_below(str(folder), Counter() if others is None else others, ()))
+    return list(walk_images(folder, others))
+
+
+def walk_images(folder: str | Path, others: Counter[str] | None = None) -> Iterator[str]:
+    """Yield what `list_images_below` returns, folder by folder, so that no list of all of them is in memory."""
+    return _images_below(str(folder), Counter() if others is None else others, ())
 
 
 def holds_images(folder: str | Path) -> bool:

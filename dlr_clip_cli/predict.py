@@ -8,6 +8,10 @@ images. The best classes of each image and their probabilities go to stdout, eve
 a line per image: its name and the numbers of its five best classes, best first, counted from 0 in the order of the
 run's classes.json (or of --classes); for a saved classifier it is written where --output is given.
 
+--stream writes the answers for a large folder as files of 10,000 images each (`PARTS/part-000000-....parquet`), in the
+order of the images. A call that was ended goes on with the first part that is missing. Several processes share the
+parts: torchrun --nproc_per_node N {torchrun} FOLDER --model-dir ... --stream parquet --output PARTS
+
 Exit codes: 0 done, also when some files could not be read (each is named); 2 something given was wrong, or no file at
 all could be read (one line on stderr; --debug adds the traceback); 1 anything else (one line for a full memory).
 """
@@ -27,7 +31,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command = spoken("predict")
     parser = Parser(
         prog=command.removeprefix("python "),
-        description=(__doc__ or "").format(command=command),
+        description=(__doc__ or "").format(
+            command=command, torchrun="predict.py" if command.startswith("python ") else "-m dlr_clip_cli predict"
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
@@ -46,6 +52,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of a table")
     form.add_argument("--csv", action="store_true", help="print CSV instead of a table")
+    form.add_argument("--stream", choices=("parquet", "csv"), help="write files of this kind into --output")
+    parser.add_argument("--part-size", type=int, default=10_000, help="images in a file of --stream (default: 10000)")
     parser.add_argument("--output", help="folder for result.txt (default: MODEL_DIR/predictions)")
     parser.add_argument("--batch-size", type=int, help="images at a time (default: the run's for testing)")
     parser.add_argument("--cpu", action="store_true", help="use no GPU")
@@ -54,7 +62,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and more of what is done")
     args = parser.parse_args(argv)
-    for flag in ("top_k", "batch_size"):
+    if args.stream is not None and args.output is None:
+        parser.error("Expected --output, a folder, with --stream")
+    for flag in ("top_k", "batch_size", "part_size"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             parser.error(f"Expected --{flag.replace('_', '-')} to be at least 1 but got {value}")

@@ -14,6 +14,7 @@ from dlr_clip_cli.predict import parse_args
 
 from .answers import print_csv, print_json, print_table, write_result
 from .prediction import find_images, load_model, predict
+from .streaming import stream_program
 
 
 def run_program(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # trainers may print; stdout is for the answers
             try:
+                if args.stream is not None:
+                    return stream_program(args)
                 files, unreadable = find_images(args.images)
                 if not files:
                     raise InputError(next(iter(unreadable.values())))

@@ -265,26 +265,39 @@ def read_batches(trainer: Any, sources: Sequence[Source], bar: bool = True) -> I
 
 
 @torch.no_grad()
+def classify(
+    model: Model, sources: Sequence[Source], head: str = "", bar: bool = True
+) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+    """Yield batches of images: (numbers and probabilities [B, C] of those that can be read, reasons of the others).
+
+    Args:
+        sources: paths, and images in RGB.
+        head: which of the method's classifiers; "": the main one.
+        bar: whether to show progress where there are several batches.
+    """
+    for good, bad in read_batches(model.trainer, sources, bar):
+        numbers = [number for number, _ in good]
+        rows = torch.zeros(0, len(model.names))
+        if good:
+            paths = [source if isinstance(source, str) else "" for source in (sources[number] for number in numbers)]
+            heads = infer(model.trainer, torch.stack([image for _, image in good]), paths)
+            logits = head_of(heads, head or model.trainer.main_head or next(iter(heads))).float()
+            rows = (logits / model.temperature).softmax(dim=1).cpu()
+        yield numbers, rows, bad
+
+
 def predict(
     model: Model, files: Sequence[tuple[str, str]], head: str | None = None
 ) -> tuple[list[Prediction], dict[str, str], str]:
     """Return (prediction of every file that can be read, path -> reason of the others, the head that was used)."""
-    trainer = model.trainer
     predictions: list[Prediction] = []
     unreadable: dict[str, str] = {}
-    used = str(head or trainer.main_head)
-    for good, bad in read_batches(trainer, [path for path, _ in files]):
+    for numbers, rows, bad in classify(model, [path for path, _ in files], head or ""):
         unreadable.update((files[number][0], reason) for number, reason in bad.items())
-        if not good:
-            continue
-        heads = infer(trainer, torch.stack([image for _, image in good]), [files[number][0] for number, _ in good])
-        used = used or next(iter(heads))
-        rows = (head_of(heads, used).float() / model.temperature).softmax(dim=1).cpu()
-        least = model.threshold
-        for (number, _), row in zip(good, rows, strict=True):
-            unknown = None if least is None else float(row.max()) < least
+        for number, row in zip(numbers, rows, strict=True):
+            unknown = None if model.threshold is None else float(row.max()) < model.threshold
             predictions.append(Prediction(*files[number], row, unknown))
-    return predictions, unreadable, used
+    return predictions, unreadable, str(head or model.trainer.main_head)
 
 
 def head_of(heads: Mapping[str, Tensor], name: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Read CLIP checkpoints of every form in circulation, admitting nothing but tensors.
 
 Forms: safetensors; a torch file holding a state dict (bare, or under "state_dict" as open_clip's training saves it);
-OpenAI's TorchScript archive, from which only the state dict is taken.
+OpenAI's TorchScript archive, from which only the state dict is taken; Hugging Face's `CLIPModel`, a folder or a file.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .hugging_face import as_open_clip, is_hugging_face, weights_file
+
 _SHOWN = 3  # how many offending keys an error lists
 
 
 def checkpoint_form(path: Path) -> str:
     """Tell which form a checkpoint file has: "safetensors", "torchscript" or "torch".
 
-    Only the file's first bytes and its zip listing are read.
+    Only the file's first bytes and its zip listing are read. Of a folder that Hugging Face has written, the file of
+    weights counts.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file has none of these forms.
     """
+    path = weights_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected the checkpoint {path} to be a file, but there is none")
     if zipfile.is_zipfile(path):
@@ -74,6 +78,7 @@ def read_content(path: Path) -> Any:
         ValueError: the file is no checkpoint, is damaged, or holds more than tensors and plain values.
     """
     form = checkpoint_form(path)
+    path = weights_file(path)
     try:
         if form == "safetensors":
             content: Any = load_file(path)
@@ -121,6 +126,8 @@ def clean_state(content: Any, path: Path) -> dict[str, Tensor]:
     state = {str(key): value for key, value in content.items()}
     if all(key.startswith("module.") for key in state):  # saved from a data-parallel wrapper
         state = {key.removeprefix("module."): value for key, value in state.items()}
+    if is_hugging_face(state):
+        state = as_open_clip(state)
     state = {key.removeprefix("text."): value for key, value in state.items()}  # open_clip's layout with a text module
     for key in ("input_resolution", "context_length", "vocab_size", "attn_mask"):
         state.pop(key, None)  # OpenAI's bookkeeping; a constant that old open_clip versions stored

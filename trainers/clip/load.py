@@ -16,6 +16,7 @@ from open_clip.pretrained import get_pretrained_cfg
 
 from .backbones import Backbone, resolve_backbone, weights_hint
 from .checkpoint import build_open_clip, checkpoint_form, read_checkpoint
+from .hugging_face import quick_gelu_of, weights_file
 from .model import CLIP, PRECISIONS
 from .tiny import IDS, expand_vocabulary, read_record, tiny_files
 
@@ -48,8 +49,8 @@ def load_clip(
         name: one of ``BACKBONES`` (OpenAI's quick-GELU models and the bundled "tiny") or
             ``open_clip:<model>/<pretrained tag>``.
         weights: a local checkpoint of that architecture (OpenAI's archive or state dict, open_clip's .pt or
-            .safetensors); for "tiny" the folder or .safetensors file of another tiny CLIP; None or "": the backbone's
-            own weights, from the cache or downloaded once.
+            .safetensors, a folder or file of Hugging Face's CLIPModel); for "tiny" the folder or .safetensors file of
+            another tiny CLIP; None or "": the backbone's own weights, from the cache or downloaded once.
         precision: "fp32", "fp16", "bf16" (weights cast) or "amp" (fp32 weights; the engine autocasts).
         device: where the model goes.
 
@@ -114,6 +115,9 @@ def activation_of_origin(path: Path) -> tuple[bool | None, str]:
     Only OpenAI's archives are TorchScript programs. Any other file is known by a tag of open_clip's tables in its path,
     such as "laion2b_s34b_b79k", however the tag is spelled. The first value is None if the origin does not decide.
     """
+    stated = quick_gelu_of(weights_file(path))
+    if stated is not None:
+        return stated, f"the configuration beside {path} says so"
     if checkpoint_form(path) == "torchscript":
         return True, f"{path} is an archive of OpenAI's"
     place = _letters("".join(path.absolute().parts[-4:]))  # the hub's cache has the name three folders above the file

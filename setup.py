@@ -37,6 +37,7 @@ TEST = [
     *SERVE,
     *TRACK,
     *PARQUET,
+    "transformers>=4.40",  # whose CLIPModel ours is compared with
     "playwright>=1.45",  # drives a Chromium that is there
     *("pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "submitit>=1.5", "setuptools>=70.1"),
     *("nbclient>=0.10", "ipykernel>=6.29"),  # run the notebook of examples/

@@ -137,7 +137,9 @@ def test_predict(name, make, tmp_path):
             batch_size=None,
         )  # fmt: skip
         trainer, names = prediction.load_trainer(args)
-        predictions, unreadable, head = predict.predict(trainer, [(path, path) for path in paths])
+        predictions, unreadable, head = predict.predict(
+            prediction.Model(trainer, names), [(path, path) for path in paths]
+        )
         assert (len(predictions), unreadable, head) == (3, {}, trainer.main_head)
         assert predictions[0].probabilities.shape == (len(names),)
         assert len(names) == (10 if classes is None else 2)

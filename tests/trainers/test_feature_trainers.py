@@ -211,7 +211,9 @@ def test_predict(name, make, tmp_path):
             batch_size=None,
         )  # fmt: skip
         loaded, names = prediction.load_trainer(args)
-        predictions, unreadable, head = predict.predict(loaded, [(path, path) for path in paths])
+        predictions, unreadable, head = predict.predict(
+            prediction.Model(loaded, names), [(path, path) for path in paths]
+        )
         assert (len(predictions), unreadable, head) == (3, {}, trainer.main_head)
         assert predictions[0].probabilities.shape == (len(names),)
         if classes is None and expected is not None:

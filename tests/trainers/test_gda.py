@@ -251,7 +251,7 @@ def test_a_run_classifies_trained_and_new_classes_later(make, tmp_path):
             same(other.weight, weight, rtol=1e-5, atol=1e-5)
             same(other.bias, bias, rtol=1e-5, atol=1e-5)
         assert float(other.alpha) == float(learner.alpha) and loaded.selected == trainer.selected
-        predictions, unreadable, _ = predict.predict(loaded, [(path, path) for path in paths])
+        predictions, unreadable, _ = predict.predict(prediction.Model(loaded, names), [(path, path) for path in paths])
         assert len(predictions) == 4 and not unreadable
 
 

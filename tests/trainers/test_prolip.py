@@ -107,7 +107,7 @@ def test_a_run_moves_the_projection_and_nothing_else(make, tmp_path):
         )
     )  # fmt: skip
     path = trainer.dm.dataset.test[0].impath
-    predictions, unreadable, _ = predict.predict(loaded, [(path, path)])
+    predictions, unreadable, _ = predict.predict(prediction.Model(loaded, names), [(path, path)])
     x = trainer.test_loader.all().values[0][:1]
     want = learner.scale * F.normalize(x @ learner.matrix, dim=-1) @ loaded.network.learner.zeroshot.t()
     assert names == ["three", "horse"] and not unreadable

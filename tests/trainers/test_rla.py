@@ -136,7 +136,7 @@ def test_a_run_classifies_any_classes_later(make, tmp_path):
         assert names == classes.split(",")
         other = loaded.network.learner
         assert torch.equal(other.matrix, learner.matrix)
-        predictions, unreadable, _ = predict.predict(loaded, [(path, path)])
+        predictions, unreadable, _ = predict.predict(prediction.Model(loaded, names), [(path, path)])
         want = learner.scale * torch.nn.functional.normalize(f @ learner.matrix, dim=-1) @ other.zeroshot.t()
         assert not unreadable
         torch.testing.assert_close(predictions[0].probabilities, want[0].softmax(0), rtol=1e-3, atol=1e-5)

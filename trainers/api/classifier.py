@@ -31,6 +31,7 @@ from ..app.configuration import check_method
 from ..app.prediction import infer, read_batches
 from ..clip.load import shared_clips
 from ..features import remembered_features
+from .export import ExportReport, export_classifier
 from .fitting import Fitting, fit
 from .given import all_paths, folder_of, items_of
 from .images import list_images
@@ -317,6 +318,21 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """
         self._fitted()
         save_file(self, file)
+
+    def export(self, file: str | os.PathLike[str], format: str = "onnx", **options: Any) -> ExportReport:
+        """Export the classifier for programs without this project; return what was measured of the file.
+
+        Args:
+            file: what to write; for openclip a folder.
+            format: "onnx", "torchscript" or "openclip".
+            options: images, with_preprocessing, half, int8; see `export_classifier`.
+
+        Raises:
+            InputError: the method has no such format, or something else that is given is wrong.
+            ExportError: the file gives other probabilities than the classifier; nothing is kept.
+        """
+        self._fitted()
+        return export_classifier(self, file, format=format, **options)
 
     @classmethod
     def load(

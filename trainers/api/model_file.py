@@ -97,9 +97,20 @@ def read_file(file: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, T
 
 
 def load_trainer_of(
-    file: str | os.PathLike[str], weights: str | None, device: str, batch_size: int | None = None
+    file: str | os.PathLike[str],
+    weights: str | None,
+    device: str,
+    batch_size: int | None = None,
+    precision: str | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Return the trainer of a saved classifier, ready to classify, and the file's record.
+
+    Args:
+        file: the file.
+        weights: a local file of the backbone's weights; None: those of the cache, or downloaded once.
+        device: "auto", "cpu" or "cuda".
+        batch_size: images at a time; None: the method's own number.
+        precision: such as "fp32"; None: the method's own.
 
     Raises:
         InputError: the file is damaged, or was made for other weights of the backbone.
@@ -119,6 +130,9 @@ def load_trainer_of(
             cfg.DATALOADER.TEST.BATCH_SIZE = batch_size or cfg.DATALOADER.TEST.BATCH_SIZE
             if device != "auto":
                 cfg.USE_CUDA = device == "cuda"
+            node = cfg.TRAINER[TRAINER_REGISTRY.get(record["method"]).config_node()]
+            if precision is not None and "PREC" in node:
+                node.PREC = precision
             if record["descriptions"]:
                 cfg.DATASET.DESCRIPTIONS = str(Path(folder, "descriptions.json"))
                 Path(cfg.DATASET.DESCRIPTIONS).write_text(record["descriptions"], encoding="utf-8")

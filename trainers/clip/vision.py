@@ -215,7 +215,8 @@ class ViTTower(VisionTower):
 
     def _stem(self, images: Tensor, edits: Edits) -> Tensor:
         patches = self.visual.conv1(images).flatten(2).transpose(1, 2)  # [B, D, S/p, S/p] -> [B, N - 1, D]
-        cls = self.visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        # shape[0], not len(): a number of images that len() gave would be a constant of an exported graph.
+        cls = self.visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([cls, patches], dim=1) + self.visual.positional_embedding.to(patches.dtype)
         return edits.normalize(self.visual.ln_pre, x, 0, "ln_pre")
 

@@ -81,14 +81,16 @@ class Bottleneck(nn.Module):
         """Return the adapter's output [..., D] for x [..., D], in fp32 whatever the backbone's precision."""
         with torch.autocast(device_type=x.device.type, enabled=False):  # fp32 master weights compute in fp32
             x = x.float()
-            if self.grad_factor is not None:
-                x = _ScaledGradient.apply(x, self.grad_factor)
+            # Without gradients there is nothing to scale; an exported graph cannot hold an autograd.Function.
+            factor = self.grad_factor if torch.is_grad_enabled() else None
+            if factor is not None:
+                x = _ScaledGradient.apply(x, factor)
             y = F.relu(self.down(x))
             y = F.relu(shared(y))
             # This is scale * up(y). The scale multiplies r numbers per token and not D, so that its gradient needs
             # y [..., r] only.
             y = F.linear(self.scale * y, self.up.weight, self.scale * self.up.bias)
-            return y if self.grad_factor is None else _ScaledGradient.apply(y, 1.0 / self.grad_factor)
+            return y if factor is None else _ScaledGradient.apply(y, 1.0 / factor)
 
 
 class AdapterEdit(BlockEdit):

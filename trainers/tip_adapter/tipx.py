@@ -132,7 +132,8 @@ class TipXLearner(TipLearner):
         """Return the third term without gamma, [B, C], for features of images."""
         c0, c1 = self.line.tolist()
         weights = c0 - c1 * self.divergences(features)
-        return weights.new_zeros(len(weights), len(self.zeroshot)).index_add(1, self.key_labels, weights)
+        # shape[0], not len(), which would make the number of images a constant of an exported graph.
+        return weights.new_zeros(weights.shape[0], len(self.zeroshot)).index_add(1, self.key_labels, weights)
 
     def find_range(self) -> None:
         """Set the ranges that divergences are rescaled from and to: those over pairs of different keys."""

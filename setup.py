@@ -31,12 +31,14 @@ REQUIRES = [
 ]
 # xdist: a test process per core; setuptools: the tests build and install the package.
 SERVE = ["gradio>=5.0"]  # scripts/serve.py
+EXPORT = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]  # scripts/export.py --format onnx
 PARQUET = ["pyarrow>=15"]  # predict.py --stream parquet
 TRACK = ["wandb>=0.17", "mlflow>=2.14"]  # LOGGER wandb, mlflow
 TEST = [
     *SERVE,
     *TRACK,
     *PARQUET,
+    *EXPORT,
     "transformers>=4.40",  # whose CLIPModel ours is compared with
     "playwright>=1.45",  # drives a Chromium that is there
     *("pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "submitit>=1.5", "setuptools>=70.1"),
@@ -83,6 +85,7 @@ setup(
         "serve": SERVE,
         "track": TRACK,
         "parquet": PARQUET,
+        "export": EXPORT,
         "test": TEST,
         "lint": LINT,
         "dev": DEV,

@@ -25,7 +25,7 @@ def test_at_most_400_words_beside_the_tables():
     assert len([word for word in prose.split() if re.search(r"[A-Za-z]", word)]) <= 400
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/METHODS.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/METHODS.md", "docs/EXPORT.md"])
 def test_tables_follow_the_registries(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert "<!-- table: " in text

@@ -1,9 +1,9 @@
-"""Write the tables of README.md and docs/METHODS.md that follow from the registries.
+"""Write the tables of README.md and of documents that follow from the registries.
 
     python scripts/dev/docs_tables.py            write them
     python scripts/dev/docs_tables.py --check    change nothing; exit code 1 where one is out of date
 
-A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`. Names: `methods`, `datasets`, and
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`. Names: `methods`, `datasets`, `exports`, and
 `keys TRAINER`, the settings of a trainer.
 """
 
@@ -24,11 +24,12 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils.cli import run_main
+from trainers.api.export.forms import FORMATS, formats_of, why_not
 from trainers.base.keys import describe_keys
 from trainers.configs import configs_of
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "METHODS.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "METHODS.md", ROOT / "docs" / "EXPORT.md")
 _TABLE = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 # What a dataset is -> whether a registered class is of that kind, the first that fits.
 _KINDS = {
@@ -69,6 +70,18 @@ def datasets_table() -> str:
     return markdown(["datasets", ""], [[kind, ", ".join(names)] for kind, names in found.items()])
 
 
+def exports_table() -> str:
+    """Return the table of the formats that methods can be exported to; those with the same formats share a row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name in TRAINER_REGISTRY.registered_names():
+        method = TRAINER_REGISTRY.get(name)
+        marks = tuple("yes" if format in formats_of(method) else "no" for format in FORMATS)
+        reasons = dict.fromkeys(why_not(method, format) for format in FORMATS if why_not(method, format))
+        rows.setdefault((*marks, "; ".join(reasons)), []).append(f"`{name}`")
+    cells = [[", ".join(names), *row] for row, names in sorted(rows.items(), reverse=True)]
+    return markdown(["methods", *FORMATS, "why not"], cells)
+
+
 def keys_table(name: str) -> str:
     """Return the table of a trainer's settings.
 
@@ -93,9 +106,13 @@ def table(name: str) -> str:
         return methods_table()
     if name == "datasets":
         return datasets_table()
+    if name == "exports":
+        return exports_table()
     kind, _, trainer = name.partition(" ")
     if kind != "keys":
-        raise KeyError(f"Expected the name of a table to be methods, datasets or keys TRAINER but got {name!r}")
+        raise KeyError(
+            f"Expected the name of a table to be methods, datasets, exports or keys TRAINER but got {name!r}"
+        )
     return keys_table(trainer)
 
 

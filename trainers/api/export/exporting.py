@@ -20,7 +20,7 @@ from dassl.utils import InputError
 
 from ..images import as_files, list_images
 from ..runs import apart
-from .forms import SUFFIXES, ExportError, check_format, check_known
+from .forms import SUFFIXES, ExportError, check_format, check_known, first_line
 from .measures import TOLERANCE, ExportReport, Row, Run, measure
 from .module import Exported
 from .subject import Examples, Listed, Subject, list_examples, load_subject, method_of, read_examples, thinned
@@ -180,13 +180,17 @@ class _Making:
         self.example = self.inputs[torch.arange(EXAMPLE) % len(self.inputs)]
         self._check("PyTorch", self.module)
 
-    def _check(self, name: str, run: Run, size: int = 0, strict: bool = True, inputs: Tensor | None = None) -> None:
+    def _check(self, name: str, run: Run, size: int = 0, strict: bool = True) -> None:
         """Measure what has been written.
 
         Raises:
-            ExportError: a probability is not finite or, if `strict`, differs from predict.py's.
+            ExportError: it does not run, a probability is not finite or, if `strict`, differs from predict.py's.
         """
-        row, finite = measure(name, run, self.inputs if inputs is None else inputs, self.examples, size)
+        try:
+            row, finite = measure(name, run, self.inputs, self.examples, size)
+        except Exception as error:  # a runtime can refuse a graph in many ways
+            told = f"{type(error).__name__}: {first_line(error)}"
+            raise ExportError(f"Expected {name} to run but got {told}: nothing is kept") from error
         if not finite or (strict and not row.difference <= TOLERANCE):
             least = f"within {TOLERANCE:g} of predict.py's" if strict else "that are finite"
             raise ExportError(
@@ -226,23 +230,46 @@ class _Making:
 
     def onnx(self, half: bool, int8: bool) -> None:
         """Write ONNX files; see `export_model`."""
-        from .onnx_file import half_of, int8_of, run_onnx, to_onnx, write_onnx
+        from . import onnx_file  # it needs packages that the other formats do not
 
-        proto, exporter = to_onnx(self.module, self.example, self.input)
+        proto, exporter = self._first_onnx()
         made = {self.path: (proto, "fp32")}
         if half:
-            made[self._named("fp16")] = half_of(proto), "fp16"
+            made[self._named("fp16")] = onnx_file.half_of(proto), "fp16"
         if int8:
-            made[self._named("int8")] = int8_of(proto), "int8"
+            made[self._named("int8")] = onnx_file.int8_of(proto), "int8"
         for path, (one, precision) in made.items():
-            write_onnx(one, path, json.dumps(self.record(exporter=exporter, precision=precision)))
-            self._check(path.name, run_onnx(path), path.stat().st_size, strict=precision == "fp32")
+            if precision != "fp32":
+                onnx_file.write_onnx(one, path, "")
+                self._check(path.name, onnx_file.run_onnx(path), path.stat().st_size, strict=False)
         for path, (one, precision) in made.items():
             record = self.record(exporter=exporter, precision=precision, measured=self.measured())
-            before = run_onnx(path)(self.example)
-            write_onnx(one, path, json.dumps(record))
-            _same(path, before, run_onnx(path)(self.example))
+            before = onnx_file.run_onnx(path)(self.example)
+            onnx_file.write_onnx(one, path, json.dumps(record))
+            _same(path, before, onnx_file.run_onnx(path)(self.example))
         self.written = list(made)
+
+    def _first_onnx(self) -> tuple[Any, str]:
+        """Write the ONNX file in fp32, by the first exporter whose file gives predict.py's probabilities.
+
+        Returns:
+            The model, and the exporter.
+
+        Raises:
+            ExportError: there is no such exporter.
+        """
+        from . import onnx_file
+
+        failures = []
+        for exporter in onnx_file.EXPORTERS:
+            try:
+                proto = onnx_file.to_onnx(self.module, self.example, self.input, exporter)
+                onnx_file.write_onnx(proto, self.path, "")
+                self._check(self.path.name, onnx_file.run_onnx(self.path), self.path.stat().st_size)
+                return proto, exporter
+            except ExportError as error:
+                failures.append(str(error))
+        raise ExportError("; ".join(failures))
 
     def _named(self, precision: str) -> Path:
         return self.path.with_name(f"{self.path.stem}.{precision}{self.path.suffix}")

@@ -25,6 +25,11 @@ class ExportError(RuntimeError):
     """Tell that a model could not be exported, or that the exported one differs; what was given is not wrong."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message; torch's messages may hold a whole graph."""
+    return next(iter(str(error).strip().splitlines()), "")[:300]
+
+
 def merge_nothing(trainer: Any, state: State) -> Tensor:
     """Return the class features [C, E] of zero-shot CLIP, whose weights stay as they are."""
     return trainer.network.learner.zeroshot

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,44 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forms import ExportError
+from .forms import ExportError, first_line
 from .measures import Run
-
-logger = logging.getLogger(__name__)
 
 OPSET = 18
 KEY = "dlr_clip"  # of the metadata
 OUTPUT = "probabilities"
-EXPORTERS = ("dynamo", "torchscript")  # torch's; the second is tried where the first cannot do it
+EXPORTERS = ("dynamo", "torchscript")  # torch's; a file of the first that gives predict.py's probabilities is kept
 
 
-def to_onnx(module: nn.Module, example: Tensor, name: str, exporters: Sequence[str] = EXPORTERS) -> tuple[Any, str]:
-    """Return an ONNX model of a module, and the exporter that has made it; the number of images is free.
+def to_onnx(module: nn.Module, example: Tensor, name: str, exporter: str) -> Any:
+    """Return an ONNX model of a module, in which the number of images is free.
 
     Args:
         module: takes one tensor.
         example: an input with more than one image.
         name: of the input.
-        exporters: which to try, in this order.
+        exporter: one of EXPORTERS.
 
     Raises:
-        ExportError: none can do it.
+        ExportError: it cannot be made.
     """
-    failures = []
-    for exporter in exporters:
-        try:
-            with quiet():
-                made = _by_dynamo(module, example, name) if exporter == "dynamo" else _by_trace(module, example, name)
-            return made, exporter
-        except Exception as error:  # a graph can fail in many ways
-            failures.append(f"{exporter}: {type(error).__name__}: {first_line(error)}")
-            logger.debug("torch.onnx.export by %s failed", exporter, exc_info=True)
-    raise ExportError(f"torch.onnx.export cannot export this method: {'; '.join(failures)}")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message; torch's messages may hold a whole graph."""
-    return next(iter(str(error).strip().splitlines()), "")[:300]
+    try:
+        with quiet():
+            return _by_dynamo(module, example, name) if exporter == "dynamo" else _by_trace(module, example, name)
+    except Exception as error:  # a graph can fail in many ways
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise ExportError(f"torch.onnx.export ({exporter}) cannot export this method: {told}") from error
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forms import ExportError
+from .forms import ExportError, first_line
 from .measures import Run
-from .onnx_file import first_line, quiet
+from .onnx_file import quiet
 
 RECORD = "dlr_clip.json"  # the extra file that holds the record
 
@@ -40,14 +40,14 @@ def to_torchscript(module: nn.Module, example: Tensor) -> Any:
 def write_torchscript(traced: Any, path: Path, record: str) -> None:
     """Write a traced module with a record in an extra file.
 
-    What torch notes about the sources that the trace came from names files of this machine, and is left out.
+    Two things that torch adds are left out: where the traced sources lie on this machine, and the images of the trace.
     """
     whole = path.with_name(f"{path.name}.whole")
     with quiet():
         torch.jit.save(traced, str(whole), _extra_files={RECORD: record})
     with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
         for entry in source.infolist():
-            if not entry.filename.endswith(".debug_pkl"):
+            if not entry.filename.endswith(".debug_pkl") and "/traced_inputs" not in entry.filename:
                 target.writestr(zipfile.ZipInfo(entry.filename, entry.date_time), source.read(entry))
     whole.unlink()
 

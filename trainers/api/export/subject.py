@@ -1,4 +1,4 @@
-"""What is exported: a run or a saved classifier, loaded in fp32 on the CPU, and images to try the result on.
+"""Load what is exported, a run or a saved classifier, in fp32 on the CPU, and images to try the result on.
 
 Legend: N images, C classes, H and W height and width of the model's input.
 """
@@ -49,7 +49,7 @@ class Subject:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """How an image becomes an input."""
+        """Size, interpolation, mean and standard deviation that make an input of an image."""
         node = self.model.trainer.cfg.INPUT
         normalized = "normalize" in node.TRANSFORMS
         return {

@@ -17,7 +17,7 @@ RECORD = "dlr_clip.json"  # the extra file that holds the record
 
 
 def to_torchscript(module: nn.Module, example: Tensor) -> Any:
-    """Trace a module, and check the trace with other numbers of images than it was made with.
+    """Convert a module to TorchScript by a trace, and check it with other numbers of images than it was made with.
 
     Args:
         module: takes one tensor.

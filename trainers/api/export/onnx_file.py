@@ -101,12 +101,13 @@ def _tidied(proto: Any) -> Any:
 def half_of(proto: Any) -> Any:
     """Return an ONNX model with weights and computations in half precision; input and output stay as they are."""
     import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
+    kept = [*DEFAULT_OP_BLOCK_LIST, "ScatterND"]  # sums by class; onnxruntime has none in half precision
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     with quiet():
-        return convert_float_to_float16(copy, keep_io_types=True)
+        return convert_float_to_float16(copy, keep_io_types=True, op_block_list=kept)
 
 
 def int8_of(proto: Any) -> Any:

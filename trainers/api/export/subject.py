@@ -76,6 +76,11 @@ def method_of(source: str) -> tuple[str, type]:
     if Path(source).is_file():
         name = str(read_file(source)[0].get("method", ""))
     else:
+        if not Path(source, "config.yaml").is_file():
+            raise InputError(
+                f"Expected the folder of a finished run, or a file that FewShotClassifier.save has written, but there "
+                f"is no {Path(source, 'config.yaml')}"
+            )
         with wrong_input_told():
             name = load_cfg(run_args(source)).TRAINER.NAME
     with wrong_input_told():

@@ -328,7 +328,7 @@ def assert_one_line(stderr, *words):
     ("argv", "words"),
     [
         (["{file}", "--format", "onx"], ["onx"]),
-        (["/nowhere", "--format", "onnx"], ["/nowhere/config.yaml"]),
+        (["/nowhere", "--format", "onnx"], ["a finished run", "/nowhere/config.yaml"]),
         (["{photo}", "--format", "onnx"], ["FewShotClassifier.save"]),
         (["{file}", "--format", "torchscript", "--half"], ["onnx with half", "torchscript"]),
         (["{file}", "--format", "torchscript", "--int8"], ["onnx with int8"]),

@@ -4,7 +4,7 @@ This package is plain torch over open_clip's modules; it knows neither the toolb
 """
 
 from .alike import tell_alike
-from .backbones import BACKBONES, check_backbone
+from .backbones import BACKBONES, check_backbone, is_resnet
 from .config import add_clip_config
 from .descriptions import Prompts, read_descriptions, sentences_of
 from .edits import BlockEdit, kinds
@@ -50,6 +50,7 @@ __all__ = [
     "clean_classname",
     "complete_input",
     "fill_template",
+    "is_resnet",
     "kinds",
     "load_clip",
     "mean_text_features",

@@ -77,6 +77,11 @@ def resolve_backbone(name: str) -> Backbone:
     )
 
 
+def is_resnet(name: str) -> bool:
+    """Return whether a backbone's image encoder is a ResNet, by its name alone; for errors, see `resolve_backbone`."""
+    return isinstance(resolve_backbone(name).arch.get("vision_cfg", {}).get("layers"), (list, tuple))
+
+
 def _from_open_clip(name: str, model: str, tag: str, url_first: bool) -> Backbone:
     """Look a backbone up in open_clip's tables.
 

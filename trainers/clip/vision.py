@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import finish_block, mix, project_kv, project_q, project_qkv, recompute
-from .edits import INSIDE, BlockEdit, Edits
+from .edits import INSIDE, BlockEdit, Edits, layer_norm
 
 
 class VisionTower(nn.Module):
@@ -49,11 +49,11 @@ class VisionTower(nn.Module):
         """Return what enters block 1 for images [B, 3, S, S]."""
 
     @abstractmethod
-    def _plain(self, number: int, hidden: Tensor, edits: Edits, read_out: bool) -> tuple[Tensor, Tensor]:
+    def _plain(self, number: int, hidden: Tensor, edits: Edits, read: int) -> tuple[Tensor, Tensor]:
         """Run one block with the edits inside the block, and return what ``parallel`` sees and the block's output.
 
-        The output lacks what ``_close`` adds. With ``read_out`` a ViT's block is computed for the class token alone,
-        [B, 1, D].
+        The output lacks what ``_close`` adds. A ViT's block is computed for the first ``read`` tokens alone,
+        [B, read, D]; 0: for all.
         """
 
     @abstractmethod
@@ -94,7 +94,7 @@ class VisionTower(nn.Module):
             number: 1..depth. A ViT's last block is computed for the class token alone, [B, 1, D].
         """
         self._check_start(number, self.depth)
-        return self._plain(number, hidden, Edits(), number == self.depth)
+        return self._plain(number, hidden, Edits(), int(number == self.depth))
 
     def join(self, out: Tensor, edits: Sequence[BlockEdit], number: int, seen: Tensor) -> Tensor:
         """Add to a block's output what edits compute beside and behind the block.
@@ -128,6 +128,25 @@ class VisionTower(nn.Module):
         """
         return self._project(self._pooled_suffix(hidden, start, edits, checkpointing))
 
+    def first_tokens(self, hidden: Tensor, start: int, edits: Sequence[BlockEdit], count: int) -> Tensor:
+        """Run blocks ``start``..depth of a ViT, and return what leaves the last one of the first ``count`` tokens.
+
+        Args:
+            hidden, start, edits: as for ``suffix``.
+            count: at least 1.
+
+        Returns:
+            [B, count, D], through ln_post. The first of them, times ``projection()``, is the image's feature.
+
+        Raises:
+            ValueError: the tower is a ResNet, which has no tokens.
+        """
+        raise ValueError("Expected a vision transformer but the image encoder is a ResNet, which has no tokens")
+
+    def normalize_tokens(self, x: Tensor) -> Tensor:
+        """Return tokens of an edit as block 1 takes them: a ViT's, [..., D], go through ln_pre."""
+        return x
+
     def pooled(self, images: Tensor) -> Tensor:
         """Return features before the projection, [B, P], for images [B, 3, S, S].
 
@@ -138,12 +157,16 @@ class VisionTower(nn.Module):
     def _pooled_suffix(
         self, hidden: Tensor, start: int, edits: Sequence[BlockEdit] = (), checkpointing: bool = False
     ) -> Tensor:
-        self._check_start(start, self.depth + 1)
         planned = self.check_edits(edits)
+        return self._pool(self._to_the_end(hidden, start, planned, 1, checkpointing), planned)
+
+    def _to_the_end(self, hidden: Tensor, start: int, edits: Edits, read: int, checkpointing: bool = False) -> Tensor:
+        """Run blocks ``start``..depth, a ViT's last one for the first ``read`` tokens alone."""
+        self._check_start(start, self.depth + 1)
         for number in range(start, self.depth + 1):
-            arguments = (number, hidden, planned, number == self.depth)
+            arguments = (number, hidden, edits, read if number == self.depth else 0)
             hidden = recompute(self._block, *arguments) if checkpointing else self._block(*arguments)
-        return self._pool(hidden, planned)
+        return hidden
 
     def prefix(self, images: Tensor, stop: int, edits: Sequence[BlockEdit] = ()) -> Tensor:
         """Run the stem and blocks 1..``stop``, and return what enters block ``stop + 1`` before its tokens are edited.
@@ -164,11 +187,11 @@ class VisionTower(nn.Module):
         planned = self.check_edits(edits)
         hidden = self._stem(images.to(self.dtype), planned)
         for number in range(1, stop + 1):
-            hidden = self._block(number, hidden, planned, False)
+            hidden = self._block(number, hidden, planned, 0)
         return hidden
 
-    def _block(self, number: int, hidden: Tensor, edits: Edits, read_out: bool) -> Tensor:
-        seen, out = self._plain(number, hidden, edits, read_out)
+    def _block(self, number: int, hidden: Tensor, edits: Edits, read: int) -> Tensor:
+        seen, out = self._plain(number, hidden, edits, read)
         return self._close(out, edits, number, seen)
 
     def _close(self, out: Tensor, edits: Edits, number: int, seen: Tensor) -> Tensor:
@@ -220,21 +243,29 @@ class ViTTower(VisionTower):
         x = torch.cat([cls, patches], dim=1) + self.visual.positional_embedding.to(patches.dtype)
         return edits.normalize(self.visual.ln_pre, x, 0, "ln_pre")
 
-    def _plain(self, number: int, hidden: Tensor, edits: Edits, read_out: bool) -> tuple[Tensor, Tensor]:
+    def _plain(self, number: int, hidden: Tensor, edits: Edits, read: int) -> tuple[Tensor, Tensor]:
         """Return ln_1 of the tokens that enter the block, and the block's output, [B, N, D] each (see VisionTower)."""
         block = self.visual.transformer.resblocks[number - 1]
         hidden = edits.enter(number, hidden)
         normed = edits.normalize(block.ln_1, hidden, number, "ln_1")
-        if not read_out:
+        if not read:
             attended = mix(block.attn, *project_qkv(block.attn, normed, number, edits))
         else:  # only keys and values need every token
-            q = project_q(block.attn, normed[:, :1], number, edits)
+            q = project_q(block.attn, normed[:, :read], number, edits)
             attended = mix(block.attn, q, *project_kv(block.attn, normed, number, edits))
-            hidden, normed = hidden[:, :1], normed[:, :1]
+            hidden, normed = hidden[:, :read], normed[:, :read]
         return normed, finish_block(block, hidden, attended, number, edits)
 
     def _pool(self, hidden: Tensor, edits: Edits) -> Tensor:
         return edits.normalize(self.visual.ln_post, hidden[:, 0], self.depth + 1, "ln_post")
+
+    def first_tokens(self, hidden: Tensor, start: int, edits: Sequence[BlockEdit], count: int) -> Tensor:
+        planned = self.check_edits(edits)
+        hidden = self._to_the_end(hidden, start, planned, count)
+        return planned.normalize(self.visual.ln_post, hidden[:, :count], self.depth + 1, "ln_post")
+
+    def normalize_tokens(self, x: Tensor) -> Tensor:
+        return layer_norm(self.visual.ln_pre, x)
 
     def _project(self, pooled: Tensor) -> Tensor:
         return pooled @ self.visual.proj
@@ -285,7 +316,7 @@ class ResNetTower(VisionTower):
     def _stem(self, images: Tensor, edits: Edits) -> Tensor:
         return self.visual.stem(images.contiguous(memory_format=torch.channels_last))
 
-    def _plain(self, number: int, hidden: Tensor, edits: Edits, read_out: bool) -> tuple[Tensor, Tensor]:
+    def _plain(self, number: int, hidden: Tensor, edits: Edits, read: int) -> tuple[Tensor, Tensor]:
         out = self._blocks[number - 1](hidden)
         return out, out
 

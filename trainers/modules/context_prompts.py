@@ -46,19 +46,22 @@ class ContextPrompts(nn.Module):
 
     A prompt is "<start> v_1 ... v_n <class name> . <end>" with the class name at the end, in the middle (after the
     first n // 2 vectors) or in front; the tokens after <end> change nothing and are left out. With the name at the end,
-    other words may stand in the place of "<class name> ." (`rest`).
+    other words may stand in the place of "<class name> ." (`rest`), and words may stand between vectors and name
+    ("v_1 v_2 of a <class name> .").
 
     Args:
         text: the text tower.
         classnames: class names in the order of their labels.
         n_ctx: n.
-        words: text of n tokens that stands in the vectors' place when prompts are tokenized; "": n placeholders.
+        words: text that stands in front of the name when prompts are tokenized; the vectors take the place of its first
+            n tokens. "": n placeholders.
         position: where the class name is.
         rest: what follows the vectors, with {} for the class name.
 
     Raises:
         ValueError: a class name leaves no room for the vectors (the message says how long names may be), n leaves no
-            room for any name, or `position` is not one of POSITIONS.
+            room for any name, `words` have fewer than n tokens, or `position` is not one of POSITIONS (with further
+            words: not "end").
     """
 
     prefix: Tensor  # [C, 1, D], embedding of the start of text
@@ -84,7 +87,10 @@ class ContextPrompts(nn.Module):
         context = words or " ".join(["X"] * n_ctx)
         if n_ctx > text.context_length - 3:  # start, end and a token of the name
             raise ValueError(f"Expected at most {text.context_length - 3} context vectors but got {n_ctx}")
-        _check_room(names, n_ctx, text.context_length, rest)
+        self.further = count_tokens([words])[0] - 2 - n_ctx if words else 0  # tokens of the words behind the vectors
+        if self.further < 0 or (self.further and position != "end"):
+            raise ValueError(f"Expected words of at least {n_ctx} tokens, at the end if more, but got {words!r}")
+        _check_room(names, n_ctx + self.further, text.context_length, rest)
         tokens = text.tokenise([f"{context} {rest.format(name)}" for name in names])
         length, device = tokens.ids.shape[1], tokens.ids.device
         embedded = text.token_embedding(tokens.ids).detach().to(text.dtype)  # [C, L, D]
@@ -111,8 +117,8 @@ class ContextPrompts(nn.Module):
         """
         context = context.to(self.prefix.dtype)
         # The leading tokens that all prompts have in common are computed once: with one context for all classes, the
-        # start of text and the vectors before the name.
-        shared = 1 + (self.before if context.ndim == 2 else 0)
+        # start of text, the vectors before the name and further words.
+        shared = 1 + (self.before + self.further if context.ndim == 2 else 0)
         x = torch.cat([self.prefix, context.expand(len(self.prefix), -1, -1), self.suffix], dim=1)  # [C, L, D]
         if self.before < self.n_ctx:
             x = x.gather(1, self.order.unsqueeze(-1).expand_as(x))

@@ -174,6 +174,26 @@ WRONG: dict[str, list[tuple[str, object]]] = {
     "ProGrad": [("PROGRAD.N_CTX", 0), ("PROGRAD.FROM_TEMPLATE", 1), ("PROGRAD.LAMBDA", -1.0), ("PROGRAD.T", 0.0)],
     "TCP": [("TCP.N_CTX", 0), ("TCP.CTX_INIT", "a {}"), ("TCP.LAYER", 0), ("TCP.W", -1.0), ("TCP.REST", "a pet")],
     "CoCoOp": [("COCOOP.N_CTX", 0), ("COCOOP.CTX_INIT", "a {}")],
+    "MaPLe": [("MAPLE.N_CTX", 0), ("MAPLE.N_CTX", 5), ("MAPLE.CTX_INIT", "a {}"), ("MAPLE.PROMPT_DEPTH", 0)],
+    "IVLP": [
+        ("IVLP.N_CTX_TEXT", 0), ("IVLP.N_CTX_TEXT", 5), ("IVLP.N_CTX_VISION", 0), ("IVLP.CTX_INIT", "a {}"),
+        ("IVLP.PROMPT_DEPTH_TEXT", 0), ("IVLP.PROMPT_DEPTH_VISION", -1),
+    ],
+    "VPT": [("VPT.N_CTX_VISION", 0), ("VPT.CTX_INIT", "a {}"), ("VPT.PROMPT_DEPTH_VISION", 0)],
+    "PromptSRC": [
+        ("PROMPTSRC.N_CTX_TEXT", 5), ("PROMPTSRC.N_CTX_VISION", 0), ("PROMPTSRC.PROMPT_DEPTH_TEXT", 0),
+        ("PROMPTSRC.TEXT_LOSS_WEIGHT", -1.0), ("PROMPTSRC.IMAGE_LOSS_WEIGHT", -1.0), ("PROMPTSRC.GPA_STD", 0.0),
+        ("PROMPTSRC.N_TEMPLATES", 81),
+    ],
+    "CoPrompt": [
+        ("COPROMPT.N_CTX", 5), ("COPROMPT.PROMPT_DEPTH", 0), ("COPROMPT.W", -1.0), ("COPROMPT.IMAGE_SHARE", 1.5),
+        ("COPROMPT.TEXT_SHARE", -0.1),
+    ],
+    "MMRL": [
+        ("MMRL.ALPHA", 1.5), ("MMRL.REG_WEIGHT", -1.0), ("MMRL.N_REP_TOKENS", 0), ("MMRL.REP_START", 0),
+        ("MMRL.REP_START", 7), ("MMRL.REP_END", 2), ("MMRL.REP_DIM", 0), ("MMRL.HEADS", "all"),
+    ],
+    "MMRLPP": [("MMRLPP.BETA", 1.5), ("MMRLPP.PROJ_LORA_DIM", 0), ("MMRLPP.RES_LORA_DIM", 0), ("MMRLPP.ALPHA", -1.0)],
     "MMA": [
         ("MMADAPTER.TEXT_CTX_INIT", "a {}"), ("MMADAPTER.ADAPTER_START", 0), ("MMADAPTER.ADAPTER_DIM", 0),
         ("MMADAPTER.ADAPTER_END", 4), ("MMADAPTER.ADAPTER_SCALE", 0.0),
@@ -258,9 +278,10 @@ def test_a_list_of_templates(name, make):
 
 
 def test_who_can_keep_views():
-    assert {"CoOp", "CoCoOp", "KgCoOp", "MMA", "ProGrad", "TCP"} <= set(KEEPS)
+    assert {"CoOp", "CoCoOp", "KgCoOp", "MMA", "MMRL", "MMRLPP", "ProGrad", "TCP"} <= set(KEEPS)
     refusing = [n for n in TRAINER_REGISTRY.registered_names() if getattr(TRAINER_REGISTRY.get(n), "no_views", "")]
-    assert refusing == ["CLIPLoRA", "IMO", "IMODINO"]
+    deep = {"CoPrompt", "IVLP", "MaPLe", "PromptSRC", "VPT"}
+    assert set(refusing) == {"CLIPLoRA", "IMO", "IMODINO", *deep}
 
 
 @pytest.mark.parametrize(
@@ -286,7 +307,7 @@ def test_losses_on_kept_views_are_those_of_the_same_images_encoded_anew(name, pa
 @pytest.mark.parametrize("name", KEEPS)
 def test_the_frozen_image_tower_runs_once(name, make, monkeypatch):
     trainer = make(name, "INPUT.VIEWS", 1, *AUGMENTED, "DATALOADER.TRAIN_X.BATCH_SIZE", 5)
-    visual, calls = trainer.network.clip.visual, {"prefix": 0, "suffix": 0}
+    visual, calls = trainer.network.clip.visual, {"prefix": 0, "suffix": 0, "first_tokens": 0}
 
     def count(part):
         whole = getattr(visual, part)
@@ -301,10 +322,10 @@ def test_the_frozen_image_tower_runs_once(name, make, monkeypatch):
         count(part)
     epochs(trainer, trainer.train_loader_x, 1)
     assert calls["prefix"] == 2
-    calls.update(prefix=0, suffix=0)
+    calls.update(prefix=0, suffix=0, first_tokens=0)
     steps = len(epochs(trainer, trainer.train_loader_x, 1)[0])
     adapted = trainer.network.first_adapted is not None
-    assert calls == {"prefix": 0, "suffix": steps if adapted else 0}
+    assert calls["prefix"] == 0 and calls["suffix"] + calls["first_tokens"] == (steps if adapted else 0)
 
 
 @pytest.mark.parametrize("name", KEEPS)

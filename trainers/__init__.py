@@ -91,6 +91,10 @@ ALIASES = {
     "TransductiveDirichlet": "EMDirichlet",
     "TransductiveCLIP": "EMDirichlet",
     "LoRA": "CLIPLoRA",
+    "MMRLpp": "MMRLPP",
+    "MMRL++": "MMRLPP",
+    "IndependentVL": "IVLP",
+    "SelfRegulatingPrompts": "PromptSRC",
     "IntraModalOverlap": "IMO",
 }
 

@@ -42,7 +42,7 @@ class MMRLPPConfig(RepresentationConfig):
 
 
 class ProjectionUpdate(nn.Module):
-    """What is added to CLIP's projection, `A` `B`, [D, E]; it is zero at the start."""
+    """The update of CLIP's projection, `A` `B`, [D, E]; it is zero at the start."""
 
     def __init__(self, width: int, embed_dim: int, rank: int) -> None:
         super().__init__()

@@ -50,7 +50,7 @@ def mapped(tokens: Tensor, maps: Sequence[nn.Module] | nn.ModuleList) -> list[Te
 
 
 class LowRankPart(nn.Module):
-    """What a layer adds to a shared matrix: A B of rank r, and its own bias; A B is zero at the start."""
+    """A layer's update of a shared matrix, A B of rank r, and its own bias; A B is zero at the start."""
 
     def __init__(self, shared: nn.Linear, rank: int) -> None:
         super().__init__()

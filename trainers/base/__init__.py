@@ -3,7 +3,7 @@
 EncoderTrainer       trains what sits inside CLIP's encoders (prompts, adapters)
 PromptTrainer        is one for learnt prompts, with what CoOp and its successors share
 ViewsTrainer         is its base, which keeps what frozen blocks make of seeded views of the images (INPUT.VIEWS)
-deep_prompts         has an EncoderTrainer for tokens in front of several blocks of both encoders; import it by this name
+deep_prompts         has an EncoderTrainer for tokens in front of blocks of both encoders; import it by this name
 representations      has an EncoderTrainer for tokens in later blocks and a second image feature; likewise
 FeatureTrainer       trains or fits a FeatureLearner on features of the frozen CLIP, which are computed once
 AnchoredTrainer      trains one matrix that features go through, and holds it near where it starts

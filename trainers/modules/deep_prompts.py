@@ -45,7 +45,7 @@ class FrontTokens(BlockEdit):
         """See BlockEdit; x [B, L, D]."""
         if number not in self._tokens:
             return x
-        new = self._tokens[number].to(x.dtype).expand(len(x), -1, -1)
+        new = self._tokens[number].to(x.dtype).expand(x.shape[0], -1, -1)
         gone = 0 if self._inserted and number == self.first_block else new.shape[1]
         if gone and self._share < 1:
             new = self._share * new + (1 - self._share) * x[:, 1 : 1 + gone]
@@ -68,7 +68,7 @@ class BackTokens(BlockEdit):
         """See BlockEdit; x [B, L, D]."""
         if number not in self._tokens:
             return x
-        new = self._tokens[number].to(x.dtype).expand(len(x), -1, -1)
+        new = self._tokens[number].to(x.dtype).expand(x.shape[0], -1, -1)
         stays = x.shape[1] - (0 if number == self.first_block else new.shape[1])
         return torch.cat([x[:, :stays], new], dim=1)
 

@@ -51,6 +51,8 @@ QUICK = {
     "RLA": {"VIEWS": 2},
     "ProLIP": {"VIEWS": 2},
     "EMDirichlet": {"ITER_MM": 20},
+    "MMRL": {"REP_START": 2},
+    "MMRLPP": {"REP_START": 2},
 }
 
 

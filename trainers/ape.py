@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
+from .base import CacheLearner, FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
 from .base.search import Axis, best_place, check_grid
 from .clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from .features import FeatureSet
@@ -81,35 +81,26 @@ def number_of_channels(share: float, width: int) -> int:
     return max(1, round(share * width))
 
 
-class CacheLearner(FeatureLearner):
-    """The cache that both forms have: labels of the keys, chosen channels, alpha and beta.
+class ChannelLearner(CacheLearner):
+    """The cache on chosen channels, as both forms have it.
 
     Args:
-        n: number of keys, N.
         q: number of chosen channels, Q.
-        alpha, beta: values until others are chosen.
+        cache: n, alpha and beta; see CacheLearner.
     """
 
-    key_labels: Tensor
     channels: Tensor
-    alpha: Tensor
-    beta: Tensor
 
-    def __init__(
-        self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor, *, n: int, q: int, alpha: float, beta: float
-    ) -> None:
-        super().__init__(clip, classnames, zeroshot)
-        self.register_buffer("key_labels", torch.zeros(n, dtype=torch.long))
+    def __init__(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor, *, q: int, **cache: Any) -> None:
+        super().__init__(clip, classnames, zeroshot, **cache)
         self.register_buffer("channels", torch.arange(q))
-        self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64))
-        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
 
 
-class APELearner(CacheLearner):
+class APELearner(ChannelLearner):
     """The cache on chosen channels, and the divergences of its keys.
 
     Args:
-        n, q, alpha, beta: see CacheLearner.
+        n, q, alpha, beta: see ChannelLearner.
         gamma: value until another is chosen.
     """
 
@@ -125,7 +116,7 @@ class APELearner(CacheLearner):
         super().__init__(clip, classnames, zeroshot, **arguments)
         self.register_buffer("keys", torch.zeros(len(self.key_labels), len(self.channels)))
         self.register_buffer("divergence", torch.zeros(len(self.key_labels)))
-        self.register_buffer("gamma", torch.tensor(gamma, dtype=torch.float64))
+        self.keep_number("gamma", gamma)
 
     def on_channels(self, features: Tensor) -> Tensor:
         """Return the chosen channels [B, Q] of features [B, E], normalized again."""
@@ -164,11 +155,11 @@ class APELearner(CacheLearner):
         return {**found, "divergence": divergences(own["keys"], own["key_labels"], texts)}
 
 
-class APETLearner(CacheLearner):
+class APETLearner(ChannelLearner):
     """The cache, the residual R on chosen channels, and the weights u of the keys.
 
     Args:
-        n, q, alpha, beta: see CacheLearner. Training uses these alpha and beta, whatever has been chosen.
+        n, q, alpha, beta: see ChannelLearner. Training uses these alpha and beta, whatever has been chosen.
     """
 
     CLASS_ROWS = ("residual",)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import FeatureLearner, FeatureTrainer, MethodConfig, key
+from .base import CacheLearner, FeatureLearner, FeatureTrainer, MethodConfig, key
 from .base.search import Axis, best_place, check_grid
 from .clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from .features import FeatureSet
@@ -49,21 +49,16 @@ def supervised_contrast(rows: Tensor, labels: Tensor, temperature: float) -> Ten
     return (own / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
 
 
-class DACLearner(FeatureLearner):
+class DACLearner(CacheLearner):
     """The map H, the cache, alpha and beta, and in DAC-VT the rows of T.
 
     Args:
-        n: number of keys, N.
+        n: see CacheLearner.
         alpha, beta: what training of texts uses, and what counts until others are chosen.
         texts: whether the rows of T are learnt.
     """
 
-    SAMPLES = ("key_labels", "keys")
-
     keys: Tensor  # before H
-    key_labels: Tensor
-    alpha: Tensor
-    beta: Tensor
 
     def __init__(
         self,
@@ -76,7 +71,7 @@ class DACLearner(FeatureLearner):
         beta: float,
         texts: bool,
     ) -> None:
-        super().__init__(clip, classnames, zeroshot)
+        super().__init__(clip, classnames, zeroshot, n=n, alpha=alpha, beta=beta)
         self.given = float(alpha), float(beta)
         self.matrix = nn.Parameter(torch.eye(zeroshot.shape[1]))
         self.texts: nn.Parameter | None = None
@@ -84,9 +79,6 @@ class DACLearner(FeatureLearner):
             self.CLASS_ROWS = ("texts",)
             self.texts = nn.Parameter(self.zeroshot.clone())
         self.register_buffer("keys", torch.zeros(n, zeroshot.shape[1]))
-        self.register_buffer("key_labels", torch.zeros(n, dtype=torch.long))
-        self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64))
-        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
 
     def mapped(self, features: Tensor) -> Tensor:
         """Return h(f), [..., E], for features [..., E]."""

@@ -72,7 +72,7 @@ class FARLearner(PooledLearner):
         self.adapter, self.adapter_norm = nn.Linear(width, width, bias=False), nn.BatchNorm1d(width)
         self.hidden, self.hidden_norm = nn.Linear(embed, hidden, bias=False), nn.BatchNorm1d(hidden)
         self.classifier = nn.Linear(hidden, len(classnames), bias=False)
-        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
+        self.keep_number("beta", beta)
 
     def adapted(self, features: Tensor) -> Tensor:
         """Return g [B, E] for features [B, P]."""

@@ -197,7 +197,7 @@ class GDALearner(FeatureLearner):
         self.register_buffer("bias", torch.zeros(len(zeroshot)))  # without log(1/C)
         self.register_buffer("views", torch.zeros(n, zeroshot.shape[1]))
         self.register_buffer("view_labels", torch.zeros(n, dtype=torch.long))
-        self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64))
+        self.keep_number("alpha", alpha)
 
     def gaussian_logits(self, features: Tensor) -> Tensor:
         """Return the Gaussians' logits f W^T + b [B, C] for features [B, E]."""

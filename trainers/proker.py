@@ -181,7 +181,7 @@ class ProKeRLearner(FeatureLearner):
         super().__init__(clip, classnames, zeroshot)
         self.register_buffer("support", torch.zeros(rows, zeroshot.shape[1]))
         self.register_buffer("coefficients", torch.zeros(len(zeroshot), rows))
-        self.register_buffer("beta", torch.tensor(1.0, dtype=torch.float64))
+        self.keep_number("beta", 1.0)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits [B, C] for features [B, E]."""

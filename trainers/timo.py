@@ -115,7 +115,7 @@ class TIMOLearner(FeatureLearner):
         self.register_buffer("texts", torch.zeros_like(self.zeroshot))
         self.register_buffer("weight", torch.zeros_like(self.zeroshot))
         self.register_buffer("bias", torch.zeros(len(zeroshot)))  # without log(1/C)
-        self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64))
+        self.keep_number("alpha", alpha)
 
     def parts(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the texts' logits without alpha, and the Gaussians', [B, C] each, for features [B, E]."""

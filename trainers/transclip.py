@@ -163,7 +163,7 @@ class TransCLIPLearner(SupportLearner):
     ) -> None:
         super().__init__(clip, classnames, zeroshot, n=n, use_supports=use_supports)
         self.lambda_, self.displaced = lambda_, displaced
-        self.register_buffer("gamma", torch.tensor(gamma, dtype=torch.float64))
+        self.keep_number("gamma", gamma)
 
     def classify(self, features: Tensor, gammas: Sequence[float]) -> list[Tensor]:
         """Return log-probabilities [Q, C] of features [Q, E] of one set of queries, for each gamma."""

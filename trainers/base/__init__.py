@@ -5,6 +5,7 @@ PromptTrainer        is one for learnt prompts, with what CoOp and its successor
 ViewsTrainer         is its base, which keeps what frozen blocks make of seeded views of the images (INPUT.VIEWS)
 deep_prompts         has an EncoderTrainer for tokens in front of blocks of both encoders; import it by this name
 representations      has an EncoderTrainer for tokens in later blocks and a second image feature; likewise
+CacheLearner         is a FeatureLearner with a cache of training images
 FeatureTrainer       trains or fits a FeatureLearner on features of the frozen CLIP, which are computed once
 AnchoredTrainer      trains one matrix that features go through, and holds it near where it starts
 TransductiveTrainer  is a FeatureTrainer that classifies test images together
@@ -15,7 +16,7 @@ from .anchored_trainer import AnchoredConfig, AnchoredLearner, AnchoredTrainer
 from .clip_trainer import CLIPTrainer
 from .dept import DePTKeys
 from .encoder_trainer import EncoderTrainer
-from .feature_learner import FeatureLearner, FeatureNetwork, PooledLearner
+from .feature_learner import CacheLearner, FeatureLearner, FeatureNetwork, PooledLearner
 from .feature_trainer import CorrectedKeys, FeatureTrainer
 from .keys import MethodConfig, kept_views, key, precision
 from .learner import Classifier, Learner, class_rows, pack_record, unpack_record
@@ -30,6 +31,7 @@ __all__ = [
     "AnchoredLearner",
     "AnchoredTrainer",
     "CLIPTrainer",
+    "CacheLearner",
     "Classifier",
     "CorrectedKeys",
     "DePTKeys",

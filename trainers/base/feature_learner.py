@@ -38,6 +38,10 @@ class FeatureLearner(Learner):
         self.register_buffer("prepared", torch.tensor(False))
         self.peek = Peek()
 
+    def keep_number(self, name: str, value: float) -> None:
+        """Keep a number in the state, in fp64, so that 0.54 stays 0.54."""
+        self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+
     def forward(self, features: Tensor) -> Tensor:
         """Return logits [B, C] for features [B, E]; here those of zero-shot CLIP."""
         return self.clip_logits(features)
@@ -76,6 +80,33 @@ class FeatureLearner(Learner):
             own: Tensor = getattr(self, name)
             own.data = torch.empty_like(state[name], device=own.device)
         return state
+
+
+class CacheLearner(FeatureLearner):
+    """Hold a cache of training images: the labels of its N keys, its weight alpha and its sharpness beta.
+
+    A subclass has the keys and says how they are compared with an image.
+
+    Args:
+        clip, classnames, zeroshot: see FeatureLearner.
+        n: number of keys, N.
+        alpha, beta: values until others are chosen.
+    """
+
+    SAMPLES: tuple[str, ...] = ("key_labels", "keys")
+
+    keys: Tensor
+    key_labels: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+    def __init__(
+        self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor, *, n: int, alpha: float, beta: float
+    ) -> None:
+        super().__init__(clip, classnames, zeroshot)
+        self.register_buffer("key_labels", torch.zeros(n, dtype=torch.long))
+        self.keep_number("alpha", alpha)
+        self.keep_number("beta", beta)
 
 
 class PooledLearner(FeatureLearner):

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from ..base import FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
+from ..base import CacheLearner, FeatureLearner, FeatureTrainer, MethodConfig, kept_views, key
 from ..clip import CLIP, IMAGENET_TEMPLATES_SELECT
 from ..features import FeatureSet
 from ..log import DETAIL
@@ -46,21 +46,13 @@ def tip_logits(
     return clip_logits + alpha * cache_logits(features @ keys.t(), key_labels, clip_logits.shape[1], beta)
 
 
-class TipLearner(FeatureLearner):
-    """The cache: keys (features of the training images), their labels, alpha and beta.
+class TipLearner(CacheLearner):
+    """The cache, whose keys are features of the training images.
 
     Args:
-        n: number of keys, N.
-        alpha, beta: values until others are chosen.
+        n, alpha, beta: see CacheLearner.
         trained: whether the keys are trained.
     """
-
-    SAMPLES: tuple[str, ...] = ("key_labels", "keys")
-
-    keys: Tensor
-    key_labels: Tensor
-    alpha: Tensor
-    beta: Tensor
 
     def __init__(
         self,
@@ -73,15 +65,12 @@ class TipLearner(FeatureLearner):
         beta: float,
         trained: bool,
     ) -> None:
-        super().__init__(clip, classnames, zeroshot)
+        super().__init__(clip, classnames, zeroshot, n=n, alpha=alpha, beta=beta)
         keys = torch.zeros(n, zeroshot.shape[1])
         if trained:
             self.keys = nn.Parameter(keys)
         else:
             self.register_buffer("keys", keys)
-        self.register_buffer("key_labels", torch.zeros(n, dtype=torch.long))
-        self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64))
-        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits [B, C] for features [B, E]."""

@@ -104,8 +104,8 @@ class TipXLearner(TipLearner):
     ) -> None:
         super().__init__(clip, classnames, zeroshot, n=n, alpha=alpha, beta=beta, trained=False)
         self.register_buffer("key_originals", torch.zeros(n, zeroshot.shape[1]))
-        self.register_buffer("gamma", torch.tensor(gamma, dtype=torch.float64))
-        self.register_buffer("temperature", torch.tensor(temperature, dtype=torch.float64))
+        self.keep_number("gamma", gamma)
+        self.keep_number("temperature", temperature)
         self.register_buffer("line", torch.tensor([0.0, 1.0], dtype=torch.float64))
 
     def take(self, state: Mapping[str, Tensor], indices: Sequence[int] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Size, latency and exactness of exported files: four methods, on the tiny CLIP and on ViT-B/32 with random weights.
+"""Size, latency and exactness of exported files: five methods, on the tiny CLIP and on ViT-B/32 with random weights.
 
     python benchmarks/export.py --output result.json
 
@@ -30,7 +30,7 @@ from trainers import FewShotClassifier
 from trainers.api.export.measures import ExportReport
 from trainers.clip.backbones import resolve_backbone
 
-METHODS = ("DLRCLIP", "LinearProbe", "CLIPLoRA", "TipAdapterF")
+METHODS = ("DLRCLIP", "LinearProbe", "CLIPLoRA", "MaPLe", "TipAdapterF")
 BACKBONES = ("tiny", "ViT-B/32")
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # tiny knows these words
 HEAD = ("backbone", "method", "PyTorch ms", "ONNX", "ONNX half", "ONNX int8", "TorchScript")

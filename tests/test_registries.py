@@ -21,7 +21,7 @@ from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.engine.hooks import HookBase, TensorBoard
 from dassl.evaluation.passes import Evaluation
 from dassl.utils import read_image, set_random_seed
-from trainers.base.losses import class_loss
+from trainers.base.losses import balanced_weights, class_loss
 from trainers.clip import alike
 
 TRAINERS = TRAINER_REGISTRY.registered_names()
@@ -129,16 +129,24 @@ def test_another_loss_takes_the_place_of_cross_entropy(name, build, monkeypatch)
     if not TRAINER_REGISTRY.get(name).cross_entropy:
         with pytest.raises(ValueError, match=f"OPTIM.LOSS to be ce for {name}, which takes no other loss"):
             build(name, "OPTIM.LOSS", "mae")
+        with pytest.raises(ValueError, match=f"OPTIM.CLASS_WEIGHTS to be none for {name}, which takes no weights"):
+            build(name, "OPTIM.CLASS_WEIGHTS", "balanced")
         return
-    kinds = []
+    taken = []
     monkeypatch.setattr(
         "trainers.base.clip_trainer.class_loss",
-        lambda logits, labels, kind: kinds.append(kind) or class_loss(logits, labels, kind),
+        lambda logits, labels, kind, weights: (
+            taken.append((kind, weights)) or class_loss(logits, labels, kind, weights)
+        ),
     )
-    trainer = build(name, "OPTIM.LOSS", "mae")
+    trainer = build(name, "OPTIM.LOSS", "mae", "OPTIM.CLASS_WEIGHTS", "balanced")
     assert any(trainer._optims.values())
+    items = trainer.dm.dataset.train_x
+    items[-1] = items[0]  # one class has two images now, and one has none
     one_step(trainer)
-    assert set(kinds) == {"mae"}
+    assert taken and {kind for kind, _ in taken} == {"mae"}
+    want = balanced_weights([item.label for item in items], trainer.num_classes)
+    assert want is not None and all(torch.equal(weights, want) for _, weights in taken)
 
 
 def test_a_loss_that_does_not_exist(build):

@@ -30,9 +30,9 @@ if __name__ == "__main__":  # run as a file
 from dassl.data.datasets import DATASET_REGISTRY, Datum
 from dassl.utils.cli import run_main
 from datasets.splits import read_split
-from trainers.api.auto import CANDIDATES, add_learning_curve, compare, quiet_cfg
+from trainers.api.auto import CANDIDATES, add_learning_curve, compare
 from trainers.api.report import estimate
-from trainers.api.runs import Runner, apart, draw_validation, logits_of
+from trainers.api.runs import VALIDATION_SHARE, Runner, apart, draw_validation, logits_of
 from trainers.app.configuration import default_cfg
 from trainers.clip.load import shared_clips
 from trainers.features import remembered_features
@@ -62,7 +62,7 @@ def one(dataset: str, shots: int, seed: int, part: str, share: float) -> dict[st
         found = {}
         for choice in CANDIDATES:
             parts = (*draw_validation(items, share, seed), others)
-            logits, labels = logits_of(runner.train(quiet_cfg(runner, choice, folder), parts))
+            logits, labels = logits_of(runner.train(runner.configure_quietly(choice, folder), parts))
             found[choice.shown] = 100 * float((logits.argmax(dim=1) == labels).double().mean())
     chosen = comparison.chosen.choice.shown
     best = max(found, key=lambda name: found[name])
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--part", choices=("val", "test"), default="test", help="images to measure on")
-    parser.add_argument("--validation-fraction", type=float, default=0.2)
+    parser.add_argument("--validation-fraction", type=float, default=VALIDATION_SHARE)
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     if args.output.exists():

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from dassl.data.sharding import Share
 from dassl.engine import HookBase, SimpleTrainer
@@ -25,6 +26,7 @@ from dassl.engine.hooks import TensorBoard
 from dassl.engine.parallel import average_gradients, copy_from_main, own_draws
 from dassl.utils import InputError, distributed
 from trainers.app import train
+from trainers.features import FeatureLoader, FeatureSet, collect_features
 
 
 class Recorder(HookBase):
@@ -59,6 +61,53 @@ def check_talking() -> None:
     assert distributed.gather_objects(order) == [[0], [1]]
     with pytest.raises(ValueError if me == 0 else distributed.PeerLostError), distributed.main_first():
         raise ValueError("rank 0 alone comes here")
+
+
+class Numbers(Dataset):
+    """Seven images, each of one number."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return {"img": torch.tensor([float(index)]), "label": index % 3, "impath": f"{index}.png"}
+
+
+class HalfKnown:
+    """A slot that has features in one process alone."""
+
+    def __init__(self, known):
+        self.known, self.saved = known, None
+
+    def load(self):
+        return self.known
+
+    def save(self, values):
+        self.saved = values
+
+
+def check_encoding() -> None:
+    me, seen = distributed.rank(), []
+
+    def encode(images):
+        seen.extend(images.flatten().tolist())
+        return torch.cat([images, images**2], dim=1)
+
+    want = torch.stack([torch.arange(7.0), torch.arange(7.0) ** 2], dim=1)
+    slot = HalfKnown(FeatureSet(want[None], torch.arange(7) % 3, []) if me else None)
+    found = collect_features(DataLoader(Numbers(), batch_size=2), encode, 1, slot)
+    assert sorted(seen) == ([2, 3, 6] if me else [0, 1, 4, 5])
+    assert torch.equal(found.values, want[None]) and slot.saved is not None and torch.equal(slot.saved, want[None])
+    assert found.labels.tolist() == [0, 1, 2, 0, 1, 2, 0] and found.paths == [f"{number}.png" for number in range(7)]
+    seen.clear()
+    loader = FeatureLoader(DataLoader(Numbers(), batch_size=2), encode)
+    for _ in range(2):
+        batches = list(loader)
+        assert torch.equal(torch.cat([batch["feature"] for batch in batches]), want)
+    assert sorted(seen) == ([2, 3, 6] if me else [0, 1, 4, 5])
+    seen.clear()
+    few = collect_features(DataLoader(Numbers(), batch_size=7), encode)  # one batch for two processes
+    assert torch.equal(few.values, want[None])
 
 
 def check_gradients() -> None:
@@ -138,7 +187,7 @@ def main(path: str) -> None:
     if spec["checks"]:
         distributed.connect()
         distributed.start(use_cuda=False, minutes=1)
-        for check in (check_talking, check_gradients, check_draws, check_lost_numbers):
+        for check in (check_talking, check_encoding, check_gradients, check_draws, check_lost_numbers):
             check()
         distributed.stop()
     hooks = SimpleTrainer.build_hooks

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainers.base.losses import class_loss
+from trainers.base.losses import balanced_weights, class_loss
 from trainers.clap import CLAPLearner, clap_penalty, class_multipliers
 from trainers.clip import mean_text_features
 from trainers.cross_modal import CrossModalLearner, CrossModalProbe, Outputs, text_rows
@@ -43,6 +43,19 @@ def test_the_mean_absolute_error_is_that_of_probabilities():
     want = [sum(abs(p - (k == y)) for k, p in enumerate(row)) for row, y in zip(rows, labels.tolist(), strict=True)]
     assert float(class_loss(logits, labels, "mae")) == pytest.approx(sum(want) / len(want), rel=1e-5)
     assert float(class_loss(logits, labels)) == pytest.approx(naive_cross_entropy(logits, labels), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ce", "mae"])
+def test_balanced_classes_count_the_same(kind):
+    logits, labels = normal(6, 5), torch.tensor([0, 4, 2, 2, 0, 2])
+    weights = balanced_weights(labels.tolist(), 5)
+    by_class = [float(class_loss(logits[labels == label], labels[labels == label], kind)) for label in (0, 2, 4)]
+    assert float(class_loss(logits, labels, kind, weights)) == pytest.approx(sum(by_class) / 3, rel=1e-5)
+    assert weights[1] == weights[3] == 0  # no image
+
+
+def test_weights_of_equal_counts_are_left_out():
+    assert balanced_weights([0, 2, 1, 1, 2, 0], 4) is None
 
 
 def test_prompts_come_in_passes_without_the_last_smaller_batch():

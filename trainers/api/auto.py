@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from dassl.data.datasets import Datum
 from dassl.engine import TRAINER_REGISTRY
 
-from .folds import draw_folds, held_out_logits
-from .runs import Choice, Runner, draw_validation
+from .folds import draw_folds, held_out_logits, numbers_of
+from .runs import Choice, Parts, Runner, draw_validation
 
 FREE = ("TRAINER.DLRCLIP.CMA", False), ("TRAINER.DLRCLIP.GLR", False)
 # The simplest first. All of them learn on features of the images as they are, so that each image is encoded once.
@@ -148,43 +148,56 @@ def compare(
             folds, labels, [], Score(FIRST_CHOICE),
             f"with one image of each class none can be held out: {FIRST_CHOICE.shown} is taken unseen",
         )  # fmt: skip
-    scores = [_scored(runner, choice, items, folds, labels, share, output) for choice in CANDIDATES]
+    trials = _Trials(runner, items, folds, labels, share, output)
+    scores = [trials.score(choice) for choice in CANDIDATES]
     if time_limit is not None:
         for choice in ADAPTED:
-            left = time_limit - (time.monotonic() - began)
-            scores.append(_adapted(runner, choice, items, folds, labels, share, output, left))
+            scores.append(trials.score_in_time(choice, time_limit - (time.monotonic() - began)))
     chosen, why = choose([one for one in scores if not one.skipped], labels, held)
     return Comparison(folds, labels, scores, chosen, why)
 
 
-def _scored(
-    runner: Runner, choice: Choice, items: Sequence[Datum], folds: Tensor, labels: Tensor, share: float, output: str
-) -> Score:
-    began = time.monotonic()
-    cfg = quiet_cfg(runner, choice, output)
-    logits = held_out_logits(runner, cfg, items, folds, share)
-    return score(choice, logits, labels, folds >= 0, time.monotonic() - began)
+@dataclass(frozen=True)
+class _Trials:
+    """Cross-validate methods on the same folds; for the fields see `compare`."""
+
+    runner: Runner
+    items: Sequence[Datum]
+    folds: Tensor
+    labels: Tensor
+    share: float
+    output: str
+
+    def score(self, choice: Choice) -> Score:
+        """Return the score of a method; where classes have unequal numbers of images, each counts the same."""
+        began = time.monotonic()
+        choice = balanced(choice, self.labels)
+        cfg = self.runner.configure_quietly(choice, self.output)
+        logits = held_out_logits(self.runner, cfg, self.items, self.folds, self.share)
+        return score(choice, logits, self.labels, self.folds >= 0, time.monotonic() - began)
+
+    def score_in_time(self, choice: Choice, left: float) -> Score:
+        """Return the score of a method that trains within the encoders, if its runs fit into the seconds left."""
+        parts: Parts = (*draw_validation(self.items, self.share, self.runner.seed), [])
+        runs = len(numbers_of(self.folds)) + 1  # the folds, and the final run
+        needed = runs * seconds_of_run(self.runner, self.runner.configure_quietly(choice, self.output), parts)
+        if needed > left:
+            return Score(choice, skipped=f"needs about {needed:.0f} s, and {max(left, 0):.0f} s are left")
+        return self.score(choice)
 
 
-def _adapted(
-    runner: Runner, choice: Choice, items: Sequence[Datum], folds: Tensor, labels: Tensor, share: float, output: str,
-    left: float,
-) -> Score:  # fmt: skip
-    """Score a method that trains within the encoders, if its runs fit into the seconds that are left."""
-    cfg = quiet_cfg(runner, choice, output)
-    runs = len(set(folds.tolist()) - {-1}) + 1  # the folds, and the final run
-    needed = runs * seconds_of_run(runner, cfg, (*draw_validation(items, share, runner.seed), []))
-    if needed > left:
-        return Score(choice, skipped=f"needs about {needed:.0f} s, and {max(left, 0):.0f} s are left")
-    return _scored(runner, choice, items, folds, labels, share, output)
+def balanced(choice: Choice, labels: Tensor) -> Choice:
+    """Return a choice whose loss counts each class the same, where classes have unequal numbers of images.
+
+    A method that is not trained by a loss over images stays as it is.
+    """
+    unequal = len(labels.bincount().unique()) > 1
+    if not unequal or not TRAINER_REGISTRY.get(choice.method).cross_entropy:
+        return choice
+    return replace(choice, settings=(("OPTIM.CLASS_WEIGHTS", "balanced"), *choice.settings))
 
 
-def quiet_cfg(runner: Runner, choice: Choice, output: str) -> Any:
-    """Return the configuration of a run on given items that is not tested at its end."""
-    return runner.configure(replace(choice, settings=(("TEST.NO_TEST", True), *choice.settings)), "", output)
-
-
-def seconds_of_run(runner: Runner, cfg: Any, parts: tuple[list[Datum], list[Datum], list[Datum]]) -> float:
+def seconds_of_run(runner: Runner, cfg: Any, parts: Parts) -> float:
     """Estimate the seconds of a training run, from a few steps of it."""
     trainer = runner.build(cfg, parts)
     trainer.set_model_mode("train")
@@ -206,11 +219,11 @@ def add_learning_curve(
 ) -> None:
     """Add the accuracy of the chosen method with a half and a quarter of the images to what was found, in place."""
     held, labels, chosen = comparison.held, comparison.labels, comparison.chosen
-    cfg = quiet_cfg(runner, chosen.choice, output)
+    cfg = runner.configure_quietly(chosen.choice, output)
     comparison.learns = TRAINER_REGISTRY.get(chosen.choice.method).trains(cfg)
     if not held.any() or not comparison.learns:
         return
-    folds = len(set(comparison.folds.tolist()) - {-1})
+    folds = len(numbers_of(comparison.folds))
     full = len(items) / len(set(labels.tolist())) * (1 - 1 / folds)
     for size in sorted({int(full / 4), int(full / 2)} - {0}):
         logits = held_out_logits(runner, cfg, items, comparison.folds, share, size)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from dassl.utils import InputError, atomic_write
 
 from ..app.configuration import check_method
-from ..app.prediction import infer, read_batches
+from ..app.prediction import infer, main_head, read_batches
 from ..clip.load import shared_clips
 from ..features import remembered_features
 from .export import ExportReport, export_classifier
@@ -40,7 +40,7 @@ from .inspecting import photos_below
 from .inspection import Findings, Photo, inspect_photos
 from .model_file import load_file, save_file
 from .report import Report
-from .runs import Choice, Runner, apart, wrong_input_told
+from .runs import VALIDATION_SHARE, Choice, Runner, apart, wrong_input_told
 
 AUTO = "auto"
 
@@ -85,7 +85,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         weights: str | None = None,
         settings: Mapping[str, Any] | None = None,
         class_names: Mapping[Any, str] | None = None,
-        validation_fraction: float = 0.2,
+        validation_fraction: float = VALIDATION_SHARE,
         calibration: str | None = "auto",
         unknown: str | float | None = None,
         time_limit: float | None = None,
@@ -180,7 +180,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def _adopt(self, found: Fitting, classes: np.ndarray[Any, Any]) -> None:
         self.classes_ = classes
         self.class_names_ = list(found.class_names)
-        self.method_, self.config_ = found.choice.method, found.choice.config
+        self.method_, self.config_ = found.choice.method, found.config
         self.temperature_ = found.temperature
         self.threshold_ = found.threshold
         self.n_images_ = {
@@ -240,11 +240,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def _logits(self, X: Any) -> Tensor:
         trainer = self._fitted()
-        name = trainer.main_head
 
         def logits(images: Tensor, paths: Sequence[str]) -> Tensor:
             heads = infer(trainer, images, paths)
-            return heads[name] if name else next(iter(heads.values()))
+            return heads[main_head(trainer, heads)]
 
         return self._collect(X, logits)
 

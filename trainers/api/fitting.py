@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from dassl.utils.logger import muted
 
 from ..base import FeatureTrainer
 from ..features import remembered_features
-from .auto import Comparison, Score, add_learning_curve, compare, quiet_cfg, score
+from .auto import Comparison, Score, add_learning_curve, compare, score
 from .calibration import UnknownRule, calibrated_apart, calibration_error, fit_temperature, unknown_rule
 from .folds import draw_folds, held_out_logits, without_classes
 from .inspection import TEST, TRAINING, Photo
@@ -32,6 +32,7 @@ class Fitting:
     Attributes:
         trainer: the trained method.
         choice: its name and settings.
+        config: short name of its configuration, or its file; "": it has none.
         class_names: as CLIP reads them, in the order of their labels.
         counts: label -> number of images to learn from.
         temperature: what logits are divided by.
@@ -43,6 +44,7 @@ class Fitting:
 
     trainer: Any
     choice: Choice
+    config: str
     class_names: Sequence[str]
     counts: dict[int, int]
     temperature: float
@@ -97,7 +99,7 @@ def fit(
             cfg = runner.configure(choice, folder, output)
             trainer = runner.train(cfg, None, files)
         else:
-            cfg = runner.configure(replace(choice, settings=(("TEST.NO_TEST", True), *choice.settings)), "", output)
+            cfg = runner.configure_quietly(choice, output)
             trainer = runner.train(cfg, (*draw_validation(items, share, runner.seed), []), files)
     # Held-out images where there are some; else the validation images, which no weight was trained on.
     logits, labels, folds = _held_out(comparison) or _validation(trainer)
@@ -124,7 +126,9 @@ def fit(
         rows = zip(known, comparison.chosen.logits, comparison.held.tolist(), strict=True)
         apart = {item.impath: row for item, row, held in rows if held}
     threshold = rule.threshold if rule else None
-    return Fitting(trainer, choice, names, counts, temperature, threshold, report, photos, apart)
+    return Fitting(
+        trainer, choice, runner.config_of(choice), names, counts, temperature, threshold, report, photos, apart
+    )
 
 
 def _of_folder(runner: Runner, choice: Choice | None, folder: str, output: str) -> list[Datum]:
@@ -145,7 +149,7 @@ def _cross_validated(runner: Runner, choice: Choice, items: list[Datum], output:
     held = folds >= 0
     found = Score(choice)
     if held.any():
-        logits = held_out_logits(runner, quiet_cfg(runner, choice, output), items, folds, share)
+        logits = held_out_logits(runner, runner.configure_quietly(choice, output), items, folds, share)
         found = score(choice, logits, labels, held)
     return Comparison(folds, labels, [found], found, f"{choice.shown} was asked for")
 
@@ -179,7 +183,7 @@ def _unknown_rule(
     temperature: float,
 ) -> UnknownRule | None:  # fmt: skip
     folds = draw_folds([item.label for item in items], runner.seed) if comparison is None else comparison.folds
-    known, strange = without_classes(runner, quiet_cfg(runner, choice, output), items, folds, share)
+    known, strange = without_classes(runner, runner.configure_quietly(choice, output), items, folds, share)
     if not known or not sum(map(len, known)) or not sum(map(len, strange)):
         return None
 

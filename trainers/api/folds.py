@@ -38,6 +38,11 @@ def draw_folds(labels: Sequence[int], seed: int, most: int = MOST_FOLDS) -> Tens
     return found
 
 
+def numbers_of(folds: Tensor) -> list[int]:
+    """Return the numbers of the folds that hold images out, in order."""
+    return sorted(set(folds.tolist()) - {-1})
+
+
 def held_out_logits(
     runner: Runner, cfg: CfgNode, items: Sequence[Datum], folds: Tensor, share: float, most: int = 0
 ) -> Tensor:
@@ -51,7 +56,7 @@ def held_out_logits(
         most: images of each class to train on; 0: all.
     """
     out = torch.full((len(items), len({item.label for item in items})), float("nan"))
-    for fold in sorted(set(folds.tolist()) - {-1}):
+    for fold in numbers_of(folds):
         here = folds == fold
         train = [item for item, held in zip(items, here.tolist(), strict=True) if not held]
         test = [item for item, held in zip(items, here.tolist(), strict=True) if held]
@@ -88,7 +93,7 @@ def without_classes(
         tensor for each group. Both lists are empty where there are fewer than three classes.
     """
     names = {item.label: item.classname for item in items}
-    labels, numbers = sorted(names), sorted(set(folds.tolist()) - {-1})
+    labels, numbers = sorted(names), numbers_of(folds)
     groups = min(MOST_FOLDS, len(labels))
     known, unknown = [], []
     for group in range(groups if len(labels) > 2 and numbers else 0):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dassl.utils import InputError, read_image
 from dassl.utils.files import file_digest
 
-from ..app.prediction import head_of, infer, read_batches
+from ..app.prediction import infer, main_head, read_batches
 from ..clip import zeroshot_weights
 from ..features.suspicious import LabelScores, label_scores
 
@@ -143,7 +143,7 @@ def inspect_photos(
         with trainer.precision.autocast():
             features.append(F.normalize(clip.encode_image(images).float(), dim=-1).cpu())
         heads = infer(trainer, images, [photos[number].path for number in numbers])
-        logits.append(head_of(heads, trainer.main_head or next(iter(heads))).float().cpu())
+        logits.append(heads[main_head(trainer, heads)].float().cpu())
         kept += numbers
     if not kept:
         raise InputError(f"Expected photos that can be read but could read none of {len(photos)}")

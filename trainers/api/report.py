@@ -22,7 +22,7 @@ def estimate(comparison: Comparison) -> tuple[float, float, float]:
     """Return the accuracy to be expected of the chosen method on new images, and a 95 % interval, in percent.
 
     Accuracy on held-out images is that of a classifier with fewer training images; the learning curve says what the
-    others bring. Where no image can be held out, nothing is known but zero-shot's accuracy.
+    others bring. Where no image can be held out, nothing is known: NaN, 0 and 100.
     """
     n = int(comparison.held.sum())
     accuracy = comparison.chosen.accuracy

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from dlr_clip_cli.train import parse_args
 
 from ..app.building import explained
 from ..app.configuration import setup_cfg
-from ..app.prediction import head_of
+from ..app.prediction import main_head
 from ..configs import configs_of
 
 VALIDATION_SHARE = 0.2  # share of the images given that settings are chosen on
@@ -112,6 +112,14 @@ class Runner:
     settings: tuple[tuple[str, Any], ...] = ()
     verbose: bool = False
 
+    def config_of(self, choice: Choice) -> str:
+        """Return the short name of a choice's configuration, or its file; "": there is none."""
+        if choice.method in TRAINER_REGISTRY.registered_names() and (
+            not choice.config or choice.config.startswith("_")
+        ):
+            return fitting_config(choice.method, self.backbone, choice.config)
+        return choice.config
+
     def configure(self, choice: Choice, folder: str, output: str, shots: int = -1) -> CfgNode:
         """Return the frozen configuration of a run, through the same steps as train.py.
 
@@ -124,9 +132,7 @@ class Runner:
             InputError: the method, the backbone or a setting is not known.
         """
         words = ["--trainer", choice.method, "--output-dir", output, "--seed", str(self.seed)]
-        config = choice.config
-        if choice.method in TRAINER_REGISTRY.registered_names() and (not config or config.startswith("_")):
-            config = fitting_config(choice.method, self.backbone, config)
+        config = self.config_of(choice)
         if config:
             words += ["--config-file" if config.endswith((".yaml", ".yml")) else "--config", config]
         args = parse_args(words)
@@ -146,6 +152,10 @@ class Runner:
             pairs += [key, value]
         args.opts = pairs
         return setup_cfg(args)
+
+    def configure_quietly(self, choice: Choice, output: str) -> CfgNode:
+        """Return the configuration of a run on given items that is not tested at its end; see `configure`."""
+        return self.configure(replace(choice, settings=(("TEST.NO_TEST", True), *choice.settings)), "", output)
 
     def data(self, cfg: CfgNode, items: Parts | None = None) -> DataManager:
         """Return the data manager of a run: of the items given, or of the folder that the configuration names."""
@@ -220,7 +230,7 @@ def collect_logits(trainer: Any, loader: Any) -> tuple[Tensor, Tensor]:
         input, label = trainer.parse_batch_test(batch)
         with trainer.precision.autocast():
             heads: Mapping[str, Tensor] = as_heads(trainer.model_heads(input))
-        logits.append(head_of(heads, trainer.main_head or next(iter(heads))).float().cpu())
+        logits.append(heads[main_head(trainer, heads)].float().cpu())
         labels.append(label.cpu())
     return torch.cat(logits), torch.cat(labels)
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dassl.utils import InputError
 from dassl.utils.files import file_digest
 
-from ..app.prediction import Model, infer, read_batches
+from ..app.prediction import Model, infer, main_head, read_batches
 from ..clip import zeroshot_weights
 
 ZERO_SHOT = "zero-shot CLIP"  # the head that classifies into any names
@@ -61,7 +61,7 @@ class PhotoServer:
         size = model.trainer.cfg.INPUT.SIZE
         with torch.no_grad():
             heads = infer(model.trainer, torch.zeros(1, 3, *size, device=model.trainer.device), [""])
-        main = model.trainer.main_head or next(iter(heads))
+        main = main_head(model.trainer, heads)
         self.heads = [main, *(name for name in heads if name != main), ZERO_SHOT]
 
     @torch.no_grad()

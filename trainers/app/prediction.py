@@ -281,7 +281,7 @@ def classify(
         if good:
             paths = [source if isinstance(source, str) else "" for source in (sources[number] for number in numbers)]
             heads = infer(model.trainer, torch.stack([image for _, image in good]), paths)
-            logits = head_of(heads, head or model.trainer.main_head or next(iter(heads))).float()
+            logits = head_of(heads, head or main_head(model.trainer, heads)).float()
             rows = (logits / model.temperature).softmax(dim=1).cpu()
         yield numbers, rows, bad
 
@@ -309,6 +309,11 @@ def head_of(heads: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in heads:
         raise InputError(f'Expected --head to be one of {", ".join(heads)} but got "{name}"{did_you_mean(name, heads)}')
     return heads[name]
+
+
+def main_head(trainer: Any, heads: Mapping[str, Tensor]) -> str:
+    """Return the name of the head that a trainer's answers come from; a trainer that names none has its first."""
+    return trainer.main_head or next(iter(heads))
 
 
 def infer(trainer: Any, images: Tensor, paths: Sequence[str]) -> Mapping[str, Tensor]:

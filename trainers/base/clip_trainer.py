@@ -5,6 +5,7 @@ CLIPTrainer derives from PortableTrainer (../portable.py), so that it also runs 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +37,7 @@ from ..log import DETAIL
 from ..portable import OWN_TOOLBOX, PortableTrainer
 from .keys import MethodConfig, add_keys, check_number, has_keys, read_keys
 from .label_check import LabelCheck, LabelCheckKeys, asks_for_check, check_labels
-from .losses import LossKeys, class_loss
+from .losses import LossKeys, balanced_weights, check_plain_loss, class_loss
 from .transfers import sent
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class CLIPTrainer(PortableTrainer):
     # images always leave it out.
     drop_last = True
     adapters = "none"  # whether MODEL.IMO_WEIGHTS corrects the features: none (it is refused) | optional | needed
-    cross_entropy = True  # whether OPTIM.LOSS may put another loss in the place of cross-entropy
+    cross_entropy = True  # whether OPTIM.LOSS may put another loss in the place of cross-entropy, and classes weighted
     per_step = False  # True: the learning-rate schedule counts steps; False: it counts epochs, as CoOp's does
     network: Any
     label_check: LabelCheck | None = None  # scores of the training labels, where the configuration asks for them
@@ -124,11 +125,8 @@ class CLIPTrainer(PortableTrainer):
         for section, keys in (*SHARED_KEYS, *cls.extra_keys.items()):
             if has_keys(cfg[section], keys):
                 read_keys(cfg[section], section, keys)
-        if not cls.cross_entropy and cfg.OPTIM.get("LOSS", "ce") != "ce":
-            raise ValueError(
-                f"Expected OPTIM.LOSS to be ce for {cls.__name__}, which takes no other loss, "
-                f"but got {cfg.OPTIM.LOSS!r}"
-            )
+        if not cls.cross_entropy:
+            check_plain_loss(cfg.OPTIM, cls.__name__)
         if asks_for_check(cfg) and not OWN_TOOLBOX:
             raise ValueError("Expected DATASET.SUSPICIOUS to be False and CLEANING none: this toolbox has neither")
         if "WEIGHTS" not in cfg.MODEL.BACKBONE or "TEMPLATE" not in cfg.DATASET:
@@ -308,8 +306,15 @@ class CLIPTrainer(PortableTrainer):
         return {"loss": self.class_loss(outputs, labels)}
 
     def class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy of logits [B, C], or the loss that OPTIM.LOSS puts in its place."""
-        return class_loss(logits, labels, self.cfg.OPTIM.get("LOSS", "ce"))
+        """Return the cross-entropy of logits [B, C], or what OPTIM.LOSS and CLASS_WEIGHTS put in its place."""
+        return class_loss(logits, labels, self.cfg.OPTIM.get("LOSS", "ce"), self._class_weights)
+
+    @functools.cached_property
+    def _class_weights(self) -> Tensor | None:
+        """What an image of each class counts, [C]; None: 1."""
+        if self.cfg.OPTIM.get("CLASS_WEIGHTS", "none") == "none":
+            return None
+        return balanced_weights([item.label for item in self.dm.dataset.train_x], self.num_classes, self.device)
 
     def shown_logits(self, outputs: Any) -> Tensor:
         """Return the logits [B, C] whose accuracy on the training batch is shown."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .encoder import Batch, Encode, FeatureSet, Slot
+from .sharing import encode_all, encode_shared, is_shared, known_to_all
 
 WORKERS: dict[str, Any] = {"num_workers": 0, "worker_init_fn": None, "pin_memory": False}
 
@@ -26,33 +27,23 @@ def workers_like(loader: Any) -> dict[str, Any]:
     return {name: getattr(loader, name, default) for name, default in WORKERS.items()}
 
 
-def encode_batch(batch: Batch, encode: Encode) -> Tensor:
-    """Return features [B, E] of a batch: those in "feature" where there are any, else those of its images "img"."""
-    return batch["feature"] if "feature" in batch else encode(batch["img"])
-
-
-@torch.no_grad()
 def collect_features(loader: Iterable[Batch], encode: Encode, views: int = 1, slot: Slot | None = None) -> FeatureSet:
     """Collect the features of all images of a loader whose items are `views` times the same N images, in order.
 
     If the slot has the features, they come from there; else they are computed, and kept in the slot, if there is one.
+    Several processes share a loader's batches out, so that all of them must call this.
 
     Raises:
         ValueError: the number of items is not a multiple of `views`.
     """
-    known = slot.load() if slot is not None else None
+    known = known_to_all(slot)
     if known is not None:
         return known
-    values, labels, paths = [], [], []
-    for batch in loader:
-        values.append(encode_batch(batch, encode))
-        labels.append(batch["label"].to(values[-1].device))
-        paths.extend(batch.get("impath", ()))
-    features, every = torch.cat(values), torch.cat(labels)
-    if len(features) % views:
-        raise ValueError(f"Expected {views} views of each image but got {len(features)} in all")
-    n = len(features) // views
-    known = FeatureSet(features.unflatten(0, (views, n)), every[:n], paths[:n])
+    found = encode_shared(loader, encode) if is_shared(loader) else encode_all(loader, encode)
+    if len(found.features) % views:
+        raise ValueError(f"Expected {views} views of each image but got {len(found.features)} in all")
+    n = len(found.features) // views
+    known = FeatureSet(found.features.unflatten(0, (views, n)), found.labels[:n], found.paths[:n])
     if slot is not None:
         slot.save(known.values)
     return known
@@ -88,15 +79,14 @@ class FeatureLoader:
             known = self.all()
             return (_pick(known, torch.tensor(rows, device=known.labels.device)) for rows in self._batches)
         self._recall()
-        return self._stream() if self._known is None else self._from_memory(self._known)
+        if self._known is None and not is_shared(self.loader):
+            return self._stream()
+        return self._from_memory(self.all())
 
     def all(self) -> FeatureSet:
         """Return the features of all images."""
-        self._recall()
         if self._known is None:
-            for _ in self._stream():
-                pass
-        assert self._known is not None
+            self._known = collect_features(self.loader, self.encode, 1, self.slot)
         return self._known
 
     def regroup(self, batches: list[list[int]] | None) -> None:
@@ -104,8 +94,8 @@ class FeatureLoader:
         self._batches = batches
 
     def _recall(self) -> None:
-        if self._known is None and self.slot is not None:
-            self._known = self.slot.load()
+        if self._known is None:
+            self._known = known_to_all(self.slot)
 
     @torch.no_grad()
     def _stream(self) -> Iterator[Batch]:

@@ -15,7 +15,17 @@ from torch.nn import functional as F
 
 from dassl.utils import InputError
 from trainers import FewShotClassifier
-from trainers.api.auto import ADAPTED, CANDIDATES, FIRST_CHOICE, Score, choose, gain_of_doubling, interval, score
+from trainers.api.auto import (
+    ADAPTED,
+    CANDIDATES,
+    FIRST_CHOICE,
+    Score,
+    balanced,
+    choose,
+    gain_of_doubling,
+    interval,
+    score,
+)
 from trainers.api.calibration import calibrated_apart, calibration_error, fit_temperature, unknown_rule
 from trainers.api.folds import draw_folds, first_of_each
 from trainers.api.report import Report
@@ -144,6 +154,7 @@ def test_a_method_is_chosen_and_reported(make, photos, more_photos):
     clf = make(unknown="auto").fit(*photos)
     report = clf.report()
     assert clf.method_ in {choice.method for choice in CANDIDATES} and clf.score(*more_photos) > 0.8
+    assert clf.config_.startswith("tiny")
     assert [row[0] for row in report.methods] == [choice.shown for choice in CANDIDATES]
     assert report.low <= report.accuracy <= report.high and report.images == 18 and report.classes == 3
     text, page = str(report), report._repr_html_()
@@ -163,6 +174,13 @@ def test_one_image_of_each_class_is_enough(make, tmp_path, more_photos):
     assert clf.method_ == FIRST_CHOICE.method and clf.temperature_ == 1 and clf.threshold_ is None
     assert "none can be held out" in str(clf.report()) and clf.report().accuracy is None
     assert clf.score(*more_photos) > 0.6
+
+
+def test_unequal_classes_count_the_same_in_losses():
+    probe, gaussian = (next(one for one in CANDIDATES if one.method == name) for name in ("LinearProbe", "GDA"))
+    unequal, equal = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([0, 1, 1, 2, 2, 0])
+    assert ("OPTIM.CLASS_WEIGHTS", "balanced") in balanced(probe, unequal).settings
+    assert balanced(probe, equal) == probe and balanced(gaussian, unequal) == gaussian
 
 
 def test_classes_may_have_different_numbers_of_images(make, tmp_path, more_photos):

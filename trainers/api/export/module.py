@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dassl.evaluation.passes import as_heads
 
+from ...app.prediction import main_head
 from ...clip.text import TextState
 from ...cocoop import CoCoOpClassifier
 
@@ -57,7 +58,7 @@ class Exported(nn.Module):
             images = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
         (trainer,) = self._trainer
         heads = self._heads(trainer, images)
-        logits = heads[trainer.main_head] if trainer.main_head else next(iter(heads.values()))
+        logits = heads[main_head(trainer, heads)]
         return (logits.float() / self.temperature).softmax(dim=1)
 
     def _heads(self, trainer: Any, images: Tensor) -> Mapping[str, Tensor]:

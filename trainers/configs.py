@@ -7,6 +7,7 @@ CoOp's `tiny` is configs/trainers/coop/tiny.yaml. Not the folder, but TRAINER.NA
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import os
 from pathlib import Path
@@ -32,9 +33,15 @@ def trainer_of(file: str | os.PathLike[str]) -> str:
     return name
 
 
+@functools.cache
+def shipped_files() -> dict[Path, str]:
+    """Return the project's own files, in order, with their trainers; they are read once in a process."""
+    return {file: trainer_of(file) for file in sorted(FOLDER.glob("*/*.yaml"))}
+
+
 def configs_of(trainer: str) -> dict[str, Path]:
     """Return the files that are made for a trainer, by short name (the file's stem), in order."""
-    return {file.stem: file for file in sorted(FOLDER.glob("*/*.yaml")) if trainer_of(file) == trainer}
+    return {file.stem: file for file, name in shipped_files().items() if name == trainer}
 
 
 def find_config(trainer: str, name: str) -> Path:
@@ -43,10 +50,9 @@ def find_config(trainer: str, name: str) -> Path:
     Raises:
         ValueError: there is no such file; the message names those that there are.
     """
-    for file in sorted(FOLDER.glob("*/*.yaml")):  # reading one costs some hundredths of a second
-        if file.stem == name and trainer_of(file) == trainer:
-            return file
     found = configs_of(trainer)
+    if name in found:
+        return found[name]
     near = difflib.get_close_matches(name, found, 1)
     hint = f' (did you mean "{near[0]}"?)' if near else ""
     known = f"be one of {', '.join(found)}" if found else "be left out, as there is no configuration"

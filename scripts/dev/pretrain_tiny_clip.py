@@ -59,6 +59,7 @@ from scripts.dev.tiny_world import (
     render_pool,
     true_pairs,
 )
+from trainers.api.folds import first_of_each
 from trainers.clip import templates_for
 from trainers.clip.tiny import save_tiny
 
@@ -183,16 +184,22 @@ def augmented(images: np.ndarray, rng: np.random.Generator) -> Tensor:
 
 
 class Probe:
-    """The images that accuracy is watched on: the training images of `Digits` and `Shapes`, never test images."""
+    """The images that accuracy is watched on: the training images of `Digits` and `Shapes`, never test images.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    Args:
+        vocabulary: of the prompts.
+        most: images of each class; 0: all.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, most: int = 0) -> None:
         cfg = get_cfg_default()
         extend_cfg(cfg)
         self.sets = {}
         for reader, name in ((Digits, "Digits"), (Shapes, "Shapes")):
             dataset = reader(cfg)
-            images = np.stack([np.asarray(Image.open(item.impath).convert("RGB")) for item in dataset.train_x])
-            labels = torch.tensor([item.label for item in dataset.train_x])
+            items = first_of_each(dataset.train_x, most) if most else dataset.train_x
+            images = np.stack([np.asarray(Image.open(item.impath).convert("RGB")) for item in items])
+            labels = torch.tensor([item.label for item in items])
             (template,) = templates_for(name)
             prompts = vocabulary([template.format(c) for c in dataset.classnames])
             self.sets[name.lower()] = (normalized(images), labels, prompts)
@@ -266,7 +273,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, model: Pretrainer, pool: Pool, vocabulary: Vocabulary) -> None:
         self.args, self.model, self.pool, self.vocabulary = args, model, pool, vocabulary
         self.rng = np.random.default_rng(args.seed)
-        self.probe = Probe(vocabulary)
+        self.probe = Probe(vocabulary, args.watched)
         self.earlier: list[dict] = []  # records of the stages before this one
         self.start = self.shown = time.time()
 
@@ -361,6 +368,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mixup", type=float, default=0.4, help="how often the annotator uses a neighbor's name")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=float, default=3, help="minutes between measurements and checkpoints")
+    parser.add_argument(
+        "--watched", type=int, default=0, help="images of each class to measure on (default: all)"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the image encoder (needs a C++ compiler)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / "trainers" / "clip" / "assets")

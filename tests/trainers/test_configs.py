@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 
@@ -17,6 +18,7 @@ TRAINERS = TRAINER_REGISTRY.registered_names()
 FILES = sorted(FOLDER.glob("*/*.yaml"))
 
 
+@functools.cache
 def merged_trainer(path: Path) -> str:
     """TRAINER.NAME after the file was merged into the whole configuration."""
     cfg = get_cfg_default()

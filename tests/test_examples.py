@@ -3,11 +3,10 @@
 import ast
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import run_program
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {"class_shift": "ClassShift", "near_prompts": "NearPrompts"}
@@ -16,12 +15,12 @@ EXAMPLES = {"class_shift": "ClassShift", "near_prompts": "NearPrompts"}
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_trains_from_another_folder(name, tmp_path):
     command = [
-        *(sys.executable, str(ROOT / "examples" / f"{name}.py"), "--trainer", EXAMPLES[name]),
+        *(str(ROOT / "examples" / f"{name}.py"), "--trainer", EXAMPLES[name]),
         *("--config-file", str(ROOT / "examples" / f"{name}.yaml"), "--output-dir", "run"),
         *("DATASET.NUM_SHOTS", "2", "OPTIM.MAX_EPOCH", "3"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run_program(command, tmp_path, environment)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert found["trainer"] == EXAMPLES[name] and set(found["test"]["heads"]) == {"clip", EXAMPLES[name].lower()}

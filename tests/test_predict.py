@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, features
+from programs import run_program
 
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import close_logger
@@ -308,8 +309,7 @@ def test_stdout_may_be_closed_early(run, new, tmp_path):
 
 
 def test_as_a_program(run, new, tmp_path):
-    command = [sys.executable, str(ROOT / "predict.py"), "--model-dir", str(run), str(new), "--csv"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = run_program([ROOT / "predict.py", "--model-dir", run, new, "--csv"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list(csv.DictReader(io.StringIO(done.stdout)))) == 12
     assert "Traceback" not in done.stderr

@@ -129,6 +129,9 @@ def test_another_loss_takes_the_place_of_cross_entropy(name, build, monkeypatch)
     if not TRAINER_REGISTRY.get(name).cross_entropy:
         with pytest.raises(ValueError, match=f"OPTIM.LOSS to be ce for {name}, which takes no other loss"):
             build(name, "OPTIM.LOSS", "mae")
+        if TRAINER_REGISTRY.get(name).weighs_classes:
+            build(name, "OPTIM.CLASS_WEIGHTS", "balanced")
+            return
         with pytest.raises(ValueError, match=f"OPTIM.CLASS_WEIGHTS to be none for {name}, which takes no weights"):
             build(name, "OPTIM.CLASS_WEIGHTS", "balanced")
         return

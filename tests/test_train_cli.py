@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import run_program
 
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError, errors
@@ -454,10 +455,7 @@ def test_a_bug_while_a_model_is_built_has_exit_code_1(command, tmp_path):
     for folder, code, said in (("BUG", 1, "Traceback (most"), ("TOLD", 2, "error: Expected this but got that\n")):
         argv = command("--trainer", "Mine", output=folder)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, str(tmp_path / "mine.py"), *argv],
-            **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120, "env": environment},
-        )
+        done = run_program([tmp_path / "mine.py", *argv], ROOT, environment)
         assert (done.returncode, done.stderr.startswith(said) or said in done.stderr) == (code, True), done.stderr
         assert ("Traceback" in done.stderr) == (code == 1)
 
@@ -472,8 +470,6 @@ def test_an_input_error_while_running_is_one_line(command, monkeypatch, capsys):
 
 
 def test_as_a_program(command):
-    done = subprocess.run(
-        [sys.executable, "train.py", "--trainer", "Nobody"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = run_program(["train.py", "--trainer", "Nobody"], ROOT)
     assert done.returncode == 2
     assert_one_line(done.stderr, "Nobody")

@@ -43,7 +43,9 @@ class Linear(NamedTuple):
     bias: Tensor  # [C]
 
 
-def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float, max_iter: int = 1000) -> Linear:
+def fit_logistic(
+    features: Tensor, labels: Tensor, num_classes: int, c: float, max_iter: int = 1000, balanced: bool = False
+) -> Linear:
     """Fit a multinomial logistic regression by L-BFGS with an L2 penalty of weight 1 / c.
 
     Args:
@@ -52,6 +54,7 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float, m
         num_classes: C.
         c: inverse strength of the penalty.
         max_iter: iterations at most.
+        balanced: whether each class counts the same, however many images it has.
 
     Raises:
         ValueError: a class has no image.
@@ -61,7 +64,7 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float, m
         raise ValueError(f"Expected training images of all {num_classes} classes but got none of {sorted(missing)[:5]}")
     if num_classes == 1:
         return Linear(features.new_zeros(1, features.shape[1]), features.new_zeros(1))
-    model = LogisticRegression(C=c, solver="lbfgs", max_iter=max_iter)
+    model = LogisticRegression(C=c, solver="lbfgs", max_iter=max_iter, class_weight="balanced" if balanced else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the search also tries penalties too weak to converge
         model.fit(features.cpu().numpy(), labels.cpu().numpy())
@@ -182,6 +185,7 @@ class LinearProbe(FeatureTrainer):
     paper = "Radford et al. 2021"
     learns = "a linear classifier on image features"
     cross_entropy = False
+    weighs_classes = True
     config = LinearProbeConfig
     extra_keys = {"MODEL": CorrectedKeys}
     model_name = "probe"
@@ -213,12 +217,12 @@ class LinearProbe(FeatureTrainer):
         """Choose C on validation images, fit, and return the accuracy (percent) on the training images."""
         learner, known = self.network.learner, self.validation_features()
         x, y = features.flat()
-        x = learner.compared(x)
+        x, balanced = learner.compared(x), self.cfg.OPTIM.get("CLASS_WEIGHTS", "none") == "balanced"
         fits: dict[float, Linear] = {}
 
         def fitted(c: float) -> Linear:
             if c not in fits:
-                fits[c] = fit_logistic(x, y, len(learner.classnames), c, self.settings.max_iter)
+                fits[c] = fit_logistic(x, y, len(learner.classnames), c, self.settings.max_iter, balanced)
             return fits[c]
 
         if isinstance(known, str):

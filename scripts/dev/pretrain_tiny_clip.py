@@ -368,9 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mixup", type=float, default=0.4, help="how often the annotator uses a neighbor's name")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=float, default=3, help="minutes between measurements and checkpoints")
-    parser.add_argument(
-        "--watched", type=int, default=0, help="images of each class to measure on (default: all)"
-    )
+    parser.add_argument("--watched", type=int, default=0, help="images of each class to measure on (default: all)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the image encoder (needs a C++ compiler)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / "trainers" / "clip" / "assets")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from programs import run_program
 
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils.checkpoints import POINTER_NAME
@@ -26,8 +26,7 @@ METHODS = "ZeroshotCLIP,LinearProbe"
 
 
 def compare(output: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/compare.py", "--shots", "1", "--output", str(output), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return run_program(["scripts/compare.py", "--shots", "1", "--output", str(output), *arguments], ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +106,7 @@ def test_stopping_stops_the_runs_and_the_same_command_goes_on(tmp_path):
     number = len(list(folder.glob("*/model.pth.tar-*")))
     time.sleep(0.5)
     assert len(list(folder.glob("*/model.pth.tar-*"))) == number  # its process has gone too
-    assert subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True).returncode == 0
+    assert run_program(command[1:], ROOT).returncode == 0
     assert (folder / "DONE").exists()
     assert "Resum" in (folder / "console.txt").read_text() or "resum" in (folder / "console.txt").read_text()
 

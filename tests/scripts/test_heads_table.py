@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
+
+from programs import run_program
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "heads_table.py"
 
@@ -20,7 +21,7 @@ def _run(folder: Path, seed: int, shots: int, done: bool = True, **heads: float)
 
 
 def _table(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
+    return run_program([SCRIPT, *map(str, arguments)], Path.cwd())
 
 
 def test_means_over_seeds_of_finished_runs(tmp_path) -> None:

@@ -39,6 +39,17 @@ def test_fit_is_the_minimum_of_the_penalized_cross_entropy(num_classes):
         torch.testing.assert_close(weight.double(), w - w.mean(0) + weight.double().mean(0), rtol=1e-2, atol=1e-3)
 
 
+def test_each_class_counts_the_same_where_asked_for():
+    x, y = data(3, 36)
+    rows = torch.cat([torch.nonzero(y == label)[:count, 0] for label, count in enumerate((12, 6, 3))])
+    repeated = torch.cat([rows[:12], rows[12:18].repeat(2), rows[18:].repeat(4)])  # 12 of each
+    # Of 21 images an average one counts 1, and of 36 repeated ones, too: the penalty has to grow as their number.
+    got = fit_logistic(x[rows], y[rows], 3, c=0.5 * 36 / 21, balanced=True)
+    want = fit_logistic(x[repeated], y[repeated], 3, c=0.5)
+    torch.testing.assert_close(got.weight, want.weight, rtol=1e-2, atol=1e-3)
+    assert not torch.allclose(got.weight, fit_logistic(x[rows], y[rows], 3, c=0.5 * 36 / 21).weight, atol=1e-2)
+
+
 def test_a_class_without_images():
     x, y = data(3)
     with pytest.raises(ValueError, match="none of \\[3\\]"):

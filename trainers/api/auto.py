@@ -192,7 +192,8 @@ def balanced(choice: Choice, labels: Tensor) -> Choice:
     A method that is not trained by a loss over images stays as it is.
     """
     unequal = len(labels.bincount().unique()) > 1
-    if not unequal or not TRAINER_REGISTRY.get(choice.method).cross_entropy:
+    method = TRAINER_REGISTRY.get(choice.method)
+    if not unequal or not (method.cross_entropy or method.weighs_classes):
         return choice
     return replace(choice, settings=(("OPTIM.CLASS_WEIGHTS", "balanced"), *choice.settings))
 

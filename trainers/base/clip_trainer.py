@@ -68,7 +68,8 @@ class CLIPTrainer(PortableTrainer):
     # images always leave it out.
     drop_last = True
     adapters = "none"  # whether MODEL.IMO_WEIGHTS corrects the features: none (it is refused) | optional | needed
-    cross_entropy = True  # whether OPTIM.LOSS may put another loss in the place of cross-entropy, and classes weighted
+    cross_entropy = True  # whether OPTIM.LOSS may put another loss in the place of cross-entropy
+    weighs_classes = False  # whether OPTIM.CLASS_WEIGHTS is followed although OPTIM.LOSS is not
     per_step = False  # True: the learning-rate schedule counts steps; False: it counts epochs, as CoOp's does
     network: Any
     label_check: LabelCheck | None = None  # scores of the training labels, where the configuration asks for them
@@ -126,7 +127,7 @@ class CLIPTrainer(PortableTrainer):
             if has_keys(cfg[section], keys):
                 read_keys(cfg[section], section, keys)
         if not cls.cross_entropy:
-            check_plain_loss(cfg.OPTIM, cls.__name__)
+            check_plain_loss(cfg.OPTIM, cls.__name__, cls.weighs_classes)
         if asks_for_check(cfg) and not OWN_TOOLBOX:
             raise ValueError("Expected DATASET.SUSPICIOUS to be False and CLEANING none: this toolbox has neither")
         if "WEIGHTS" not in cfg.MODEL.BACKBONE or "TEMPLATE" not in cfg.DATASET:
@@ -311,7 +312,7 @@ class CLIPTrainer(PortableTrainer):
 
     @functools.cached_property
     def _class_weights(self) -> Tensor | None:
-        """What an image of each class counts, [C]; None: 1."""
+        """The weight of an image of each class, [C]; None: 1."""
         if self.cfg.OPTIM.get("CLASS_WEIGHTS", "none") == "none":
             return None
         return balanced_weights([item.label for item in self.dm.dataset.train_x], self.num_classes, self.device)

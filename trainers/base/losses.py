@@ -34,14 +34,14 @@ class LossKeys:
     )
 
 
-def check_plain_loss(optim: Any, method: str) -> None:
-    """Refuse, in a node OPTIM, another loss and weights of classes for a method that takes neither.
+def check_plain_loss(optim: Any, method: str, weighs_classes: bool = False) -> None:
+    """Refuse, in a node OPTIM, another loss and (unless it weighs them) weights of classes for a method without such.
 
     Raises:
         ValueError: one of them is there.
     """
     for name, usual, lack in (("LOSS", "ce", "no other loss"), ("CLASS_WEIGHTS", "none", "no weights of classes")):
-        if optim.get(name, usual) != usual:
+        if optim.get(name, usual) != usual and not (weighs_classes and name == "CLASS_WEIGHTS"):
             raise ValueError(
                 f"Expected OPTIM.{name} to be {usual} for {method}, which takes {lack}, but got {optim[name]!r}"
             )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run_program
 
 from dassl.engine import TRAINER_REGISTRY, TrainerX
 from dassl.optim import build_lr_scheduler, build_optimizer
@@ -165,12 +163,7 @@ sys.stdout.flush()
 @pytest.mark.parametrize("mode", ["nothing", "own", "setup", "basic"])
 def test_lines_reach_the_console_where_nobody_has_set_logging_up(tmp_path, mode):
     (tmp_path / "program.py").write_text(SILENT)
-    result = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py"), mode, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    result = run_program([tmp_path / "program.py", mode, tmp_path], ROOT)
     assert result.returncode == 0, result.stderr
     heard = [line for line in result.stdout.splitlines() if line.startswith("* accuracy: ")]
     assert len(heard) == (0 if mode == "basic" else 1)  # who asks for warnings gets warnings

@@ -23,7 +23,7 @@ def run_program(
     timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS`, a file or "-c" and code, and return what `subprocess.run` does, with output as text."""
-    words = list(map(os.fspath, arguments))
+    words = [os.fspath(word) for word in arguments]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainers.app.train", "datasets"])
     with tempfile.TemporaryDirectory() as folder:

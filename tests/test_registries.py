@@ -255,7 +255,7 @@ def test_a_step_that_is_left_out_moves_nothing(name, build, tmp_path):
     ("name", "sizes"),
     [
         *((name, [4, 4, 2]) for name in ("DLRCLIP", "CLIPLoRA", "TipAdapterF", "JCLIPAdapter", "RLA", "ProLIP")),
-        *((name, [4, 4, 2]) for name in ("APET", "AMUTuning", "DAC", "FAR")),
+        *((name, [4, 4, 2]) for name in ("APET", "AMUTuning", "DAC", "FAR", "TwoStageFS")),
         *((name, [4, 4]) for name in ("CoOp", "CoCoOp", "KgCoOp", "ProGrad", "TCP", "MMA", "CLIPAdapter")),
         *((name, [4, 4]) for name in ("TaskRes", "CLAP", "MaPLe", "IVLP", "VPT", "PromptSRC")),
         *((name, [4, 4]) for name in ("CoPrompt", "MMRL", "MMRLPP")),

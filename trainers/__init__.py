@@ -91,6 +91,8 @@ ALIASES = {
     "TransductiveDirichlet": "EMDirichlet",
     "TransductiveCLIP": "EMDirichlet",
     "LoRA": "CLIPLoRA",
+    "2SFS": "TwoStageFS",
+    "TwoStage": "TwoStageFS",
     "MMRLpp": "MMRLPP",
     "MMRL++": "MMRLPP",
     "IndependentVL": "IVLP",

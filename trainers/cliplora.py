@@ -10,9 +10,7 @@ Legend: B images, C classes, D width of a block, r rank.
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +20,10 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import Classifier, EncoderTrainer, Learner, MethodConfig, key, precision
+from .base import Classifier, CountedTrainer, Learner, MethodConfig, key, precision
 from .clip import CLIP, fill_template
 from .features import FrozenPart
 from .modules.low_rank import LowRankUpdates
-
-logger = logging.getLogger(__name__)
 
 
 class LoRALearner(Learner):
@@ -103,7 +99,7 @@ class CLIPLoRAConfig(MethodConfig):
 
 
 @TRAINER_REGISTRY.register()
-class CLIPLoRA(EncoderTrainer):
+class CLIPLoRA(CountedTrainer):
     """Low-rank few-shot adaptation. Training is counted in steps, whose number gives that of epochs."""
 
     recipe = 2
@@ -115,8 +111,6 @@ class CLIPLoRA(EncoderTrainer):
     no_views = "whose updates begin in the first block of the image tower"
     model_name = "lora"
     main_head = "lora"
-    per_step = True
-    drop_last = False
     network: LoRAClassifier
 
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> LoRAClassifier:
@@ -125,35 +119,18 @@ class CLIPLoRA(EncoderTrainer):
 
     def build_schedule(self, optim: Any) -> Any:
         """Build the schedule per step, and settle the number of steps and, with it, that of epochs."""
-        settings, num_batches = self.settings, len(self.train_loader_x)
-        self._summary: dict[str, float] = {}
-        self.total_steps = self.cfg.OPTIM.MAX_EPOCH * num_batches
-        shots = self.cfg.DATASET.NUM_SHOTS
-        if settings.n_iters and shots > 0:
-            self.total_steps = settings.n_iters * shots
-            self.max_epoch = math.ceil(self.total_steps / num_batches)
-            logger.info("Steps: %d in %d epochs", self.total_steps, self.max_epoch)
-        elif settings.n_iters:
-            logger.info("All images are used, no number of shots: OPTIM.MAX_EPOCH counts, %d", self.max_epoch)
+        self.count_stages()
         if self.cfg.OPTIM.LR_SCHEDULER != "cosine" or self.cfg.OPTIM.WARMUP_EPOCH > 0:
             return super().build_schedule(optim)
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optim, max(1, self.total_steps), eta_min=settings.lr_min)
+        lowest = self.settings.lr_min
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optim, max(1, self.total_steps), eta_min=lowest)
 
-    def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """Make one step, but none for the batches of the last epoch that are beyond the number of steps.
+    def before_step(self, step: int) -> None:
+        """Seed the dropout of a step.
 
-        Returns:
-            What to show of the step; for a batch without a step, that of the last step that changed the model.
+        The seed follows from the step, not from what was drawn before it: a resumed run drops what an uninterrupted
+        one does.
         """
-        step = self.epoch * self.num_batches + self.batch_idx
-        if step < self.total_steps:
-            seed = self.cfg.SEED if self.cfg.SEED >= 0 else torch.initial_seed()
-            # The seed follows from the step, not from what was drawn before it: a resumed run drops what an
-            # uninterrupted one does.
-            rank = 0 if self.share is None else self.share.rank  # each process drops entries of its own images
-            self.network.learner.seed_dropout((1_000_003 * seed + step + (rank << 48)) % 2**63, self.device)
-            summary = super().forward_backward(batch)
-            if not self.stepped:
-                return summary
-            self._summary = summary
-        return self._summary
+        seed = self.cfg.SEED if self.cfg.SEED >= 0 else torch.initial_seed()
+        rank = 0 if self.share is None else self.share.rank  # each process drops entries of its own images
+        self.network.learner.seed_dropout((1_000_003 * seed + step + (rank << 48)) % 2**63, self.device)

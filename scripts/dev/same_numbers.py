@@ -47,7 +47,7 @@ EXTRA = {
     "mma_views": ("MMA", "tiny", (*SHORT, "INPUT.VIEWS", "2")),
     "coop_csc": ("CoOp", "tiny", (*SHORT, "TRAINER.COOP.CSC", "True")),
 }
-OWN = {"CLIPLoRA": ("TRAINER.CLIPLORA.N_ITERS", "8")}
+OWN = {"CLIPLoRA": ("TRAINER.CLIPLORA.N_ITERS", "8"), "TwoStageFS": ("TRAINER.TWOSTAGEFS.N_ITERS", "8")}
 CORRECTED = ("TipAdapterPP", "TipXPP")
 UNTESTED = ("timing", "version")  # keys of metrics.json that are not compared
 

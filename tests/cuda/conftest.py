@@ -19,7 +19,10 @@ CUDA = pytest.param(
     marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
 )
 # What makes runs short, and equal on devices that draw different random numbers.
-SHORT = {"CLIPLoRA": ("TRAINER.CLIPLORA.N_ITERS", 0, "TRAINER.CLIPLORA.DROPOUT", 0.0)}
+SHORT = {
+    "CLIPLoRA": ("TRAINER.CLIPLORA.N_ITERS", 0, "TRAINER.CLIPLORA.DROPOUT", 0.0),
+    "TwoStageFS": ("TRAINER.TWOSTAGEFS.N_ITERS", 0),
+}
 
 
 @pytest.fixture(params=["cpu", CUDA])

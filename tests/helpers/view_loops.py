@@ -10,6 +10,7 @@ def epochs(trainer, loader, count):
     losses, order = [], []
     for trainer.epoch in range(count):
         trainer.dm.set_epoch(trainer.epoch)
+        trainer.before_epoch()
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(trainer.epoch)
         trainer.set_model_mode("train")

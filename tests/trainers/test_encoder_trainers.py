@@ -26,7 +26,8 @@ CONFIGS = {
     if f"--trainer {name} " in file.read_text()
 }
 SHORT = {
-    "CLIPLoRA": ["TRAINER.CLIPLORA.N_ITERS", 0, "TRAINER.CLIPLORA.DROPOUT", 0.0]
+    "CLIPLoRA": ["TRAINER.CLIPLORA.N_ITERS", 0, "TRAINER.CLIPLORA.DROPOUT", 0.0],
+    "TwoStageFS": ["TRAINER.TWOSTAGEFS.N_ITERS", 0],
 }  # what makes a run short and free of random numbers
 every = pytest.mark.parametrize("name", TRAINERS)
 KEEPS = [name for name in TRAINERS if not TRAINER_REGISTRY.get(name).no_views]
@@ -170,6 +171,10 @@ WRONG: dict[str, list[tuple[str, object]]] = {
         ("CLIPLORA.RANK", 0), ("CLIPLORA.ALPHA", 0.0), ("CLIPLORA.DROPOUT", 1.0), ("CLIPLORA.N_ITERS", -1),
         ("CLIPLORA.LR_MIN", -1.0),
     ],
+    "TwoStageFS": [
+        ("TWOSTAGEFS.N_ITERS", -1), ("TWOSTAGEFS.FIRST_SHARE", 1.5), ("TWOSTAGEFS.NORMS", "some"),
+        ("TWOSTAGEFS.LR_MIN", -1.0),
+    ],
     "KgCoOp": [("KGCOOP.N_CTX", 0), ("KGCOOP.CTX_INIT", "a {}"), ("KGCOOP.W", -1.0)],
     "ProGrad": [("PROGRAD.N_CTX", 0), ("PROGRAD.FROM_TEMPLATE", 1), ("PROGRAD.LAMBDA", -1.0), ("PROGRAD.T", 0.0)],
     "TCP": [("TCP.N_CTX", 0), ("TCP.CTX_INIT", "a {}"), ("TCP.LAYER", 0), ("TCP.W", -1.0), ("TCP.REST", "a pet")],
@@ -278,7 +283,7 @@ def test_a_list_of_templates(name, make):
 
 
 def test_who_can_keep_views():
-    assert {"CoOp", "CoCoOp", "KgCoOp", "MMA", "MMRL", "MMRLPP", "ProGrad", "TCP"} <= set(KEEPS)
+    assert {"CoOp", "CoCoOp", "KgCoOp", "MMA", "MMRL", "MMRLPP", "ProGrad", "TCP", "TwoStageFS"} <= set(KEEPS)
     refusing = [n for n in TRAINER_REGISTRY.registered_names() if getattr(TRAINER_REGISTRY.get(n), "no_views", "")]
     deep = {"CoPrompt", "IVLP", "MaPLe", "PromptSRC", "VPT"}
     assert set(refusing) == {"CLIPLoRA", "IMO", "IMODINO", *deep}

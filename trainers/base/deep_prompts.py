@@ -306,8 +306,14 @@ class DeepPromptTrainer(EncoderTrainer):
         return {"ce": loss, **terms} if terms else {"loss": loss}
 
 
-def check_transformer(cfg: Any, method: str) -> None:
-    """Refuse a ResNet, by the backbone's name alone, for a method that puts tokens in front of blocks.
+def check_transformer(
+    cfg: Any, method: str, why: str = "which puts tokens in front of the image encoder's blocks"
+) -> None:
+    """Refuse a ResNet, by the backbone's name alone, for a method that needs an image encoder with tokens.
+
+    Args:
+        cfg: the configuration.
+        method, why: who is it that cannot do with a ResNet, and the reason, for the message.
 
     Raises:
         ValueError: the image encoder is a ResNet.
@@ -315,6 +321,5 @@ def check_transformer(cfg: Any, method: str) -> None:
     name = cfg.MODEL.BACKBONE.NAME
     if name and is_resnet(name):
         raise ValueError(
-            f"Expected MODEL.BACKBONE.NAME to be a vision transformer for {method}, which puts tokens in front of the "
-            f"image encoder's blocks, but got the ResNet {name!r}"
+            f"Expected MODEL.BACKBONE.NAME to be a vision transformer for {method}, {why}, but got the ResNet {name!r}"
         )

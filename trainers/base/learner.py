@@ -47,30 +47,42 @@ def unpack_record(state: Tensor) -> dict[str, Any]:
     return record
 
 
+def known_rows(names: Sequence[str], trained: Sequence[str], indices: Sequence[int] | None) -> list[int | None]:
+    """Return the position of each of `names` among the classes trained on; None: it was not trained on.
+
+    A name that was trained on twice is not known by its name alone.
+
+    Args:
+        indices: those positions, where the dataset knows them (names alone do not tell classes of one name apart).
+    """
+    if list(names) == list(trained):
+        return list(range(len(trained)))
+    valid = indices is not None and all(0 <= i < len(trained) for i in indices)
+    if indices is not None and valid and [trained[i] for i in indices] == list(names):
+        return list(indices)
+    return [list(trained).index(name) if list(trained).count(name) == 1 else None for name in names]
+
+
 def class_rows(
     names: Sequence[str], trained: Sequence[str], indices: Sequence[int] | None, each: str = "a part"
 ) -> list[int]:
     """Return the position of each of `names` among the classes trained on.
 
     Args:
-        indices: those positions, where the dataset knows them (names alone do not tell classes of one name apart).
+        indices: see `known_rows`.
         each: what is learnt or kept for each class separately, for the message.
 
     Raises:
         ValueError: not all of `names` were trained on.
     """
-    if list(names) == list(trained):
-        return list(range(len(trained)))
-    known = indices is not None and all(0 <= i < len(trained) for i in indices)
-    if indices is not None and known and [trained[i] for i in indices] == list(names):
-        return list(indices)
-    unknown = [name for name in names if list(trained).count(name) != 1]
+    rows = known_rows(names, trained, indices)
+    unknown = [name for name, row in zip(names, rows, strict=True) if row is None]
     if unknown:
         raise ValueError(
             f"Expected classes that were trained on, as each has {each} of its own, but got {unknown[0]!r} "
             f"and {len(unknown) - 1} others that were not"
         )
-    return [list(trained).index(name) for name in names]
+    return [row for row in rows if row is not None]
 
 
 class Peek:

@@ -13,7 +13,8 @@ Legend: B images or N prompts, L tokens, D width of a block, C channels of a Res
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -233,6 +234,16 @@ def layer_norm(norm: nn.Module, x: Tensor, weight: Tensor | None = None, bias: T
         return norm(x)
     weight, bias = norm.weight if weight is None else weight, norm.bias if bias is None else bias
     return F.layer_norm(x.to(weight.dtype), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
+
+
+def norms_of_blocks(blocks: Iterable[Any]) -> dict[tuple[int, str], nn.Module]:
+    """Return both norms of each transformer block, by the block's number and their names."""
+    return {(i, which): getattr(block, which) for i, block in enumerate(blocks, 1) for which in ("ln_1", "ln_2")}
+
+
+def layer_norms(norms: Mapping[tuple[int, str], nn.Module]) -> dict[tuple[int, str], nn.LayerNorm]:
+    """Return those norms that are LayerNorms, in order; an architecture may leave some out."""
+    return {place: norm for place, norm in sorted(norms.items()) if isinstance(norm, nn.LayerNorm)}
 
 
 def _add(out: Tensor, extra: Tensor | None, edit: BlockEdit, kind: str, number: int) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import finish_block, mix, pick_tokens, project_kv, project_q, project_qkv, recompute
-from .edits import INSIDE, BlockEdit, Edits, edit_tokens
+from .edits import INSIDE, BlockEdit, Edits, edit_tokens, layer_norms, norms_of_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +174,11 @@ class TextTower(nn.Module):
             ValueError: no list of BlockEdits.
         """
         return Edits(edits)
+
+    def norms(self) -> dict[tuple[int, str], nn.LayerNorm]:
+        """Return the LayerNorms whose gain and bias an edit may replace; see ``VisionTower.norms``."""
+        ends = {(self.depth + 1, "ln_final"): self.ln_final}
+        return layer_norms({**norms_of_blocks(self.transformer.resblocks), **ends})
 
     def enter(self, state: TextState) -> tuple[TextState, TextState]:
         """Run the next block without edits, and return what ``parallel`` of that block sees and the block's output.

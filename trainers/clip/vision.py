@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import finish_block, mix, project_kv, project_q, project_qkv, recompute
-from .edits import INSIDE, BlockEdit, Edits, layer_norm
+from .edits import INSIDE, BlockEdit, Edits, layer_norm, layer_norms, norms_of_blocks
 
 
 class VisionTower(nn.Module):
@@ -81,6 +81,13 @@ class VisionTower(nn.Module):
             ValueError: no list of BlockEdits, or, for a ResNet, edits of tokens, projections or LayerNorms.
         """
         return Edits(edits)
+
+    def norms(self) -> dict[tuple[int, str], nn.LayerNorm]:
+        """Return the LayerNorms whose gain and bias an edit may replace, by the number and name it is asked with.
+
+        A ResNet has none.
+        """
+        return {}
 
     def enter(self, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Run block ``number`` without edits, and return what ``parallel`` of that block sees and the block's output.
@@ -235,6 +242,10 @@ class ViTTower(VisionTower):
     @property
     def dtype(self) -> torch.dtype:
         return self.visual.conv1.weight.dtype
+
+    def norms(self) -> dict[tuple[int, str], nn.LayerNorm]:
+        ends = {(0, "ln_pre"): self.visual.ln_pre, (self.depth + 1, "ln_post"): self.visual.ln_post}
+        return layer_norms({**norms_of_blocks(self.visual.transformer.resblocks), **ends})
 
     def _stem(self, images: Tensor, edits: Edits) -> Tensor:
         patches = self.visual.conv1(images).flatten(2).transpose(1, 2)  # [B, D, S/p, S/p] -> [B, N - 1, D]

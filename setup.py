@@ -40,6 +40,7 @@ TEST = [
     *PARQUET,
     *EXPORT,
     "transformers>=4.40",  # whose CLIPModel ours is compared with
+    "peft>=0.11",  # whose low-rank adapters of it are read and written
     "playwright>=1.45",  # drives a Chromium that is there
     *("pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "submitit>=1.5", "setuptools>=70.1"),
     *("nbclient>=0.10", "ipykernel>=6.29"),  # run the notebook of examples/

@@ -32,8 +32,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="RUN_OR_FILE", help="folder of a finished run, or a saved classifier")
-    parser.add_argument("--format", required=True, choices=("onnx", "torchscript", "openclip"))
-    parser.add_argument("--output", help="file to write; openclip: a folder (default: beside or in RUN_OR_FILE)")
+    parser.add_argument("--format", required=True, choices=("onnx", "torchscript", "openclip", "peft"))
+    parser.add_argument("--output", help="file to write; openclip, peft: a folder (default: beside or in RUN_OR_FILE)")
     parser.add_argument(
         "--images", nargs="+", default=[], metavar="IMAGE_OR_FOLDER", help="images to compare with predict.py on"
     )

@@ -10,6 +10,8 @@ Legend: B images, C classes, D width of a block, r rank.
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,9 @@ from .base import Classifier, CountedTrainer, Learner, MethodConfig, key, precis
 from .clip import CLIP, fill_template
 from .features import FrozenPart
 from .modules.low_rank import LowRankUpdates
+from .modules.peft_files import is_peft, read_peft
+
+logger = logging.getLogger(__name__)
 
 
 class LoRALearner(Learner):
@@ -46,6 +51,11 @@ class LoRALearner(Learner):
         self.dropout = settings.dropout
         self.visual, self.text = LowRankUpdates(clip.visual.widths, *update), LowRankUpdates(clip.text.widths, *update)
         clip.visual.check_edits([self.visual], "CLIPLoRA")
+
+    @property
+    def towers(self) -> dict[str, LowRankUpdates]:
+        """The updates of each encoder."""
+        return {"visual": self.visual, "text": self.text}
 
     def seed_dropout(self, seed: int, device: torch.device) -> None:
         """Seed the dropout: from now on, `seed` alone decides what is dropped."""
@@ -116,6 +126,23 @@ class CLIPLoRA(CountedTrainer):
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> LoRAClassifier:
         """Build CLIP with low-rank updates."""
         return LoRAClassifier(clip, classnames, templates, LoRALearner(clip, classnames, self.settings))
+
+    def load_model(self, directory: str | os.PathLike[str], epoch: int | None = None) -> None:
+        """Load what an earlier run learnt, or an adapter of Hugging Face's CLIPModel in PEFT's format.
+
+        Args:
+            directory: output folder of the run, or the adapter's folder; empty: nothing is loaded.
+            epoch: see LearnerTrainer; an adapter has no epochs.
+
+        Raises:
+            FileNotFoundError, ValueError: see LearnerTrainer and `read_peft`.
+        """
+        if not directory or not is_peft(directory):
+            super().load_model(directory, epoch)
+            return
+        learner = self.network.learner
+        learner.take(read_peft(directory, learner.towers))
+        logger.info("Loaded the adapter %s", directory)
 
     def build_schedule(self, optim: Any) -> Any:
         """Build the schedule per step, and settle the number of steps and, with it, that of epochs."""

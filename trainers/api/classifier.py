@@ -322,8 +322,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """Export the classifier for programs without this project; return what was measured of the file.
 
         Args:
-            file: what to write; for openclip a folder.
-            format: "onnx", "torchscript" or "openclip".
+            file: what to write; for openclip and peft a folder.
+            format: "onnx", "torchscript", "openclip" or "peft".
             options: images, with_preprocessing, half, int8; see `export_classifier`.
 
         Raises:

@@ -212,6 +212,33 @@ def _architecture(folder, path):
     return path
 
 
+def test_peft_s_folder_is_what_was_learnt_and_loads_as_a_checkpoint(fit, photos, tmp_path):
+    clf, folder = fit("CLIPLoRA", {"OPTIM.LR": 0.05}), tmp_path / "adapter"
+    report = clf.export(folder, "peft", images=photos[0][::5])
+    assert report.rows[-1].difference <= 1e-4
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "dlr_clip.json"
+    }  # fmt: skip
+    assert json.loads((folder / "dlr_clip.json").read_text())["classes"] == ["blue", "green", "red"]
+    assert str(tmp_path) not in (folder / "adapter_config.json").read_text()
+    learner = clf._trainer.network.learner
+    learnt = {name: p.detach().clone() for name, p in learner.named_parameters()}
+    assert any(p.abs().max() > 0 for name, p in learnt.items() if name.endswith("B"))
+    for p in learner.parameters():
+        p.data.zero_()
+    clf._trainer.load_model(folder)
+    assert all(torch.equal(p, learnt[name]) for name, p in learner.named_parameters())
+
+
+def test_a_folder_that_is_there_and_other_methods_have_no_peft(probe, fit, tmp_path, capsys):
+    assert main([str(probe[1]), "--format", "peft"]) == 2
+    assert_one_line(capsys.readouterr().err, "LinearProbe", "onnx, torchscript", "no low-rank update")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    with pytest.raises(InputError, match="a new or an empty folder"):
+        fit("CLIPLoRA").export(tmp_path / "there", "peft")
+
+
 def test_other_methods_have_no_open_clip(probe, capsys):
     assert main([str(probe[1]), "--format", "openclip"]) == 2
     assert_one_line(capsys.readouterr().err, "LinearProbe", "onnx, torchscript", "more than a CLIP")

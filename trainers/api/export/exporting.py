@@ -20,7 +20,7 @@ from dassl.utils import InputError
 
 from ..images import as_files, list_images
 from ..runs import apart
-from .forms import SUFFIXES, ExportError, check_format, check_known, first_line
+from .forms import FOLDERS, SUFFIXES, ExportError, check_format, check_known, first_line
 from .measures import TOLERANCE, ExportReport, Row, Run, measure
 from .module import Exported
 from .subject import Examples, Listed, Subject, list_examples, load_subject, method_of, read_examples, thinned
@@ -46,8 +46,8 @@ def export_model(
 
     Args:
         source: the folder of a finished run, or a file that FewShotClassifier.save has written.
-        file: what to write; for openclip a folder. None: beside the source, or in the run's folder.
-        format: "onnx", "torchscript" or "openclip".
+        file: what to write; for openclip and peft a folder. None: beside the source, or in the run's folder.
+        format: "onnx", "torchscript", "openclip" or "peft".
         images: files and folders of images to compare on; (): the run's validation images, else made-up ones.
         with_preprocessing: the input is uint8 [B, H, W, 3], already of the model's size, and is normalized inside.
         half: also write a file in half precision (onnx).
@@ -65,10 +65,10 @@ def export_model(
     check_known(format)
     if format != "onnx" and (half or int8):
         raise InputError(f"Expected the format onnx with {'half' if half else 'int8'} but got {format}")
-    if format == "openclip" and with_preprocessing:
+    if format in FOLDERS and with_preprocessing:
         raise InputError(
-            "Expected the format onnx or torchscript with preprocessing inside but got openclip, whose transform is "
-            "open_clip's"
+            f"Expected the format onnx or torchscript with preprocessing inside but got {format}, which holds weights "
+            "alone"
         )
     check_format(format, *method_of(source))
     target = _target(source, file, format)
@@ -84,8 +84,10 @@ def export_model(
                 making.onnx(half, int8)
             elif format == "torchscript":
                 making.torchscript()
-            else:
+            elif format == "openclip":
                 making.openclip()
+            else:
+                making.peft()
             return _kept(making.report(format), target.parent)
 
 
@@ -96,7 +98,7 @@ def export_classifier(
 
     Args:
         classifier: a fitted FewShotClassifier.
-        file: what to write; for openclip a folder.
+        file: what to write; for openclip and peft a folder.
         images: images to compare on, in any form that `predict` takes; None: those that the classifier was validated
             on, where their files are still there, else made-up ones.
         format, options: see `export_model`.
@@ -127,9 +129,9 @@ def _target(source: str, file: str | os.PathLike[str] | None, format: str) -> Pa
         target = Path(source, f"model{SUFFIXES[format]}")
     else:
         target = Path(source).with_name(Path(source).stem + SUFFIXES[format])
-    if format == "openclip" and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"Expected the output of openclip to be a new or an empty folder but {target} is there")
-    if format != "openclip" and target.is_dir():
+    if format in FOLDERS and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"Expected the output of {format} to be a new or an empty folder but {target} is there")
+    if format not in FOLDERS and target.is_dir():
         raise InputError(f"Expected the output of {format} to be a file but {target} is a folder")
     if Path(source).is_file() and target.exists() and target.samefile(source):
         raise InputError(f"Expected the output to be another file than {source}")
@@ -292,6 +294,16 @@ class _Making:
 
         write_openclip(self.subject, self.path, self.record())
         self._check(self.path.name, run_openclip(self.path), size_of(self.path))
+        write_record(self.path, self.record(measured=self.measured()))
+        self.written = [self.path]
+
+    def peft(self) -> None:
+        """Write a folder for PEFT."""
+        from .openclip_folder import size_of, write_record
+        from .peft_folder import run_peft, write_peft_of
+
+        write_peft_of(self.subject, self.path)
+        self._check(self.path.name, run_peft(self.path, self.subject, self.module), size_of(self.path))
         write_record(self.path, self.record(measured=self.measured()))
         self.written = [self.path]
 

@@ -14,9 +14,10 @@ from dassl.utils import InputError, did_you_mean
 
 from ...base.transductive import TransductiveTrainer
 
-FORMATS = ("onnx", "torchscript", "openclip")
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torchscript": (), "openclip": ()}  # beside what is required
-SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "openclip": "_openclip"}
+FORMATS = ("onnx", "torchscript", "openclip", "peft")
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # beside what is required
+SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "openclip": "_openclip", "peft": "_peft"}
+FOLDERS = ("openclip", "peft")  # formats that are folders
 
 State = dict[str, Tensor]  # an open_clip state dict
 
@@ -85,6 +86,8 @@ def why_not(method: type, format: str) -> str:
         return "it classifies all images together, so that there is no probability of a single image"
     if format == "openclip" and method.__name__ not in PLAIN:
         return "its result is more than a CLIP with other weights"
+    if format == "peft" and method.__name__ != "CLIPLoRA":
+        return "what it learns is no low-rank update"
     return ""
 
 
@@ -104,10 +107,11 @@ def check_format(format: str, name: str, method: type) -> None:
     if reason:
         has = ", ".join(formats_of(method)) or "none"
         raise InputError(f"Expected a format that {name} has ({has}) but got {format}: {reason}")
-    missing = [package for package in PACKAGES[format] if importlib.util.find_spec(package) is None]
+    needed = PACKAGES.get(format, ())
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
         raise InputError(
-            f"Expected the packages {', '.join(PACKAGES[format])} for the format {format} but {', '.join(missing)} "
+            f"Expected the packages {', '.join(needed)} for the format {format} but {', '.join(missing)} "
             'is not installed: pip install "dlr-clip[export]"'
         )
 

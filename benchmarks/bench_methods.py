@@ -1,0 +1,315 @@
+"""Training steps of methods beside DLR-CLIP: as published, ours, and ours on kept views, side by side in one process.
+
+    python benchmarks/bench_methods.py --classes 100 --threads 2 --rounds 3 --output out.json
+    python benchmarks/bench_methods.py --methods CoOp,KgCoOp --output out.json
+
+Random weights at real size, random images, the published settings and batch size of each method (its vit_b16.yaml),
+fp32. First, loss and gradients of the three are compared on ten classes and two images, without dropout; a difference
+ends the program. Then in each round they take the same step from the same weights, one after the other, in turning
+order; medians over the rounds count. CPU seconds of all threads count, so that other jobs on the machine matter less;
+wall seconds are in the file, too. The file is written anew after each method; rows of other methods in it stay.
+
+Keys of a row of the JSON:
+    ratio_fresh, ratio_views    median CPU seconds as published over those of our step, without and with kept views;
+                                None: the method keeps none
+    flop_ratio_fresh, ...       the same of the FLOPs of matrix products and attention, as torch counts them
+    loss_diff, grad_diff        largest difference of a loss in the rounds (None with dropout), and of a gradient in the
+                                comparison before, relative to that gradient's largest
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.measure import Stopwatch, biggest, machine, write_json
+from benchmarks.published import METHODS, Published
+from benchmarks.report import replace_section
+from benchmarks.steps import FreshStep, Learner, gradients
+from benchmarks.subject import MODELS, build_clip, class_names, make_batch
+from benchmarks.tables import made_by, seconds, table
+from dassl.engine import TRAINER_REGISTRY
+from dassl.utils.cli import run_main
+from trainers.app.configuration import default_cfg
+from trainers.configs import configs_of
+from trainers.features import FrozenPart
+
+_TOLERANCE = 1e-3  # of a gradient, relative to its largest; of a loss, absolute
+_KINDS = ("naive", "fresh", "views")
+BEGIN = "<!-- methods: begin (written by benchmarks/bench_methods.py) -->"
+END = "<!-- methods: end -->"
+
+
+class CPUWatch(Stopwatch):
+    """A stopwatch that adds up the CPU seconds of the process's threads, too."""
+
+    cpu = 0.0
+
+    def __enter__(self) -> CPUWatch:
+        self._cpu_from = time.process_time()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.cpu += time.process_time() - self._cpu_from
+
+
+class MethodStep(FreshStep):
+    """Our step of a trainer's method."""
+
+    def __init__(self, trainer: Any, learner: Learner) -> None:
+        super().__init__(trainer.network, learner)
+        self.trainer = trainer
+
+    def loss(self, labels: Tensor, **inputs: Any) -> Tensor:
+        (given,) = inputs.values()
+        return torch.stack(list(self.trainer.loss(self.trainer.run(given, labels), labels).values())).sum()
+
+
+class MethodViewsStep(MethodStep):
+    """Our step on what the frozen part of the image encoder has made of the images, which is kept in RAM."""
+
+    name = "views"
+
+    def prepare(self, images: Tensor) -> None:
+        part = self.network.frozen_part(images)
+        self.kept = {name: value for name, value in zip(part._fields, part, strict=True) if value is not None}
+        self.rows = torch.arange(len(images))
+
+    def batch(self) -> dict[str, Any]:
+        return {"part": FrozenPart(**{name: value[self.rows] for name, value in self.kept.items()})}
+
+
+class PublishedStep(FreshStep):
+    """The step as published."""
+
+    name = "naive"
+
+    def __init__(self, published: Published, learner: Learner) -> None:
+        super().__init__(published.network, learner)
+        self.published = published
+
+    def loss(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        return self.published.loss(inputs["images"], labels)
+
+
+def published_cfg(name: str) -> Any:
+    """Return the configuration of a method's vit_b16.yaml."""
+    cfg = default_cfg()
+    cfg.merge_from_file(str(configs_of(name)["vit_b16"]))
+    return cfg
+
+
+def build_trainer_of(name: str, clip: Any, classes: int, cfg: Any, seed: int = 0) -> Any:
+    """Return a method's trainer without data, loop and optimizer: its network, its losses."""
+    method: Any = TRAINER_REGISTRY.get(name)
+
+    class Bare(method):
+        """The method without its engine."""
+
+        settings = method.read_settings(cfg)
+
+        def __init__(self) -> None: ...
+
+        def class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(logits, labels)
+
+    torch.manual_seed(seed)
+    trainer = Bare()
+    trainer.network = trainer.build_network(clip, class_names(classes), ["a photo of a {}."]).train()
+    return trainer
+
+
+def scatter(learner: Any) -> None:
+    """Move what is learnt off its start, so that nothing is compared where it is zero."""
+    with torch.no_grad():
+        for p in learner.parameters():
+            if p.ndim:
+                p.add_(0.02 * torch.randn(p.shape))
+
+
+def build_steps(name: str, clip: Any, classes: int, cfg: Any) -> list[Any]:
+    """Return the steps of a method: as published, ours, and on kept views where it has them."""
+    trainer = build_trainer_of(name, clip, classes, cfg)
+    learner = Learner(trainer.network)
+    steps: list[Any] = [PublishedStep(METHODS[name](trainer.network, trainer.settings), learner)]
+    steps.append(MethodStep(trainer, learner))
+    if not trainer.no_views:
+        steps.append(MethodViewsStep(trainer, learner))
+    return steps
+
+
+def compare(name: str, clip: Any, cfg: Any, classes: int = 10, batch: int = 2) -> dict[str, float]:
+    """Compare loss and gradients of a method's steps on a few classes and images, without dropout.
+
+    Returns:
+        The largest difference of a loss, and of a gradient relative to that gradient's largest.
+
+    Raises:
+        RuntimeError: one of them is too large.
+    """
+    steps = build_steps(name, clip, classes, cfg)
+    for module in steps[0].network.learner.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.0
+    scatter(steps[0].network.learner)
+    images, labels = make_batch(steps[0].network, batch, 1)
+    losses, grads = [], []
+    for step in steps:
+        step.prepare(images)
+        with step.learner.taken_back():
+            losses.append(step.step(labels, Stopwatch(labels.device)))
+        grads.append(gradients(step, labels))
+    found = {
+        "loss": biggest(abs(loss - losses[0]) for loss in losses[1:]),
+        "gradient": biggest(
+            float((own - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+            for ours in grads[1:]
+            for own, wanted in zip(ours, grads[0], strict=True)
+        ),
+    }
+    if not max(found.values()) <= _TOLERANCE:
+        raise RuntimeError(f"Expected {name} to have the losses and gradients as published but they differ by {found}")
+    return found
+
+
+def measure(name: str, clip: Any, classes: int, rounds: int, batch: int | None = None) -> dict[str, Any]:
+    """Measure a method's steps and return its row."""
+    cfg = published_cfg(name)
+    differences = compare(name, clip, cfg)
+    steps = build_steps(name, clip, classes, cfg)
+    size = batch or cfg.DATALOADER.TRAIN_X.BATCH_SIZE
+    times: dict[str, list[float]] = {step.name: [] for step in steps}
+    wall: dict[str, list[float]] = {step.name: [] for step in steps}
+    losses: dict[str, list[float]] = {step.name: [] for step in steps}
+    flops: dict[str, int] = {}
+    for number in range(rounds):
+        images, labels = make_batch(steps[0].network, size, 1 + number)
+        for step in steps[number % len(steps) :] + steps[: number % len(steps)]:
+            step.prepare(images)
+            watch = CPUWatch(clip.device)
+            if number == 0:  # off the clock where counting would take a share of the time that can be seen
+                counter, quick = FlopCounterMode(display=False), step.name == "views"
+                with step.learner.taken_back(), counter:
+                    loss = step.step(labels, CPUWatch(clip.device) if quick else watch)
+                flops[step.name] = counter.get_total_flops()
+            if number > 0 or quick:
+                with step.learner.taken_back():
+                    loss = step.step(labels, watch)
+            losses[step.name].append(loss)
+            times[step.name].append(watch.cpu)
+            wall[step.name].append(watch.seconds)
+    dropout = getattr(steps[0].network.learner, "dropout", 0) > 0
+    medians = {kind: statistics.median(values) for kind, values in times.items()}
+    return {
+        "method": name,
+        "batch": size,
+        "seconds": medians,
+        "all_seconds": times,
+        "wall_seconds": wall,
+        "flops": flops,
+        **{f"ratio_{kind}": medians["naive"] / medians[kind] if kind in medians else None for kind in _KINDS[1:]},
+        **{f"flop_ratio_{kind}": flops["naive"] / flops[kind] if kind in flops else None for kind in _KINDS[1:]},
+        "loss_diff": None
+        if dropout
+        else biggest(abs(a - b) for own in losses.values() for a, b in zip(own, losses["naive"], strict=True)),
+        "grad_diff": differences["gradient"],
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a table."""
+
+    def ratio(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    rows = [
+        [
+            f"{row['method']}, batch {row['batch']}",
+            *(seconds(row["seconds"][kind]) if kind in row["seconds"] else "-" for kind in _KINDS),
+            *(ratio(row[f"{what}_{kind}"]) for what in ("ratio", "flop_ratio") for kind in _KINDS[1:]),
+        ]
+        for row in result["rows"]
+    ]
+    head = [
+        "CPU seconds of a step",
+        "as published",
+        "ours",
+        "kept views",
+        "times faster",
+        "kept views",
+        "times fewer FLOPs",
+    ]
+    losses = biggest(0.0 if row["loss_diff"] is None else row["loss_diff"] for row in result["rows"])
+    grads = biggest(row["grad_diff"] for row in result["rows"])
+    told = f"Largest difference of a loss: {losses:.1e}; of a gradient, relative: {grads:.1e}."
+    return "\n".join([made_by(result), "", table([*head, "kept views"], rows), "", told])
+
+
+def section(result: dict[str, Any]) -> str:
+    """The section of a document between its marker lines."""
+    return "\n".join([BEGIN, "", markdown(result), "", END])
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
+    parser.add_argument("--model", default="ViT-B/16", choices=MODELS)
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--batch", type=int, help="images in a batch (default: as published)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="medians count")
+    parser.add_argument("--output", type=Path, help="results file to write")
+    parser.add_argument("--document", type=Path, help="document whose table is written anew, docs/PERFORMANCE.md")
+    args = parser.parse_args(arguments)
+    args.methods = args.methods.split(",")
+    unknown = [name for name in args.methods if name not in METHODS]
+    if unknown:
+        parser.error(f"Expected --methods to be of {', '.join(METHODS)} but got {', '.join(unknown)}")
+    if args.rounds < 1:
+        parser.error(f"Expected --rounds to be at least 1 but got {args.rounds}")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    clip = build_clip(args.model)
+    result: dict[str, Any] = {
+        "benchmark": "methods",
+        "rows": [],
+        "settings": {**vars(args), "output": str(args.output), "document": str(args.document)},
+        "machine": machine(clip.device),
+    }
+    if args.output and args.output.is_file():
+        rows = json.loads(args.output.read_text(encoding="utf-8"))["rows"]
+        result["rows"] = [row for row in rows if row["method"] not in args.methods]
+    for name in args.methods:
+        result["rows"].append(measure(name, clip, args.classes, args.rounds, args.batch))
+        write_json(args.output, result)
+        print(markdown({**result, "rows": result["rows"][-1:]}).splitlines()[-3], flush=True)
+    print(markdown(result))
+    if args.document:
+        text = replace_section(args.document.read_text(encoding="utf-8"), section(result), BEGIN, END)
+        args.document.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -25,7 +25,7 @@ from benchmarks.naive import _linear, _norm
 
 
 class Plain:
-    """What a method puts into an encoder; here nothing."""
+    """The changes that a method makes to an encoder; here none."""
 
     def tokens(self, number: int, x: Tensor) -> Tensor:
         """Return what enters a block in the place of x [B, N, D]."""

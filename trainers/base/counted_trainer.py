@@ -31,7 +31,7 @@ class CountedTrainer(EncoderTrainer):
         return (count,)
 
     def count_stages(self) -> None:
-        """Settle the number of steps of each stage and, with them, that of epochs."""
+        """Count the steps of each stage and, with them, the epochs."""
         settings = self.settings
         self._per_epoch, shots = max(1, len(self.train_loader_x)), self.cfg.DATASET.NUM_SHOTS
         self._summary: dict[str, float] = {}

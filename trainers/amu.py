@@ -84,8 +84,7 @@ class AMULearner(PooledLearner):
         power: float,
         reference: float = 0.0,
     ) -> None:
-        super().__init__(clip, classnames, zeroshot)
-        self.pooled = not auxiliary
+        super().__init__(clip, classnames, zeroshot, pooled=not auxiliary)
         self.facts["auxiliary"] = auxiliary
         self.alpha, self.power, self.reference = alpha, power, reference
         self.weight = nn.Parameter(torch.zeros(len(classnames), width))
@@ -169,6 +168,7 @@ class AMUTuning(FeatureTrainer):
     imagenet_templates = IMAGENET_TEMPLATES_SELECT
     of_each_class = "weights"
     adapters = "optional"
+    projected = False
     drop_last = False
     eps = 1e-4
     network: Any
@@ -187,6 +187,11 @@ class AMUTuning(FeatureTrainer):
         if settings.aux:
             check_auxiliary(settings.aux, settings.aux_weights)
 
+    @classmethod
+    def needs_blocks(cls, cfg: Any) -> str:
+        """Return what the method does within the image encoder: nothing, where another model is beside CLIP."""
+        return "" if cls.read_settings(cfg).aux else super().needs_blocks(cfg)
+
     def build_encoder(self, clip: CLIP) -> ImageEncoder:
         """Build the encoder, once: features before CLIP's projection, or CLIP's own and auxiliary ones beside them."""
         if self._encoder is None:
@@ -200,7 +205,7 @@ class AMUTuning(FeatureTrainer):
             mean, std = ((0.0,) * 3, (1.0,) * 3) if plain else (pixels.PIXEL_MEAN, pixels.PIXEL_STD)
             return AuxiliaryEncoder(clip, settings.prec, self._autocast, settings.aux, settings.aux_weights, mean, std)
         encoder = super().build_encoder(clip)
-        return encoder.raw() if encoder.parts > 1 else encoder.before_projection()
+        return encoder.raw() if encoder.parts > 1 else encoder
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """Build the classifier, which is zero until `prepare`."""

@@ -29,7 +29,6 @@ from dassl.engine import TRAINER_REGISTRY
 from .base import FeatureLearner, FeatureTrainer, MethodConfig, PooledLearner, kept_views, key
 from .base.search import Axis, best_place
 from .clip import CLIP, IMAGENET_TEMPLATES_SELECT
-from .features import ImageEncoder
 
 BETAS = Axis(0.0, 1.0, 51, closed=True)
 
@@ -119,12 +118,9 @@ class FAR(FeatureTrainer):
     imagenet_templates = IMAGENET_TEMPLATES_SELECT
     of_each_class = "weights"
     drop_last = False
+    projected = False
     eps = 1e-4
     network: Any
-
-    def build_encoder(self, clip: CLIP) -> ImageEncoder:
-        """Build the encoder of images, whose features are those before CLIP's projection."""
-        return super().build_encoder(clip).before_projection()
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """Build the adapter and the classifier, which start at random."""

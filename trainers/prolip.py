@@ -23,7 +23,6 @@ from dassl.engine import TRAINER_REGISTRY
 
 from .base import AnchoredLearner, AnchoredTrainer, FeatureLearner
 from .clip import CLIP
-from .features import ImageEncoder
 
 
 class ProLIPLearner(AnchoredLearner):
@@ -40,10 +39,7 @@ class ProLIP(AnchoredTrainer):
 
     paper = "Fahes et al. 2024"
     learns = "the last matrix of the image encoder, held near CLIP's"
-
-    def build_encoder(self, clip: CLIP) -> ImageEncoder:
-        """Build the encoder of images, whose features are those before CLIP's projection."""
-        return super().build_encoder(clip).before_projection()
+    projected = False
 
     def build_learner(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> FeatureLearner:
         """Build the projection, which starts as CLIP's."""

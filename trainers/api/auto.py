@@ -178,9 +178,12 @@ class _Trials:
 
     def score_in_time(self, choice: Choice, left: float) -> Score:
         """Return the score of a method that trains within the encoders, if its runs fit into the seconds left."""
+        cfg = self.runner.configure_quietly(choice, self.output)
+        if TRAINER_REGISTRY.get(choice.method).why_not_on(cfg):
+            return Score(choice, skipped="needs a plain CLIP, whose blocks it adapts")
         parts: Parts = (*draw_validation(self.items, self.share, self.runner.seed), [])
         runs = len(numbers_of(self.folds)) + 1  # the folds, and the final run
-        needed = runs * seconds_of_run(self.runner, self.runner.configure_quietly(choice, self.output), parts)
+        needed = runs * seconds_of_run(self.runner, cfg, parts)
         if needed > left:
             return Score(choice, skipped=f"needs about {needed:.0f} s, and {max(left, 0):.0f} s are left")
         return self.score(choice)

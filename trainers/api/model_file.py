@@ -57,6 +57,7 @@ def save_file(classifier: Any, file: str | os.PathLike[str]) -> None:
         "preprocessing": {
             "size": list(cfg.INPUT.SIZE),
             "interpolation": cfg.INPUT.INTERPOLATION,
+            "squash": cfg.INPUT.SQUASH,
             "mean": list(cfg.INPUT.PIXEL_MEAN),
             "std": list(cfg.INPUT.PIXEL_STD),
         },

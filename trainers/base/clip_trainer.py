@@ -28,6 +28,7 @@ from ..clip import (
     sentences_of,
     tell_preprocessing,
     templates_for,
+    why_no_blocks,
     zeroshot_weights,
 )
 from ..configs import without_config
@@ -139,12 +140,49 @@ class CLIPTrainer(PortableTrainer):
                 f"Expected TRAINER.{cls.node_name}.PREC to be fp32, amp or bf16 but got fp16: "
                 "this toolbox cannot scale gradients, which half precision needs"
             )
+        cls.check_blocks(cfg)
         cls.check_adapters(cfg)
         if not cfg.MODEL.BACKBONE.NAME:
             raise ValueError(without_config(cfg.TRAINER.NAME))
         cls.read_prompts(cfg)
         check_number(cfg.FEATURE_CACHE.LIMIT, "FEATURE_CACHE.LIMIT", low=0)
         check_backbone(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None)
+
+    @classmethod
+    def needs_blocks(cls, cfg: Any) -> str:
+        """Return what the method does with the blocks of CLIP's encoders under this configuration, for a message.
+
+        "": it takes CLIP's features of images and texts alone, so that it works with a backbone without blocks.
+        """
+        return "corrects features within the image encoder" if cls.adapters == "needed" else ""
+
+    @classmethod
+    def why_not_on(cls, cfg: Any) -> str:
+        """Return why the method cannot work with the configuration's backbone; "": it can, as far as names tell.
+
+        Raises:
+            ValueError: there is no such backbone.
+        """
+        reason = cls.needs_blocks(cfg) if cfg.MODEL.BACKBONE.NAME else ""
+        found = why_no_blocks(cfg.MODEL.BACKBONE.NAME) if reason else ""
+        if not found:
+            return ""
+        return (
+            f"Expected MODEL.BACKBONE.NAME to be a plain CLIP (ViT or ResNet, causal text transformer, CLIP's "
+            f"vocabulary) for {cls.__name__}, which {reason}, but {found}: methods that take CLIP's final features "
+            "work with it (zero-shot CLIP, linear probes, caches of training images, Gaussians and others)"
+        )
+
+    @classmethod
+    def check_blocks(cls, cfg: Any) -> None:
+        """Refuse a backbone whose blocks cannot be run, where the method needs them.
+
+        Raises:
+            ValueError: the method needs them.
+        """
+        reason = cls.why_not_on(cfg)
+        if reason:
+            raise ValueError(reason)
 
     @classmethod
     def check_adapters(cls, cfg: Any) -> None:

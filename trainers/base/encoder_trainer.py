@@ -29,6 +29,13 @@ class EncoderTrainer(ViewsTrainer):
 
     network: Classifier
 
+    # Configuration
+
+    @classmethod
+    def needs_blocks(cls, cfg: Any) -> str:
+        """Say that the method learns within the encoders; see CLIPTrainer."""
+        return "learns within the encoders"
+
     # Building
 
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> Classifier:

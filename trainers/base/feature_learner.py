@@ -114,13 +114,17 @@ class PooledLearner(FeatureLearner):
 
     Args:
         clip, classnames, zeroshot: see FeatureLearner.
+        pooled: whether it is given such features at all; if not, CLIP's last matrix is not asked for.
     """
 
     start: Tensor  # CLIP's last matrix, [P, E]
     bias: Tensor | None  # what is added to the product, [E]
 
-    def __init__(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor) -> None:
+    def __init__(self, clip: CLIP, classnames: Sequence[str], zeroshot: Tensor, pooled: bool = True) -> None:
         super().__init__(clip, classnames, zeroshot)
+        self.pooled = pooled
+        if not pooled:
+            return
         start, bias = clip.visual.projection()
         self.register_buffer("start", start.detach().float().clone(), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone(), persistent=False)

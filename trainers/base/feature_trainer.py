@@ -58,11 +58,19 @@ class FeatureTrainer(LearnerTrainer):
     val_loader: Any
     test_loader: Any
     per_step = True
+    projected = True  # whether features are CLIP's final ones; False: those before CLIP's last projection
     mirror = False  # whether training also uses a mirrored copy of each training image, transformed as at test time
     raw_mean = False  # True: text features of several templates are averaged as CLIP gives them, not normalized first
     eps = 0.0  # epsilon of Adam-type optimizers; 0: their default
 
     # Configuration
+
+    @classmethod
+    def needs_blocks(cls, cfg: Any) -> str:
+        """Return what the method does within the image encoder; see CLIPTrainer."""
+        if cfg.MODEL.get("IMO_WEIGHTS", ""):
+            return "corrects features within the image encoder (MODEL.IMO_WEIGHTS)"
+        return super().needs_blocks(cfg) if cls.projected else "takes features before the image encoder's last matrix"
 
     @classmethod
     def check_adapters(cls, cfg: Any) -> None:
@@ -114,7 +122,8 @@ class FeatureTrainer(LearnerTrainer):
         """Build the encoder of images: CLIP, and beside it CLIP with adapters where MODEL.IMO_WEIGHTS is set."""
         weights = self.cfg.MODEL.get("IMO_WEIGHTS", "")
         if not weights:
-            return ImageEncoder(clip, self.settings.prec, self._autocast)
+            encoder = ImageEncoder(clip, self.settings.prec, self._autocast)
+            return encoder if self.projected else encoder.before_projection()
         return CorrectedEncoder(clip, self.settings.prec, self._autocast, load_adapters(weights, clip))
 
     def _set_up_loaders(self) -> None:

@@ -4,7 +4,7 @@ This package is plain torch over open_clip's modules; it knows neither the toolb
 """
 
 from .alike import tell_alike
-from .backbones import BACKBONES, check_backbone, is_resnet
+from .backbones import BACKBONES, check_backbone, is_resnet, why_no_blocks
 from .config import add_clip_config
 from .descriptions import Prompts, read_descriptions, sentences_of
 from .edits import BlockEdit, kinds
@@ -59,5 +59,6 @@ __all__ = [
     "tell_alike",
     "tell_preprocessing",
     "templates_for",
+    "why_no_blocks",
     "zeroshot_weights",
 ]

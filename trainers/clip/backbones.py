@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.pretrained import get_pretrained_cfg
 
 from .checkpoint import checkpoint_form
+from .opaque import check_needs
 from .sources import HubSource, Source, UrlSource
 from .tiny import read_record, tiny_files
 
@@ -21,9 +22,10 @@ OPENAI = ("RN50", "RN101", "ViT-B/32", "ViT-B/16", "ViT-L/14")
 BACKBONES = (*OPENAI, "tiny")
 OPEN_CLIP_PREFIX = "open_clip:"
 
+_SHOWN = 4  # keys of an architecture that a message names
 _VOCABULARY = 49408  # rows of CLIP's byte-pair vocabulary, the only one supported
-# The keys of open_clip's architectures that our towers can run. An architecture with any other key (timm and Hugging
-# Face towers, other pooling) is refused.
+# The keys of open_clip's architectures whose blocks our towers can run. An architecture with any other key (timm and
+# Hugging Face towers, other pooling) is taken as a whole (opaque.py).
 _VISION_KEYS = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "ls_init_value", "no_ln_pre",
                 "act_kwargs", "norm_kwargs"}  # fmt: skip
 _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "ls_init_value", "act_kwargs",
@@ -36,11 +38,14 @@ class Backbone:
 
     Attributes:
         name: as given.
-        arch: constructor arguments of ``open_clip.CLIP``; empty for "tiny", whose file carries them.
+        arch: constructor arguments of ``open_clip.CLIP``; empty for "tiny", whose file carries them. Without blocks,
+            open_clip's configuration of the model.
         sources: who offers the weights, in order of preference; empty for "tiny" and where no tag was given.
         pixel_mean, pixel_std: input normalization of these weights.
         interpolation: how images are resized for them.
         squash: whether their authors resize both sides to the model's size instead of cutting out the middle.
+        model: open_clip's name of the model; "" for "tiny".
+        foreign: what in the architecture is not a plain CLIP's, so that its blocks cannot be run; empty: nothing.
     """
 
     name: str
@@ -50,6 +55,13 @@ class Backbone:
     pixel_std: tuple[float, ...] = OPENAI_DATASET_STD
     interpolation: str = "bicubic"
     squash: bool = False
+    model: str = ""
+    foreign: tuple[str, ...] = ()
+
+    @property
+    def has_blocks(self) -> bool:
+        """Say whether methods can run the blocks of the encoders; if not, all they get is features."""
+        return not self.foreign
 
 
 def _did_you_mean(given: str, known: list[str]) -> str:
@@ -79,7 +91,23 @@ def resolve_backbone(name: str) -> Backbone:
 
 def is_resnet(name: str) -> bool:
     """Return whether a backbone's image encoder is a ResNet, by its name alone; for errors, see `resolve_backbone`."""
-    return isinstance(resolve_backbone(name).arch.get("vision_cfg", {}).get("layers"), (list, tuple))
+    backbone = resolve_backbone(name)
+    return backbone.has_blocks and isinstance(backbone.arch.get("vision_cfg", {}).get("layers"), (list, tuple))
+
+
+def why_no_blocks(name: str) -> str:
+    """Say, by a backbone's name alone, why a method cannot run the blocks of its encoders; "": it can.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    foreign = resolve_backbone(name).foreign
+    return f"{name!r} has {shown(foreign)}" if foreign else ""
+
+
+def shown(foreign: Sequence[str]) -> str:
+    """Return the first few of what is not a plain CLIP's, as a text."""
+    return ", ".join(foreign[:_SHOWN]) + (", ..." if len(foreign) > _SHOWN else "")
 
 
 def _from_open_clip(name: str, model: str, tag: str, url_first: bool) -> Backbone:
@@ -92,13 +120,12 @@ def _from_open_clip(name: str, model: str, tag: str, url_first: bool) -> Backbon
         url_first: whether a URL comes before the Hugging Face hub in the order of sources.
 
     Raises:
-        ValueError: the model or the tag is unknown, or our towers cannot run the architecture.
+        ValueError: the model or the tag is unknown.
     """
     arch = open_clip.get_model_config(model)
     if arch is None:
         hint = _did_you_mean(model, open_clip.list_models())
         raise ValueError(f"Expected {name!r} to name a model that open_clip knows but got {model!r}{hint}")
-    _check_arch(name, arch)
     pretrained = get_pretrained_cfg(model, tag) if tag else {}
     if tag and not pretrained:
         tags = open_clip.list_pretrained_tags_by_model(model)
@@ -106,35 +133,49 @@ def _from_open_clip(name: str, model: str, tag: str, url_first: bool) -> Backbon
             f"Expected {name!r} to name a pretrained tag of {model} ({', '.join(tags) or 'it has none'}) "
             f"but got {tag!r}{_did_you_mean(tag, tags)}"
         )
+    foreign = foreign_keys(arch)
+    stated = pretrained or (agreed_preprocessing(model) if foreign else {})
     # The activation belongs to the weights: a tag trained with quick-GELU says so whatever the model's file says.
     arch["quick_gelu"] = bool(arch.get("quick_gelu", False) or pretrained.get("quick_gelu", False))
-    url, repo = pretrained.get("url", ""), os.path.split(pretrained.get("hf_hub", ""))[0]
+    url, (repo, file) = pretrained.get("url", ""), os.path.split(pretrained.get("hf_hub", ""))
     urls: list[Source] = [UrlSource.from_url(url)] if url else []
-    hubs: list[Source] = [HubSource(repo)] if repo else []
+    hubs: list[Source] = [HubSource(repo, (file,)) if file else HubSource(repo)] if repo else []
     return Backbone(
         name,
         arch,
         # OpenAI's own files have a published checksum and may already lie in the cache that other programs share;
         # for the rest the hub's safetensors come first.
         sources=tuple(urls + hubs if url_first else hubs + urls),
-        pixel_mean=tuple(pretrained.get("mean", OPENAI_DATASET_MEAN)),
-        pixel_std=tuple(pretrained.get("std", OPENAI_DATASET_STD)),
-        interpolation=pretrained.get("interpolation", "bicubic"),
-        squash=pretrained.get("resize_mode") == "squash",
+        pixel_mean=tuple(stated.get("mean", OPENAI_DATASET_MEAN)),
+        pixel_std=tuple(stated.get("std", OPENAI_DATASET_STD)),
+        interpolation=stated.get("interpolation", "bicubic"),
+        squash=stated.get("resize_mode") == "squash",
+        model=model,
+        foreign=foreign,
     )
 
 
-def _check_arch(name: str, arch: Mapping[str, Any]) -> None:
+def agreed_preprocessing(model: str) -> dict[str, Any]:
+    """Return what all pretrained weights of a model have in common in how images are prepared.
+
+    It is what a local file of weights, which has no tag, most likely wants.
+    """
+    tags = [get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)]
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    return {key: tags[0][key] for key in keys if tags and all(tag.get(key) == tags[0].get(key) for tag in tags)}
+
+
+def foreign_keys(arch: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what in one of open_clip's architectures is not a plain CLIP's.
+
+    A plain CLIP is a ViT or a ResNet with a causal text transformer and CLIP's vocabulary.
+    """
     vision, text = arch.get("vision_cfg", {}), arch.get("text_cfg", {})
     foreign = sorted(set(arch) - {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"})
     foreign += sorted(set(vision) - _VISION_KEYS) + sorted(set(text) - _TEXT_KEYS)
     if not foreign and text.get("vocab_size") != _VOCABULARY:
         foreign = [f"vocab_size {text.get('vocab_size')}"]
-    if foreign:
-        raise ValueError(
-            f"Expected {name!r} to be a plain CLIP (ViT or ResNet, causal text transformer, CLIP's vocabulary) "
-            f"but got an architecture with {', '.join(foreign)}"
-        )
+    return tuple(foreign)
 
 
 def weights_hint(backbone: Backbone) -> str:
@@ -175,3 +216,5 @@ def check_backbone(name: str, weights: str | os.PathLike[str] | None = None) -> 
             f"Expected the weights of {name} on this machine or a network to fetch them, but got neither. "
             + weights_hint(backbone)
         )
+    if not backbone.has_blocks:
+        check_needs(name, backbone.arch)

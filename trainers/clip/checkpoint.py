@@ -60,14 +60,19 @@ def checkpoint_form(path: Path) -> str:
     )
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path, plain: bool = True) -> dict[str, Tensor]:
     """Read a checkpoint's state dict onto the CPU, with keys as ``open_clip.CLIP`` names them.
+
+    Args:
+        path: the file, or a folder that Hugging Face has written.
+        plain: whether the file is that of an ``open_clip.CLIP``; else its keys stay as they are.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is no checkpoint, is damaged, or holds anything but tensors where tensors belong.
     """
-    return clean_state(read_content(path), path)
+    content = read_content(path)
+    return clean_state(content, path) if plain else unwrapped_state(content, path)
 
 
 def read_content(path: Path) -> Any:
@@ -110,8 +115,8 @@ def _read_torchscript(path: Path) -> Mapping[str, Tensor]:
         return torch.jit.load(str(path), map_location="cpu").state_dict()
 
 
-def clean_state(content: Any, path: Path) -> dict[str, Tensor]:
-    """Convert a loaded checkpoint to the plain state dict of an ``open_clip.CLIP``: unwrap it and rename its keys.
+def unwrapped_state(content: Any, path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a loaded checkpoint, under the names that a model without wrappers gives.
 
     Raises:
         ValueError: there is no state dict, an empty one, or one with a value that is no tensor.
@@ -126,6 +131,16 @@ def clean_state(content: Any, path: Path) -> dict[str, Tensor]:
     state = {str(key): value for key, value in content.items()}
     if all(key.startswith("module.") for key in state):  # saved from a data-parallel wrapper
         state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state
+
+
+def clean_state(content: Any, path: Path) -> dict[str, Tensor]:
+    """Convert a loaded checkpoint to the plain state dict of an ``open_clip.CLIP``: unwrap it and rename its keys.
+
+    Raises:
+        ValueError: see `unwrapped_state`.
+    """
+    state = unwrapped_state(content, path)
     if is_hugging_face(state):
         state = as_open_clip(state)
     state = {key.removeprefix("text."): value for key, value in state.items()}  # open_clip's layout with a text module
@@ -143,14 +158,27 @@ def build_open_clip(arch: Mapping[str, Any], state: Mapping[str, Tensor], what: 
 
     Args:
         arch: constructor arguments of ``open_clip.CLIP``.
-        state: tensors by name, in any floating dtype.
-        what: what the weights should be and where they come from, for the error.
+        state, what: see `fill_model`.
 
     Raises:
         ValueError: keys or shapes differ from the architecture's.
     """
     with torch.device("meta"):
         model = open_clip.CLIP(**arch)
+    return fill_model(model, state, what)
+
+
+def fill_model(model: Any, state: Mapping[str, Tensor], what: str) -> Any:
+    """Let a model hold exactly these weights, in fp32, and return it in eval mode.
+
+    Args:
+        model: a module whose parameters may be on the meta device.
+        state: tensors by name, in any floating dtype.
+        what: what the weights should be and where they come from, for the error.
+
+    Raises:
+        ValueError: keys or shapes differ from the model's.
+    """
     wanted = model.state_dict()
     state = dict(state)
     for key in wanted:  # a training counter that not every format keeps; unused in eval mode

@@ -9,15 +9,17 @@ import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg
 
-from .backbones import Backbone, resolve_backbone, weights_hint
-from .checkpoint import build_open_clip, checkpoint_form, read_checkpoint
+from .backbones import Backbone, resolve_backbone, shown, weights_hint
+from .checkpoint import build_open_clip, checkpoint_form, fill_model, read_checkpoint
 from .hugging_face import quick_gelu_of, weights_file
 from .model import CLIP, PRECISIONS
+from .opaque import build_opaque, build_tokenizer, check_needs, custom_text_state, opaque_towers
 from .tiny import IDS, expand_vocabulary, read_record, tiny_files
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,8 @@ def load_clip(
 
 def _load(name: str, weights: str | os.PathLike[str] | None, precision: str) -> CLIP:
     backbone = resolve_backbone(name)
+    if not backbone.has_blocks:
+        return _load_whole(backbone, weights, precision)
     known = None
     if name == "tiny":
         record, path = tiny_files(weights or None)
@@ -90,6 +94,20 @@ def _load(name: str, weights: str | os.PathLike[str] | None, precision: str) -> 
     if weights and name != "tiny":
         _check_activation(name, path, quick)
     return clip
+
+
+def _load_whole(backbone: Backbone, weights: str | os.PathLike[str] | None, precision: str) -> CLIP:
+    """Load a backbone whose blocks cannot be run; see opaque.py."""
+    name, arch = backbone.name, backbone.arch
+    check_needs(name, arch)
+    tokenizer = build_tokenizer(backbone.model)
+    path = Path(weights).expanduser() if weights else _obtain(backbone)
+    state = read_checkpoint(path, plain=False)
+    model: Any = build_opaque(arch)
+    model = fill_model(model, custom_text_state(state, model), f"{name} in {path}")
+    towers = opaque_towers(model, arch, tokenizer, precision)
+    logger.info("CLIP %s from %s (%s, taken as a whole: %s)", name, path, precision, shown(backbone.foreign))
+    return CLIP(model, name, precision, backbone.pixel_mean, backbone.pixel_std, towers)
 
 
 def _check_activation(name: str, path: Path, quick: bool) -> None:

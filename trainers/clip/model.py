@@ -12,7 +12,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 
 from .text import TextTower
-from .vision import build_vision_tower
+from .vision import VisionTower, build_vision_tower
 
 PRECISIONS = ("fp32", "fp16", "amp", "bf16")
 
@@ -24,7 +24,10 @@ class CLIP(nn.Module):
         visual: image tower. text: text tower.
         name: backbone name as configured.
         embed_dim: E. image_size: input side length in pixels.
+        has_blocks: whether methods can run the towers' blocks; else images and texts give features, and no more.
         logit_scale: exp of CLIP's learned log-temperature (about 100 for OpenAI's weights).
+        logit_bias: what a sigmoid's logits get added (SigLIP); 0: nothing. It is the same for all classes, so that it
+            changes neither softmax nor argmax over a list of classes, and no method adds it.
         pixel_mean, pixel_std: input normalization the weights were trained with, per RGB channel, for pixels in 0..1.
         known_ids: token ids that the weights have an embedding for; None: all of the vocabulary.
         weights_digest: sha256 (hex) of the weights' fp32 values: the same for every file format and precision.
@@ -37,28 +40,33 @@ class CLIP(nn.Module):
         precision: str = "fp32",
         pixel_mean: Sequence[float] = OPENAI_DATASET_MEAN,
         pixel_std: Sequence[float] = OPENAI_DATASET_STD,
+        towers: tuple[VisionTower, TextTower] | None = None,
     ) -> None:
         """Wrap (and take over) an open_clip CLIP.
 
         Args:
-            model: an ``open_clip.CLIP`` with fp32 weights.
+            model: an ``open_clip.CLIP`` with fp32 weights, or what ``towers`` are of.
             precision: "fp32" and "amp" keep fp32 weights (amp: the engine autocasts); "fp16" and "bf16" cast the
                 weights except embeddings and normalization layers, which stay fp32.
+            towers: image and text tower of a model that is taken as a whole (see opaque.py), which bring their
+                precision with them; None: the model's own blocks.
         """
         super().__init__()
         if precision not in PRECISIONS:
             raise ValueError(f"Expected precision to be one of {', '.join(PRECISIONS)} but got {precision!r}")
-        self.visual = build_vision_tower(model.visual)
-        self.text = TextTower(model)
+        self.has_blocks = towers is None
+        self.visual, self.text = towers or (build_vision_tower(model.visual), TextTower(model))
         self.name = name
         self.embed_dim = self.text.embed_dim
         self.image_size = self.visual.image_size
         self.logit_scale = float(model.logit_scale.detach().float().exp())
+        bias = getattr(model, "logit_bias", None)
+        self.logit_bias = 0.0 if bias is None else float(bias.detach().float())
         self.pixel_mean = tuple(float(x) for x in pixel_mean)
         self.pixel_std = tuple(float(x) for x in pixel_std)
         self.known_ids: frozenset[int] | None = None
         self._digest: str | None = None
-        if precision in ("fp16", "bf16"):
+        if precision in ("fp16", "bf16") and self.has_blocks:
             self._digest = self._compute_digest()  # before the values are rounded
             open_clip.convert_weights_to_lp(model, torch.float16 if precision == "fp16" else torch.bfloat16)
         self.requires_grad_(False)
@@ -72,7 +80,7 @@ class CLIP(nn.Module):
     @property
     def device(self) -> torch.device:
         """Return the device that the weights are on."""
-        return self.text.positional_embedding.device
+        return next(self.parameters()).device
 
     @property
     def weights_digest(self) -> str:

@@ -20,6 +20,7 @@ class Preprocessing(NamedTuple):
     INTERPOLATION: str
     PIXEL_MEAN: tuple[float, ...]  # per RGB channel, of values in 0..1
     PIXEL_STD: tuple[float, ...]
+    SQUASH: bool = False  # both sides are resized to SIZE; else the shorter one, and the middle is cut out
 
 
 def preprocessing_of(name: str, weights: str = "") -> Preprocessing:
@@ -39,7 +40,9 @@ def preprocessing_of(name: str, weights: str = "") -> Preprocessing:
 
 def _of(backbone: Backbone, size: int | list[int]) -> Preprocessing:
     height, width = (size, size) if isinstance(size, int) else size
-    return Preprocessing((height, width), backbone.interpolation, backbone.pixel_mean, backbone.pixel_std)
+    # For a plain CLIP the middle is cut out whatever its authors did, as few-shot CLIP always has.
+    squash = backbone.squash and not backbone.has_blocks
+    return Preprocessing((height, width), backbone.interpolation, backbone.pixel_mean, backbone.pixel_std, squash)
 
 
 def complete_input(cfg: Any, given: Collection[str]) -> None:
@@ -57,7 +60,7 @@ def complete_input(cfg: Any, given: Collection[str]) -> None:
     except (ValueError, FileNotFoundError):
         return  # the check of the backbone reports this error
     for key, value in own._asdict().items():
-        if f"INPUT.{key}" not in given:
+        if f"INPUT.{key}" not in given and key in cfg.INPUT:  # upstream's INPUT has no SQUASH
             cfg.INPUT[key] = type(cfg.INPUT[key])(value)
     if "INPUT.TRANSFORMS" not in given and not cfg.INPUT.TRANSFORMS:
         cfg.INPUT.TRANSFORMS = type(cfg.INPUT.TRANSFORMS)(("normalize",))
@@ -70,27 +73,28 @@ def tell_preprocessing(cfg: Any) -> None:
     other = [
         f"INPUT.{key} {_shown(node[key])} (its own: {_shown(value)})"
         for key, value in own._asdict().items()
-        if _shown(node[key]) != _shown(value)
+        if key in node and _shown(node[key]) != _shown(value)
     ]
     if "normalize" not in node.TRANSFORMS:
         other.append('INPUT.TRANSFORMS without "normalize" (it wants normalized images)')
     logger.info(
-        "Images for %s: %s pixels, %s, mean %s, standard deviation %s%s",
+        "Images for %s: %s pixels, %s%s, mean %s, standard deviation %s%s",
         name,
         " x ".join(map(str, node.SIZE)),
         node.INTERPOLATION,
+        ", squashed" if node.get("SQUASH", False) else "",
         _shown(node.PIXEL_MEAN),
         _shown(node.PIXEL_STD),
         "" if other else " (its own)",
         extra=DETAIL,
     )
-    if resolve_backbone(name).squash:
+    if resolve_backbone(name).squash and not node.get("SQUASH", False):
         logger.info("The authors of %s squash test images to its size; here the middle is cut out, as for all", name)
     if other:
         logger.warning("Images are not prepared as the weights of %s want them: %s", name, "; ".join(other))
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str | bool):
+        return str(value)
     return "(" + ", ".join(f"{number:.8g}" for number in value) + ")"

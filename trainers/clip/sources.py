@@ -136,20 +136,25 @@ class UrlSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A model repository on the Hugging Face hub; its safetensors file is preferred."""
+    """A model repository on the Hugging Face hub.
+
+    Attributes:
+        repo: its name, with the owner's.
+        files: the file in it, under all names that will do, the preferred ones first.
+    """
 
     repo: str
+    files: tuple[str, ...] = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
 
     def cached(self) -> Path | None:
-        for name in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
+        for name in self.files:
             found = huggingface_hub.try_to_load_from_cache(self.repo, name)
             if isinstance(found, str):
                 return Path(found)
         return None
 
     def reachable(self) -> bool:
-        urls = (huggingface_hub.hf_hub_url(self.repo, name) for name in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME))
-        return any(_answers(url) for url in urls)
+        return any(_answers(huggingface_hub.hf_hub_url(self.repo, name)) for name in self.files)
 
     def fetch(self) -> Path:
         path = self.cached()
@@ -157,10 +162,10 @@ class HubSource:
             raise OSError(_OFFLINE)
         if path is None and not self.reachable():  # the hub library would keep trying for most of a minute
             raise OSError(f"no answer for {self.repo} on the Hugging Face hub")
-        return path or Path(download_pretrained_from_hf(self.repo))
+        return path or Path(download_pretrained_from_hf(self.repo, self.files[-1]))
 
     def describe(self) -> str:
-        url = huggingface_hub.hf_hub_url(self.repo, HF_SAFE_WEIGHTS_NAME)
+        url = huggingface_hub.hf_hub_url(self.repo, self.files[0])
         return f"{url} (its sha256 stands on its page there)"
 
 

@@ -21,13 +21,14 @@ class VisionTower(nn.Module):
     """An image encoder cut into blocks numbered from 1.
 
     Attributes:
-        kind: "vit" or "resnet".
+        kind: "vit", "resnet" or "opaque" (a tower whose blocks cannot be run; see opaque.py).
         depth: number of blocks (ResNet: residual blocks of all four stages, in order).
         widths: block number -> width of what an edit of that block sees and returns.
         adaptable: block numbers that are adapted by default (ViT: all; ResNet: those of the last two stages).
         image_size: side length of the square input in pixels.
         embed_dim: E.
         pooled_dim: P, the width of what the last matrix projects to E (ViT: D; ResNet: C of the last stage).
+        form: what else than weights and our own code decides features, for the key of the cache; "": nothing.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class VisionTower(nn.Module):
     image_size: int
     embed_dim: int
     pooled_dim: int
+    form: str = ""
     _inside: tuple[str, ...] = INSIDE  # methods of edits that change what ``enter`` computes
 
     @property

@@ -78,6 +78,12 @@ class DLRCLIP(ViewsTrainer):
     drop_last = False
     imagenet_templates = IMAGENET_TEMPLATES_SELECT
 
+    @classmethod
+    def needs_blocks(cls, cfg: Any) -> str:
+        """Say whether the encoders are adapted; see CLIPTrainer."""
+        cma = cls.read_settings(cfg).cma
+        return "adapts both encoders (with TRAINER.DLRCLIP.CMA False only features are taken)" if cma else ""
+
     # Building
 
     def build_model(self) -> None:

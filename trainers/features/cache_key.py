@@ -70,6 +70,7 @@ class FeatureSlot:
             "shape": [max(1, self.views), len(self.images.data_source), self.encoder.width],
             "images": images,
             "weights": self.encoder.weights_digest,
+            **({"form": self.encoder.form} if self.encoder.form else {}),
             **({} if self.encoder.unit else {"raw": True}),
             **({} if self.encoder.projected else {"before_projection": True}),  # of the same width, perhaps
             "transform": words,

@@ -53,6 +53,11 @@ class ImageEncoder:
         """SHA-256 (hex) of all weights that features depend on."""
         return self.clip.weights_digest
 
+    @property
+    def form(self) -> str:
+        """What decides features beside weights and our own code; "": nothing."""
+        return self.clip.visual.form
+
     def raw(self) -> ImageEncoder:
         """Return a copy of the encoder whose features keep their lengths."""
         other = copy.copy(self)

@@ -63,7 +63,7 @@ class MemorySlot:
         images = dataset.dataset if views else dataset
         self.items, self.device = images.data_source, encoder.clip.device
         facts = (
-            type(encoder), encoder.weights_digest, encoder.unit, encoder.projected, encoder.precision,
+            type(encoder), encoder.weights_digest, encoder.form, encoder.unit, encoder.projected, encoder.precision,
             repr(images.transform), seed,
         )  # fmt: skip
         self._known = [memory.setdefault((*facts, view), {}) for view in (range(views) if views else (-1,))]

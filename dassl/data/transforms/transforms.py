@@ -231,8 +231,12 @@ def _train_steps(cfg: CfgNode, names: set[str]) -> Iterable[Any]:
 
 def _test_steps(cfg: CfgNode, names: set[str]) -> Iterable[Any]:
     node = cfg.INPUT
-    yield v2.Resize(max(node.SIZE), interpolation=INTERPOLATION_MODES[node.INTERPOLATION])  # the shorter side
-    yield v2.CenterCrop(tuple(node.SIZE))
+    mode = INTERPOLATION_MODES[node.INTERPOLATION]
+    if node.get("SQUASH", False):
+        yield v2.Resize(tuple(node.SIZE), interpolation=mode)
+    else:
+        yield v2.Resize(max(node.SIZE), interpolation=mode)  # the shorter side
+        yield v2.CenterCrop(tuple(node.SIZE))
     yield from to_float_tensor()
     if "normalize" in names:
         yield v2.Normalize(mean=list(node.PIXEL_MEAN), std=list(node.PIXEL_STD))

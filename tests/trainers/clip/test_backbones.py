@@ -51,8 +51,8 @@ def test_resolving_leaves_open_clips_tables_alone():
         ("", "Expected the backbone to be one of"),
         ("open_clip:ViT-B-33/openai", "did you mean 'ViT-B-32'"),
         ("open_clip:ViT-B-32/open_ai", "did you mean 'openai'"),
-        ("open_clip:ViT-B-16-SigLIP/webli", "timm_model_name"),
-        ("open_clip:roberta-ViT-B-32/laion2b_s12b_b32k", "hf_model_name"),
+        ("open_clip:ViT-B-16-SigLIP/web", "did you mean 'webli'"),
+        ("open_clip:ViT-B-16-SigLIP", "to have a pretrained tag"),
         ("open_clip:ViT-B-32", "Expected 'open_clip:ViT-B-32' to have a pretrained tag"),
     ],
 )
@@ -62,7 +62,9 @@ def test_unknown_names(name, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [*OPENAI, "open_clip:ViT-B-32/laion2b_s34b_b79k"])
+@pytest.mark.parametrize(
+    "name", [*OPENAI, "open_clip:ViT-B-32/laion2b_s34b_b79k", "open_clip:EVA02-B-16/merged2b_s8b_b131k"]
+)
 @pytest.mark.parametrize("function", [check_backbone, load_clip])
 def test_without_weights_and_network_the_error_says_what_to_fetch(nowhere, name, function):
     with pytest.raises(FileNotFoundError) as caught:

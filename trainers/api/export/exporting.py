@@ -289,9 +289,19 @@ class _Making:
         self.written = [self.path]
 
     def openclip(self) -> None:
-        """Write a folder for open_clip."""
+        """Write a folder for open_clip.
+
+        Raises:
+            ExportError: the backbone is taken as a whole.
+        """
         from .openclip_folder import run_openclip, size_of, write_openclip, write_record
 
+        clip = self.subject.model.trainer.network.clip
+        if not clip.has_blocks:
+            raise ExportError(
+                f"Expected a plain CLIP for the format openclip but {clip.name} is taken as a whole, and has weights "
+                "of its own names (onnx and torchscript work): nothing is kept"
+            )
         write_openclip(self.subject, self.path, self.record())
         self._check(self.path.name, run_openclip(self.path), size_of(self.path))
         write_record(self.path, self.record(measured=self.measured()))

@@ -63,7 +63,7 @@ def write_openclip(subject: Subject, folder: Path, record: Mapping[str, Any]) ->
             "mean": preprocessing["mean"],
             "std": preprocessing["std"],
             "interpolation": preprocessing["interpolation"],
-            "resize_mode": "shortest",
+            "resize_mode": "squash" if preprocessing["squash"] else "shortest",
         },
     }
     (folder / HF_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

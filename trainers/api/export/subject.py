@@ -49,12 +49,13 @@ class Subject:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Size, interpolation, mean and standard deviation that make an input of an image."""
+        """Size, interpolation, squash, mean and standard deviation that make an input of an image."""
         node = self.model.trainer.cfg.INPUT
         normalized = "normalize" in node.TRANSFORMS
         return {
             "size": list(node.SIZE),
             "interpolation": node.INTERPOLATION,
+            "squash": node.SQUASH,
             "mean": list(node.PIXEL_MEAN) if normalized else [0.0, 0.0, 0.0],
             "std": list(node.PIXEL_STD) if normalized else [1.0, 1.0, 1.0],
         }

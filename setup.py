@@ -33,14 +33,15 @@ REQUIRES = [
 SERVE = ["gradio>=5.0"]  # scripts/serve.py
 EXPORT = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]  # scripts/export.py --format onnx
 PARQUET = ["pyarrow>=15"]  # predict.py --stream parquet
+TRANSFORMERS = ["transformers>=4.40"]  # tokenizers and text encoders of some backbones (SigLIP, NLLB, ...)
 TRACK = ["wandb>=0.17", "mlflow>=2.14"]  # LOGGER wandb, mlflow
 TEST = [
     *SERVE,
     *TRACK,
     *PARQUET,
     *EXPORT,
-    "transformers>=4.40",  # whose CLIPModel ours is compared with
-    "peft>=0.11",  # whose low-rank adapters of it are read and written
+    *TRANSFORMERS,  # its CLIPModel is also compared with ours
+    "peft>=0.11",  # whose low-rank adapters of CLIPModel are read and written
     "playwright>=1.45",  # drives a Chromium that is there
     *("pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "submitit>=1.5", "setuptools>=70.1"),
     *("nbclient>=0.10", "ipykernel>=6.29"),  # run the notebook of examples/
@@ -85,6 +86,7 @@ setup(
         "cluster": CLUSTER,
         "serve": SERVE,
         "track": TRACK,
+        "transformers": TRANSFORMERS,
         "parquet": PARQUET,
         "export": EXPORT,
         "test": TEST,

@@ -50,6 +50,21 @@ def test_every_name_gives_a_tensor_of_the_size(name):
     assert random.getstate() == state  # torch's generator only, which workers seed
 
 
+def test_test_images_are_squashed_or_their_middle_is_cut_out():
+    cfg = config("normalize", size=(32, 24))
+    assert kinds(cfg, is_train=False)[:2] == ["Resize", "CenterCrop"]
+    cfg.INPUT.SQUASH = True
+    assert "CenterCrop" not in kinds(cfg, is_train=False)
+    whole = build_transform(cfg, is_train=False)(picture())
+    cfg.INPUT.TRANSFORMS = ()
+    want = np.asarray(picture().resize((24, 32), Image.Resampling.BICUBIC)) / 255
+    assert whole.shape == (3, 32, 24)
+    assert (
+        float((build_transform(cfg, is_train=False)(picture()).permute(1, 2, 0) - torch.tensor(want)).abs().max())
+        < 1e-6
+    )
+
+
 def test_order_is_fixed_whatever_the_config_says():
     everything = kinds(config(*AVAI_CHOICES))
     assert everything == kinds(config(*reversed(AVAI_CHOICES)))

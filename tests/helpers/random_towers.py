@@ -20,7 +20,7 @@ SIGLIP_TEXT = {
     "pool_type": "last",
     "norm_kwargs": {"eps": 1e-06},
 }
-# Name -> open_clip's configuration; "words" stands for a tokenizer, "text" for a text model of Hugging Face.
+# Name -> open_clip's configuration; "words" stands for a tokenizer, "roberta" and such for a model of that kind.
 KINDS = {
     "small-siglip": {
         "embed_dim": 64,
@@ -64,16 +64,18 @@ KINDS = {
         "vision_cfg": {**VIT, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
         "text_cfg": {**CLIPS_TEXT, "embed_cls": True, "output_tokens": True},
     },
-    "small-roberta": {
-        "embed_dim": 32,
-        "quick_gelu": True,
-        "vision_cfg": VIT,
-        "text_cfg": {
-            "hf_model_name": "text",
-            "hf_tokenizer_name": "words",
-            "hf_proj_type": "mlp",
-            "context_length": 16,
-        },
+    **{
+        f"small-{kind}": {
+            "embed_dim": 32,
+            "quick_gelu": True,
+            "vision_cfg": VIT,
+            "text_cfg": {"hf_model_name": kind, "hf_tokenizer_name": "words", "hf_proj_type": "mlp", **length},
+        }
+        for kind, length in (
+            ("roberta", {"context_length": 16}),
+            ("mt5", {"context_length": 16}),
+            ("m2m_100", {"context_length": 16, "hf_pooler_type": "cls_pooler"}),  # NLLB's
+        )
     },
 }
 
@@ -94,10 +96,18 @@ def write_tokenizer(folder: Path) -> str:
     return str(folder)
 
 
-def write_text_model(folder: Path) -> str:
-    """The architecture of a small RoBERTa."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    told = {"model_type": "roberta", "vocab_size": 64, "max_position_embeddings": 40, "pad_token_id": 1, **sizes}
+def write_text_model(folder: Path, kind: str) -> str:
+    """The architecture of a small text model of Hugging Face."""
+    sizes = {
+        "roberta": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+        "mt5": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "is_encoder_decoder": True},
+        "m2m_100": {
+            **{"d_model": 32, "is_encoder_decoder": True},
+            **{"encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64},
+            **{"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 64},
+        },
+    }[kind]
+    told = {"model_type": kind, "vocab_size": 64, "max_position_embeddings": 40, "pad_token_id": 1, **sizes}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(told))
     return str(folder)
@@ -121,14 +131,15 @@ def known_towers(folder: Path, kinds=tuple(KINDS)):
     """Within this block open_clip knows these models; gives a file of random weights for each."""
     factory = open_clip.factory
     paths, known = list(factory._MODEL_CONFIG_PATHS), dict(factory._MODEL_CONFIGS)
-    local = {"words": write_tokenizer(folder / "words"), "text": write_text_model(folder / "text")}
+    local = {"words": write_tokenizer(folder / "words")}
     configs = folder / "configs"
     configs.mkdir()
     for kind in kinds:
         config = json.loads(json.dumps(KINDS[kind]))
         for key in ("hf_tokenizer_name", "hf_model_name"):
             if key in config["text_cfg"]:
-                config["text_cfg"][key] = local[config["text_cfg"][key]]
+                what = config["text_cfg"][key]
+                config["text_cfg"][key] = local.get(what) or write_text_model(folder / what, what)
         (configs / f"{kind}.json").write_text(json.dumps(config))
     open_clip.add_model_config(configs)
     try:

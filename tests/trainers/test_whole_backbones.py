@@ -117,6 +117,17 @@ def test_adapters_in_the_image_encoder_are_refused(name, make_cfg):
         TRAINER_REGISTRY.get(name).check_settings(cfg)
 
 
+@pytest.mark.parametrize("prec", ["amp", "bf16", "fp16"])
+def test_half_precision_gives_nearly_the_same_answers(prec, make_cfg, towers):
+    images, found = torch.rand(4, 3, 160, 160), {}
+    for precision in ("fp32", prec):
+        cfg = make_cfg("ZeroshotCLIP", "TRAINER.ZEROSHOTCLIP.PREC", precision, weights=towers["small-siglip"])
+        trainer = build_trainer(cfg)
+        with torch.no_grad():
+            found[precision] = trainer.network.encode(images)
+    assert torch.cosine_similarity(found["fp32"], found[prec]).min() > 0.995
+
+
 def test_features_are_kept_and_their_key_knows_the_architecture(make_cfg, towers, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("DLR_CLIP_CACHE", str(tmp_path / "cache"))
     caplog.set_level("INFO")

@@ -28,7 +28,6 @@ from ..clip import (
     sentences_of,
     tell_preprocessing,
     templates_for,
-    why_no_blocks,
     zeroshot_weights,
 )
 from ..configs import without_config
@@ -36,6 +35,7 @@ from ..features.encoder import ImageEncoder
 from ..features.loaders import workers_like
 from ..log import DETAIL
 from ..portable import OWN_TOOLBOX, PortableTrainer
+from .blocks_needed import BlocksNeeded
 from .keys import MethodConfig, add_keys, check_number, has_keys, read_keys
 from .label_check import LabelCheck, LabelCheckKeys, asks_for_check, check_labels
 from .losses import LossKeys, balanced_weights, check_plain_loss, class_loss
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 SHARED_KEYS: tuple[tuple[str, type], ...] = (("OPTIM", LossKeys), ("DATASET", LabelCheckKeys))  # of every method
 
 
-class CLIPTrainer(PortableTrainer):
+class CLIPTrainer(BlocksNeeded, PortableTrainer):
     """Train a method on a frozen CLIP, and report its heads. The method's keys lie in the node TRAINER.<node_name>.
 
     See dassl/engine/declared.py for what the engine asks of a trainer.
@@ -68,7 +68,6 @@ class CLIPTrainer(PortableTrainer):
     # Whether an epoch leaves out its last, smaller batch, as the method's source does. On upstream Dassl, loaders of
     # images always leave it out.
     drop_last = True
-    adapters = "none"  # whether MODEL.IMO_WEIGHTS corrects the features: none (it is refused) | optional | needed
     cross_entropy = True  # whether OPTIM.LOSS may put another loss in the place of cross-entropy
     weighs_classes = False  # whether OPTIM.CLASS_WEIGHTS is followed although OPTIM.LOSS is not
     per_step = False  # True: the learning-rate schedule counts steps; False: it counts epochs, as CoOp's does
@@ -147,42 +146,6 @@ class CLIPTrainer(PortableTrainer):
         cls.read_prompts(cfg)
         check_number(cfg.FEATURE_CACHE.LIMIT, "FEATURE_CACHE.LIMIT", low=0)
         check_backbone(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS or None)
-
-    @classmethod
-    def needs_blocks(cls, cfg: Any) -> str:
-        """Return what the method does with the blocks of CLIP's encoders under this configuration, for a message.
-
-        "": it takes CLIP's features of images and texts alone, so that it works with a backbone without blocks.
-        """
-        return "corrects features within the image encoder" if cls.adapters == "needed" else ""
-
-    @classmethod
-    def why_not_on(cls, cfg: Any) -> str:
-        """Return why the method cannot work with the configuration's backbone; "": it can, as far as names tell.
-
-        Raises:
-            ValueError: there is no such backbone.
-        """
-        reason = cls.needs_blocks(cfg) if cfg.MODEL.BACKBONE.NAME else ""
-        found = why_no_blocks(cfg.MODEL.BACKBONE.NAME) if reason else ""
-        if not found:
-            return ""
-        return (
-            f"Expected MODEL.BACKBONE.NAME to be a plain CLIP (ViT or ResNet, causal text transformer, CLIP's "
-            f"vocabulary) for {cls.__name__}, which {reason}, but {found}: methods that take CLIP's final features "
-            "work with it (zero-shot CLIP, linear probes, caches of training images, Gaussians and others)"
-        )
-
-    @classmethod
-    def check_blocks(cls, cfg: Any) -> None:
-        """Refuse a backbone whose blocks cannot be run, where the method needs them.
-
-        Raises:
-            ValueError: the method needs them.
-        """
-        reason = cls.why_not_on(cfg)
-        if reason:
-            raise ValueError(reason)
 
     @classmethod
     def check_adapters(cls, cfg: Any) -> None:

@@ -33,7 +33,7 @@ class EncoderTrainer(ViewsTrainer):
 
     @classmethod
     def needs_blocks(cls, cfg: Any) -> str:
-        """Say that the method learns within the encoders; see CLIPTrainer."""
+        """Say that the method learns within the encoders; see BlocksNeeded."""
         return "learns within the encoders"
 
     # Building

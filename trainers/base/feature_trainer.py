@@ -67,7 +67,7 @@ class FeatureTrainer(LearnerTrainer):
 
     @classmethod
     def needs_blocks(cls, cfg: Any) -> str:
-        """Return what the method does within the image encoder; see CLIPTrainer."""
+        """Return what the method does within the image encoder; see BlocksNeeded."""
         if cfg.MODEL.get("IMO_WEIGHTS", ""):
             return "corrects features within the image encoder (MODEL.IMO_WEIGHTS)"
         return super().needs_blocks(cfg) if cls.projected else "takes features before the image encoder's last matrix"

@@ -49,7 +49,8 @@ def load_clip(
 
     Args:
         name: one of ``BACKBONES`` (OpenAI's quick-GELU models and the bundled "tiny") or
-            ``open_clip:<model>/<pretrained tag>``.
+            ``open_clip:<model>/<pretrained tag>``. A model of open_clip whose blocks are not CLIP's is taken as a whole
+            (opaque.py).
         weights: a local checkpoint of that architecture (OpenAI's archive or state dict, open_clip's .pt or
             .safetensors, a folder or file of Hugging Face's CLIPModel); for "tiny" the folder or .safetensors file of
             another tiny CLIP; None or "": the backbone's own weights, from the cache or downloaded once.
@@ -59,7 +60,8 @@ def load_clip(
     Raises:
         ValueError: unknown name or precision; a checkpoint that is damaged, is of another architecture, holds anything
             but tensors, or has the wrong checksum.
-        FileNotFoundError: the weights are not here and cannot be fetched; the message says what to fetch by hand.
+        FileNotFoundError: the weights, or a tokenizer, are not here and cannot be fetched; the message says what to
+            fetch by hand.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"Expected precision to be one of {', '.join(PRECISIONS)} but got {precision!r}")

@@ -55,7 +55,7 @@ def check_needs(name: str, arch: Mapping[str, Any]) -> None:
     if wanted and importlib.util.find_spec("transformers") is None:
         raise ValueError(
             f"Expected the package transformers, which {' and '.join(wanted)} of {name} need, but it is not "
-            "installed: pip install transformers"
+            "installed: pip install 'dlr-clip[transformers]'"
         )
     for what, (place, files) in wanted.items():
         if Path(place).exists():

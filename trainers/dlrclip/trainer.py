@@ -80,7 +80,7 @@ class DLRCLIP(ViewsTrainer):
 
     @classmethod
     def needs_blocks(cls, cfg: Any) -> str:
-        """Say whether the encoders are adapted; see CLIPTrainer."""
+        """Say whether the encoders are adapted; see BlocksNeeded."""
         cma = cls.read_settings(cfg).cma
         return "adapts both encoders (with TRAINER.DLRCLIP.CMA False only features are taken)" if cma else ""
 

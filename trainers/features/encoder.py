@@ -55,7 +55,7 @@ class ImageEncoder:
 
     @property
     def form(self) -> str:
-        """What decides features beside weights and our own code; "": nothing."""
+        """Facts that decide features beside weights and our own code, as a text; "": there are none."""
         return self.clip.visual.form
 
     def raw(self) -> ImageEncoder:

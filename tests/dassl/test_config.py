@@ -21,7 +21,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_defaults_are_upstreams_and_sixteen_of_ours():
+def test_defaults_are_upstreams_and_seventeen_of_ours():
     cfg = get_cfg_default()
     assert (cfg.OPTIM.ADAM_EPS, cfg.OPTIM.LR_UNIT, cfg.DATALOADER.SKIP_BAD_IMAGES, cfg.DIST.TIMEOUT) == (
         1e-8,
@@ -36,7 +36,8 @@ def test_defaults_are_upstreams_and_sixteen_of_ours():
     assert (cfg.TRAIN.CHECKPOINT_STEPS, cfg.TRAIN.CHECKPOINT_MINUTES) == (0, 0)
     assert (cfg.TRAIN.CHECKPOINTS_KEPT, cfg.TRAIN.FORCE_RESUME) == (2, False)
     assert cfg.LOGGER == "tensorboard"
-    assert leaves(cfg) == 135 + 16
+    assert not cfg.INPUT.SQUASH
+    assert leaves(cfg) == 135 + 17
     assert leaves(cfg.TRAINER) == 45
     assert cfg.OPTIM.WEIGHT_DECAY == 5e-4 and cfg.SEED == -1 and cfg.INPUT.SIZE == (224, 224)
 

@@ -65,8 +65,7 @@ class CLIPTrainer(BlocksNeeded, PortableTrainer):
     of_each_class = ""
     # Prompts of zero-shot CLIP, the head `clip`, on ImageNet and its shifted test sets, unless DATASET.TEMPLATE is set.
     imagenet_templates: tuple[str, ...] = (DEFAULT_TEMPLATE,)
-    # Whether an epoch leaves out its last, smaller batch, as the method's source does. On upstream Dassl, loaders of
-    # images always leave it out.
+    # Whether an epoch leaves out its last, smaller batch, as its source does (image loaders of upstream always do).
     drop_last = True
     cross_entropy = True  # whether OPTIM.LOSS may put another loss in the place of cross-entropy
     weighs_classes = False  # whether OPTIM.CLASS_WEIGHTS is followed although OPTIM.LOSS is not

@@ -57,6 +57,7 @@ FOLDERS = {
     "dlr_clip.datasets": "datasets",
     "dlr_clip.scripts": "scripts",
     "dlr_clip._configs": "configs",
+    "dlr_clip._published": "published",
     "dlr_clip._toolbox.dassl": "dassl",
     "dlr_clip_cli": "dlr_clip_cli",
 }
@@ -79,7 +80,11 @@ setup(
     python_requires=">=3.10",
     package_dir=FOLDERS,
     packages=packages(),
-    package_data={"dlr_clip.clip": ["assets/*"], "dlr_clip._configs": ["*/*.yaml", "*/*/*.yaml"]},
+    package_data={
+        "dlr_clip.clip": ["assets/*"],
+        "dlr_clip._configs": ["*/*.yaml", "*/*/*.yaml"],
+        "dlr_clip._published": ["*.csv"],
+    },
     entry_points={"console_scripts": ["dlr-clip = dlr_clip_cli.command:main"]},
     install_requires=REQUIRES,
     extras_require={

@@ -12,7 +12,8 @@ Written are STEM.md, STEM.csv (unrounded), STEM.tex (booktabs) and the figure ST
 panel per dataset and one for the average). A cell is the mean over seeds (standard deviation) ± half of Student's 95 %
 interval (of two seeds: of their range). The best of a column is bold only if it is better than each of the others by a
 paired t-test over seeds at the 5 % level: the seeds' few-shot images are the same for all methods. Three seeds rarely
-suffice for that. `--lead METHOD` adds a table that compares this method with the best other one, seed by seed.
+suffice for that. `--lead METHOD` adds a table that compares this method with the best other one, seed by seed. Where
+published/ has a number for the same method, backbone, dataset and number of shots, a table has it beside ours.
 
 Exit codes: 0 done; 1 a run failed (named on stderr, and its cell is left empty); 2 something given was wrong.
 """
@@ -41,6 +42,7 @@ from scripts.figures.style import save
 from scripts.lib.grid import Run, few_shot_run, run_missing
 from scripts.lib.lead import lead_table
 from scripts.lib.methods import check_datasets, choose_methods, whole_numbers
+from scripts.lib.published import Ours, ours_of, pair_table, pairs, read_published
 from scripts.lib.tables import SPREAD, Record, collect, comma_separated, latex, markdown
 
 SHOTS_HELP = "labeled images per class, separated by commas (default: 1,2,4,8,16)"
@@ -66,13 +68,15 @@ def plan(args: argparse.Namespace) -> list[Run]:
     ]
 
 
-def read_records(runs: Sequence[Run], metric: str) -> tuple[list[Record], list[dict[str, Any]]]:
+def read_records(runs: Sequence[Run], metric: str) -> tuple[list[Record], list[dict[str, Any]], list[Ours]]:
     """Return the records of the finished runs, and what each cost: trained parameters and training seconds.
+
+    The third list has the accuracy of every head, to be put beside published numbers.
 
     Raises:
         InputError: a run does not have the head that is asked for.
     """
-    records, costs = [], []
+    records, costs, ours = [], [], []
     for run in runs:
         found = run.metrics()
         if found is None:
@@ -84,8 +88,10 @@ def read_records(runs: Sequence[Run], metric: str) -> tuple[list[Record], list[d
         value = results["heads"][head][metric]
         records.append(Record(found["dataset"], run.method, run.shots, run.seed, value))
         seconds = found["timing"].get("train_seconds", 0.0)
+        variant = run.method.partition("@")[2].partition("/")[0]
+        ours += [one for one in ours_of(found, run.dataset, variant) if one not in ours]
         costs.append({**records[-1]._asdict(), "trainable": found["params"]["trainable"], "seconds": seconds})
-    return records, costs
+    return records, costs, ours
 
 
 def cost_table(costs: Sequence[dict[str, Any]]) -> str:
@@ -106,14 +112,29 @@ def cost_table(costs: Sequence[dict[str, Any]]) -> str:
 
 
 def write_results(
-    records: Sequence[Record], costs: Sequence[dict[str, Any]], stem: Path, metric: str, command: str, lead: str = ""
+    records: Sequence[Record],
+    costs: Sequence[dict[str, Any]],
+    stem: Path,
+    metric: str,
+    command: str,
+    lead: str = "",
+    beside: str = "",
 ) -> str:
-    """Write the tables and the figure; return the Markdown. `lead` names a method to compare with the best other."""
+    """Write the tables and the figure; return the Markdown.
+
+    Args:
+        records, costs: see `read_records`.
+        stem: of the files.
+        metric: what the records are.
+        command: that made them.
+        lead: a method to compare with the best other one; "": none.
+        beside: a further table.
+    """
     cells = collect(records)
     higher = metric != "ece"
     head = f"{metric} (%), {SPREAD}\n\n    {command}\n"
     leads = [lead_table(cells, lead, higher)] if lead else []
-    text = "\n".join([head, markdown(cells, higher), *leads, cost_table(costs)])
+    text = "\n".join([head, markdown(cells, higher), *leads, *([beside] if beside else []), cost_table(costs)])
     for suffix, content in ((".md", text), (".csv", comma_separated(cells, higher)), (".tex", latex(cells, higher))):
         with atomic_write(stem.with_name(stem.name + suffix)) as stream:
             stream.write(content)
@@ -147,13 +168,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"Expected --jobs to be at least 1 but got {args.jobs}")
         runs = plan(args)
         failed = [] if args.read_only else run_missing(runs, args.jobs, args.threads)
-        records, costs = read_records(runs, args.metric)
+        records, costs, ours = read_records(runs, args.metric)
         if not records:
             raise InputError(f"Expected finished runs below {args.output} but there is none")
         command = shlex.join(["python", "scripts/compare.py", *(sys.argv[1:] if argv is None else argv)])
         stem = args.write or args.output / "compare" / "_".join(args.dataset)
         stem.parent.mkdir(parents=True, exist_ok=True)
-        print(write_results(records, costs, stem, args.metric, command, args.lead))
+        whole = args.metric == "accuracy" and "DATASET.SUBSAMPLE_CLASSES" not in args.opts
+        beside = pair_table(pairs(ours, read_published())) if whole else ""
+        print(write_results(records, costs, stem, args.metric, command, args.lead, beside))
         print(f"Written: {stem}.md, .csv, .tex, .pdf, .png")
     except SETUP_ERRORS as error:
         return fail(error, args.debug)

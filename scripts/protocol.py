@@ -45,8 +45,8 @@ if __name__ == "__main__":  # run as a file
 from dassl.utils import InputError
 from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
 from dlr_clip_cli.places import spoken
-from scripts.lib.grid import Run, missing_runs, run_missing
-from scripts.lib.launch import launch, parameters_of
+from scripts.lib.grid import Run, missing_runs
+from scripts.lib.launch import add_launch_flags, run_them
 from scripts.lib.methods import check_datasets, choose_methods, whole_numbers
 from scripts.lib.protocol_plan import PLANS, SHIFTED, TRANSFER, Asked, Cell, runs_of, suitable, transductive_methods
 from scripts.lib.protocol_table import NOTES, cells_of, write_tables
@@ -79,14 +79,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--root", help="folder that holds the datasets")
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder of all runs (default: output)")
     parser.add_argument("--write", type=Path, metavar="STEM", help="files to write (default: below OUTPUT/tables)")
-    parser.add_argument("--jobs", type=int, help="runs at a time (default: 1; on a cluster as many as it lets)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run (default: see docs/PROTOCOLS.md)")
-    parser.add_argument("--launcher", choices=("local", "submitit"), default="local", help="who runs them")
-    parser.add_argument("--cluster", default="slurm", help="submitit: slurm, or local to try it (default: slurm)")
-    parser.add_argument("--partition", help="submitit: SLURM's partition")
-    parser.add_argument("--time", type=int, default=240, help="submitit: minutes of each job (default: 240)")
-    parser.add_argument("--gpus-per-run", type=int, default=1, help="submitit: GPUs, a process each (default: 1)")
-    parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="submitit: any parameter")
+    add_launch_flags(parser)
     parser.add_argument("--train-only", action="store_true", help="leave out what evaluates other runs")
     parser.add_argument("--read-only", action="store_true", help="start no run; make the table of what is there")
     parser.add_argument("--dry-run", action="store_true", help="print the runs that are missing, and start none")
@@ -166,25 +159,6 @@ def print_plan(runs: Sequence[Run]) -> None:
     for run in missing:
         print(f"{spoken('train')} {shlex.join(run.arguments())}")
     print(f"# {len(missing)} of {len(runs)} runs are missing")
-
-
-def run_them(runs: Sequence[Run], args: argparse.Namespace) -> list[Run]:
-    """Run what is missing, here or on the cluster; return the runs that failed or were not started."""
-    if args.launcher == "local":
-        return run_missing(runs, args.jobs or 1, args.threads)
-    parameters = {"timeout_min": args.time, "gpus_per_node": args.gpus_per_run}
-    if args.partition:
-        parameters["slurm_partition"] = args.partition
-    return launch(
-        missing_runs(runs),
-        logs=args.output / "jobs",
-        cluster=args.cluster,
-        jobs=args.jobs or 0,
-        threads=args.threads,
-        processes=max(1, args.gpus_per_run),
-        parameters={**parameters, **parameters_of(args.slurm)},
-        poll=10.0 if args.cluster == "slurm" else 0.5,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

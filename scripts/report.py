@@ -42,6 +42,7 @@ from scripts.figures.plot_gates import gates_figure
 from scripts.figures.plot_logits import logits_figure
 from scripts.figures.plot_shots import shots_figure
 from scripts.figures.style import readable, write_figure
+from scripts.lib.published import PAIR_COLUMNS, ours_in, pair_rows, pairs, read_published
 from scripts.lib.runs import Run, each_once, find_runs, read_records, run_records
 from scripts.lib.tables import BANDS, OF_TWO, mean_and_band
 
@@ -197,6 +198,12 @@ def _facts(run: Run) -> list[tuple[str, object]]:
     return facts
 
 
+def _beside(runs: Sequence[Run]) -> list[str]:
+    """Return a table of our numbers beside published ones; [] where there are none of the same."""
+    rows = pair_rows(pairs(ours_in(runs), read_published()))
+    return ["<h2>Beside published numbers</h2>\n", table(PAIR_COLUMNS, rows)] if rows else []
+
+
 def page(
     runs: Sequence[Run], unfinished: Sequence[Path], published: Sequence[Mapping[str, Any]], most: int, made: str = ""
 ) -> str:
@@ -221,6 +228,7 @@ def page(
         table(["dataset", "method", "shots", "head", "accuracy %", "runs"], heads_rows(runs)),
         "<p>Shots: training images per class; 0 for zero-shot CLIP. A head is one of the classifiers that a method "
         f"makes. Mean ± half of the {BANDS['t95']}{OF_TWO}, where there are several runs.</p>\n",
+        *_beside(runs),
         "<h2>Accuracy by shots</h2>\n",
         attempt(lambda: shots_figure([*run_records(runs), *published]), "Accuracy by training images per class"),
         "<h2>Runs</h2>\n",

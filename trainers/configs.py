@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 # Once installed, the configurations are within this package; in the checkout, beside it.
 CONFIGS = HERE / "_configs" if (HERE / "_configs").is_dir() else HERE.parent / "configs"
 FOLDER = CONFIGS / "trainers"
+PUBLISHED = HERE / "_published" if (HERE / "_published").is_dir() else HERE.parent / "published"
 FIRST = "tiny"  # the configuration to suggest: it runs anywhere, without a download
 
 

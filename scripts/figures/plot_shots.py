@@ -31,6 +31,7 @@ if __name__ == "__main__":  # run as a file
 
 from dassl.utils.cli import fail, run_main
 from scripts.figures.style import COLUMN, GRAY, PAGE, add_output_options, look, new_figure, readable, save, style
+from scripts.lib.published import published_records, read_published
 from scripts.lib.runs import find_runs, read_records, run_records
 from scripts.lib.tables import BANDS, OF_TWO, mean_and_band
 
@@ -202,6 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="folders that hold run folders, or NAME=FOLDER")
     parser.add_argument("--csv", nargs="+", type=Path, default=[], help="files of published numbers")
+    parser.add_argument(
+        "--published", default="", metavar="BACKBONE", help="add what published/ has with this backbone"
+    )
     parser.add_argument("--heads", nargs="+", default=[], help="heads to draw in the place of each run's accuracy")
     parser.add_argument("--band", choices=tuple(BANDS), default="t95", help="what the bands are (default: t95)")
     add_output_options(parser, "figures/accuracy_by_shots")
@@ -211,6 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for folder in unfinished:
             print(f"left out, not finished: {folder}", file=sys.stderr)
         records = run_records(runs, args.heads) + [record for path in args.csv for record in read_records(path)]
+        if args.published:
+            names = {str(record["dataset"]) for record in records}
+            records += published_records(args.published, names, read_published())
         figure = shots_figure(records, args.band)
         for path in save(figure, args.output or Path("figures/accuracy_by_shots"), args.formats):
             print(path)

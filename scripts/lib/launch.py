@@ -8,6 +8,7 @@ again it waits for those that are still queued or running and submits the others
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 from dassl.utils import InputError, atomic_write
 from dlr_clip_cli.places import TRAIN, python_path
-from scripts.lib.grid import Progress, Run, environment
+from scripts.lib.grid import Progress, Run, environment, missing_runs, run_missing
 from scripts.lib.jobs import Chain
 
 JOB = "job.json"  # in the folder of a chain's first run: the job that has it
@@ -153,3 +154,34 @@ def _codes(job: Any, chain: Sequence[Run]) -> list[int | None]:
     if len(codes) != len(chain):  # lost, or submitted by an earlier call for more runs or fewer
         return [0 if run.step().finished() else 1 for run in chain]
     return list(codes)
+
+
+def add_launch_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say who runs a grid of runs, and how many at a time; `run_them` reads them."""
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: 1; on a cluster as many as it lets)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run (default: see docs/PROTOCOLS.md)")
+    parser.add_argument("--launcher", choices=("local", "submitit"), default="local", help="who runs them")
+    parser.add_argument("--cluster", default="slurm", help="submitit: slurm, or local to try it (default: slurm)")
+    parser.add_argument("--partition", help="submitit: SLURM's partition")
+    parser.add_argument("--time", type=int, default=240, help="submitit: minutes of each job (default: 240)")
+    parser.add_argument("--gpus-per-run", type=int, default=1, help="submitit: GPUs, a process each (default: 1)")
+    parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="submitit: any parameter")
+
+
+def run_them(runs: Sequence[Run], args: argparse.Namespace) -> list[Run]:
+    """Run what is missing, here or on the cluster; return the runs that failed or were not started."""
+    if args.launcher == "local":
+        return run_missing(runs, args.jobs or 1, args.threads)
+    parameters = {"timeout_min": args.time, "gpus_per_node": args.gpus_per_run}
+    if args.partition:
+        parameters["slurm_partition"] = args.partition
+    return launch(
+        missing_runs(runs),
+        logs=args.output / "jobs",
+        cluster=args.cluster,
+        jobs=args.jobs or 0,
+        threads=args.threads,
+        processes=max(1, args.gpus_per_run),
+        parameters={**parameters, **parameters_of(args.slurm)},
+        poll=10.0 if args.cluster == "slurm" else 0.5,
+    )

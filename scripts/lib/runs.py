@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,11 @@ from dassl.config import read_yaml
 from dassl.utils import place_name
 
 RECORD = ("dataset", "method", "shots", "seed", "accuracy")
+
+
+def shots_of(metrics: Mapping[str, Any]) -> int:
+    """Return the training images per class of a run; 0: a zero-shot method, which looks at none; -1: all there are."""
+    return 0 if str(metrics["trainer"]).lower().startswith("zeroshot") else int(metrics["shots"])
 
 
 class Run(NamedTuple):
@@ -33,7 +38,7 @@ class Run(NamedTuple):
     @property
     def shots(self) -> int:
         """Training images per class; 0 for a zero-shot method, which looks at none; -1: all there are."""
-        return 0 if str(self.metrics["trainer"]).lower().startswith("zeroshot") else int(self.metrics["shots"])
+        return shots_of(self.metrics)
 
     def config(self) -> dict[str, Any]:
         """Return the run's resolved configuration; empty where the file is not there."""

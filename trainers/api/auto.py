@@ -183,7 +183,7 @@ class _Trials:
             return Score(choice, skipped="needs a plain CLIP, whose blocks it adapts")
         parts: Parts = (*draw_validation(self.items, self.share, self.runner.seed), [])
         runs = len(numbers_of(self.folds)) + 1  # the folds, and the final run
-        needed = runs * seconds_of_run(self.runner, cfg, parts)
+        needed = runs * seconds_of_training(self.runner.build(cfg, parts))
         if needed > left:
             return Score(choice, skipped=f"needs about {needed:.0f} s, and {max(left, 0):.0f} s are left")
         return self.score(choice)
@@ -201,9 +201,8 @@ def balanced(choice: Choice, labels: Tensor) -> Choice:
     return replace(choice, settings=(("OPTIM.CLASS_WEIGHTS", "balanced"), *choice.settings))
 
 
-def seconds_of_run(runner: Runner, cfg: Any, parts: Parts) -> float:
-    """Estimate the seconds of a training run, from a few steps of it."""
-    trainer = runner.build(cfg, parts)
+def seconds_of_training(trainer: Any) -> float:
+    """Estimate the seconds that a trainer's run will take, from a few steps of it, which change the trainer."""
     trainer.set_model_mode("train")
     trainer.num_batches, seconds = trainer.count_batches(), []
     for number, batches in enumerate(trainer.train_batches()):

@@ -1,0 +1,71 @@
+"""Say before long work whether weights and images are there, and how long training will take."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+
+from dassl.data.datasets import build_dataset
+from dassl.engine import build_trainer
+from dassl.engine.hooks import LearningRate, Losses, Timing
+from dassl.utils import InputError
+from dassl.utils.logger import muted
+from scripts.lib.dataset_sources import SOURCES
+from scripts.lib.grid import Run
+from trainers.api.auto import seconds_of_training
+from trainers.api.runs import apart
+from trainers.app.building import explained
+from trainers.app.configuration import default_cfg
+from trainers.clip.load import shared_clips
+
+
+def check_ready(runs: Sequence[Run], root: str | None) -> Iterator[str]:
+    """Check weights, settings and images of runs, and yield a line on each dataset.
+
+    Args:
+        runs: the runs.
+        root: the folder that holds the datasets; None: where the configurations say.
+
+    Raises:
+        InputError: something is missing, or a dataset is not the published one; the message says what to do.
+    """
+    first = {run.dataset: run for run in reversed(runs)}
+    for run in first.values():
+        run.cfg()  # it checks the settings, and whether the weights are there
+    for name, run in sorted(first.items()):
+        wanted = run.cfg()
+        cfg = default_cfg()
+        cfg.DATASET.NAME, cfg.DATASET.ROOT = wanted.DATASET.NAME, wanted.DATASET.ROOT
+        with muted(logging.ERROR):
+            dataset = build_dataset(cfg)
+        train = 0 if getattr(dataset, "test_only", False) else len(dataset.train_x)
+        counts = dataset.num_classes, train, len(dataset.val or ()), len(dataset.test or ())
+        told = "{:,} classes, {:,} images to train on, {:,} for validation, {:,} to test on"
+        source = SOURCES.get(wanted.DATASET.NAME)
+        if source is not None and counts != source.counts:
+            raise InputError(
+                f"Expected {name} to have {told.format(*source.counts)}, as published, but it has "
+                f"{told.format(*counts)}: see docs/DATASETS.md"
+            )
+        yield f"{name}: {told.format(*counts)}{', as published' if source is not None else ''}"
+
+
+def seconds_of_runs(runs: Sequence[Run]) -> dict[str, float]:
+    """Return the seconds that training takes in all runs of each dataset, from a few steps of its largest one.
+
+    Steps are taken to grow with the number of training images of each class.
+    """
+    found = {}
+    for name in dict.fromkeys(run.dataset for run in runs):
+        mine = [run for run in runs if run.dataset == name]
+        largest = max(mine, key=lambda run: run.shots)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(apart(largest.seed, warnings=False))
+            stack.enter_context(shared_clips())
+            cfg = largest.cfg()
+            stack.enter_context(explained(cfg))
+            trainer = build_trainer(cfg, None, [Timing(), LearningRate(), Losses()])
+            seconds = seconds_of_training(trainer) if trainer.trains(cfg) else 0.0
+        found[name] = seconds * sum(run.shots for run in mine) / largest.shots
+    return found

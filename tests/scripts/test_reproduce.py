@@ -1,0 +1,174 @@
+"""From published numbers to a verdict: on Digits, with the tiny CLIP and a published table of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from dassl.utils import InputError
+from scripts.figures.plot_shots import shots_figure
+from scripts.lib import published
+from scripts.lib.methods import choose_methods, methods_with
+from scripts.lib.published import AVERAGES, Ours, Published, pair_table, pairs, read_published
+from scripts.reproduce import main
+
+HEAD = list(Published._fields)
+
+
+def write(folder: Path, *rows: dict[str, object], head: list[str] = HEAD) -> Path:
+    usual = {"head": "", "backbone": "tiny", "classes": "all", "seeds": "1 2", "source": "a paper", "notes": ""}
+    folder.mkdir(exist_ok=True)
+    with open(folder / "numbers.csv", "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, head, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**usual, **row} for row in rows)
+    return folder
+
+
+def zero_shot(accuracy: float) -> dict[str, object]:
+    return {"dataset": "digits", "method": "ZeroshotCLIP", "shots": 0, "accuracy": accuracy, "seeds": ""}
+
+
+def gda(accuracy: object, **more: object) -> dict[str, object]:
+    return {"dataset": "digits", "method": "GDA", "shots": 2, "accuracy": accuracy, **more}
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+def test_all_published_numbers_can_be_read_and_name_what_there_is():
+    found = read_published()
+    assert len(found) > 600
+    known = {one.stem for one in (published.CONFIGS / "datasets").glob("*.yaml")} | set(AVERAGES)
+    for one in found:
+        assert one.dataset in known and one.source, one
+        choose_methods(one.method, "rn50" if one.backbone == "RN50" else "vit_b16")  # raises where there is none
+    assert {one.backbone for one in found} == {"ViT-B/16", "RN50"}
+    new = {(one.method, one.classes): one.accuracy for one in found if one.classes != "all"}
+    for method, base in [(method, value) for (method, classes), value in new.items() if classes == "base"]:
+        harmonic = 2 * base * new[method, "new"] / (base + new[method, "new"])
+        # Published ones are means over datasets, or of the means; both are near this one.
+        assert new[method, "h"] == pytest.approx(harmonic, abs=0.5), method
+
+
+@pytest.mark.parametrize(
+    "row, head, words",
+    [
+        (gda(101), HEAD, "0 to 100 percent"),
+        (gda("much"), HEAD, "numbers for shots, accuracy and seeds"),
+        (gda(50, classes="some"), HEAD, "all, base, new, h"),
+        (gda(50), HEAD[:-1], "to have the columns dataset, method"),
+    ],
+)
+def test_wrong_rows_are_named(tmp_path, row, head, words):
+    with pytest.raises(InputError, match=words):
+        read_published(write(tmp_path / "p", row, head=head))
+
+
+def test_a_number_stands_once(tmp_path):
+    with pytest.raises(InputError, match="one value of digits GDA"):
+        read_published(write(tmp_path / "p", gda(50), gda(51)))
+
+
+def test_averages_need_all_datasets_and_go_seed_by_seed():
+    known = Published("average10", "GDA", "", "RN50", 4, "all", 70.0, (1,), "a paper", "")
+    ours = [
+        Ours(name, "GDA", "gda", "RN50", 4, seed, 60.0 + number + seed)
+        for number, name in enumerate(AVERAGES["average10"])
+        for seed in (1, 2, 3)
+    ]
+    (pair,) = pairs(ours, [known])
+    assert pair.values == (65.5, 66.5, 67.5) and pair.difference == pytest.approx(-3.5) and pair.verdict == "outside"
+    assert pairs(ours[3:], [known]) == []
+    assert pairs([*ours[:2], *ours[3:]], [known])[0].values == (65.5, 66.5)  # a seed that one dataset lacks
+    assert "average10" in pair_table([pair]) and pair_table([]) == ""
+    assert pair._replace(values=(65.5,)).verdict == "" and pair._replace(values=(69.0, 70.5, 71.0)).verdict == "inside"
+
+
+def test_the_figure_shows_published_numbers_of_the_datasets_it_has(tmp_path):
+    table = write(tmp_path / "p", gda(50), {**gda(60), "dataset": "dtd"}, zero_shot(40), {**gda(1), "backbone": "RN50"})
+    found = published.published_records("tiny", {"Digits"}, read_published(table))
+    assert [(one["dataset"], one["method"], one["shots"], one["accuracy"]) for one in found] == [
+        ("Digits", "GDA (published)", 2, 50.0),
+        ("Digits", "ZeroshotCLIP (published)", 0, 40.0),
+    ]
+    assert shots_figure([*found, {**found[0], "method": "GDA", "seed": 1}]).axes
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Make the numbers once, and publish them."""
+    folder = tmp_path_factory.mktemp("world")
+    first = write(folder / "first", gda(50))
+    flags = ["--config", "tiny", "--output", str(folder / "runs")]
+    assert main(["GDA", *flags, "--published", str(first)]) == 0
+    accuracy = {}
+    for path in (folder / "runs").rglob("metrics.json"):
+        found = json.loads(path.read_text())
+        accuracy[found["trainer"], found["seed"]] = found["accuracy"]
+    assert set(accuracy) == {("ZeroshotCLIP", 1), ("GDA", 1), ("GDA", 2)}
+    return folder, flags, accuracy
+
+
+def test_ours_stand_beside_the_published_ones(world, capsys):
+    folder, flags, accuracy = world
+    mean = (accuracy["GDA", 1] + accuracy["GDA", 2]) / 2
+    table = write(folder / "second", zero_shot(accuracy["ZeroshotCLIP", 1] + 0.2), gda(mean + 0.12))
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("metrics.json")}
+    assert main(["GDA", *flags, "--published", str(table)]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}  # nothing was made twice
+    out = capsys.readouterr().out
+    assert "digits: 10 classes" in out and "hours" not in out  # no run is missing, so that nothing is estimated
+    row = next(line for line in out.splitlines() if line.startswith("| digits") and "GDA" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[4:8] == ["2", f"{mean + 0.12:.1f}", "-0.1", "inside"]
+    assert row in (folder / "runs" / "reproduced" / "GDA_tiny.md").read_text()
+
+
+def test_a_strange_zero_shot_stops_before_anything_is_trained(world, capsys):
+    folder, flags, accuracy = world
+    table = write(folder / "third", zero_shot(accuracy["ZeroshotCLIP", 1] + 0.4), gda(90, shots=1))
+    assert main(["GDA", *flags, "--published", str(table)]) == 1
+    out, err = capsys.readouterr()
+    assert "within 0.3 points of the published" in err and "weights, images or prompts are others" in err
+    assert "seconds of a run" in out
+    assert not list((folder / "runs").glob("digits/GDA/tiny_1shots/*/metrics.json"))
+
+
+def test_it_can_only_check(world, capsys):
+    folder, flags, _ = world
+    table = write(folder / "fourth", {**gda(90), "method": "LinearProbe"})
+    assert main(["LinearProbe", *flags, "--published", str(table), "--check-only"]) == 0
+    assert "runs to make" in capsys.readouterr().out
+    assert not (folder / "runs" / "digits" / "LinearProbe").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["GDAA"], 'did you mean "GDA"'),
+        (["CoOp"], "published numbers of CoOp with tiny but there are none; there are some of GDA"),
+        (["GDA", "--shots", "4"], "shots of 2"),
+        (["GDA", "--datasets", "shapes"], "datasets of digits"),
+        (["GDA", "SEED"], "no value"),
+    ],
+)
+def test_bad_input_is_said_before_any_run(tmp_path, arguments, words, capsys):
+    table = write(tmp_path / "p", gda(50))
+    output = ["--config", "tiny", "--output", str(tmp_path / "runs"), "--published", str(table)]
+    assert main([arguments[0], *output, *arguments[1:]]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_missing_images_are_told_with_what_to_do(tmp_path, capsys):
+    row = {**gda(50), "dataset": "dtd"}
+    table = write(tmp_path / "p", row)
+    code = main(["GDA", "--config", "tiny", "--root", str(tmp_path), "--published", str(table)])
+    err = capsys.readouterr().err
+    assert code == 2 and "dtd" in err and "GDA" in methods_with("tiny")

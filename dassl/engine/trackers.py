@@ -7,7 +7,6 @@ MLFLOW_TRACKING_URI names a server, or else a database below the run's folder.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
 import os
 import warnings
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dassl.utils import InputError
+from dassl.utils.packages import needed_package
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +50,8 @@ def check_logger(name: str) -> None:
     """
     if name not in LOGGERS:
         raise InputError(f"Expected LOGGER to be one of {', '.join(LOGGERS)} but got {name!r}")
-    if name == "tensorboard":
-        return
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(
-            f"Expected the package {name} for LOGGER {name} but it is not there: pip install {name}"
-        ) from error
+    if name != "tensorboard":
+        needed_package(name, f"LOGGER {name}")
 
 
 def open_tracker(name: str, folder: str | os.PathLike[str]) -> Tracker | None:

@@ -24,6 +24,7 @@ from dassl.upstream_names import upstream_name
 from .errors import InputError
 from .files import atomic_write, file_digest
 from .images import read_image
+from .packages import needed_package
 
 logger = logging.getLogger(__name__)
 
@@ -167,13 +168,7 @@ def download_url(
 
 
 def _download_from_gdrive(url: str, target: Path, sha256: str | None) -> None:
-    try:
-        import gdown
-    except ImportError as error:
-        raise InputError(
-            f'Expected the package "gdown" to download "{url}" but it is not installed: '
-            f'run "pip install gdown", or put the file at "{target}" by hand'
-        ) from error
+    gdown = needed_package("gdown", f'downloading "{url}"', advice=f', or put the file at "{target}" by hand')
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
     if gdown.download(url, str(part), quiet=False) is None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dassl.utils import InputError, atomic_write
+from dassl.utils.packages import needed_package
 from dlr_clip_cli.places import TRAIN, python_path
 from scripts.lib.grid import Progress, Run, environment, missing_runs, run_missing
 from scripts.lib.jobs import Chain
@@ -79,10 +80,7 @@ def launch(
     """
     if not missing:
         return []
-    try:
-        import submitit
-    except ImportError as error:
-        raise InputError("Expected submitit to be installed: pip install submitit") from error
+    submitit = needed_package("submitit", "jobs of a cluster", "cluster")
     waiting = chains(missing)
     going: list[tuple[Any, list[Run]]] = []  # a job with its runs
     if cluster == "slurm":

@@ -177,7 +177,7 @@ class Pair(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether the published value is within our spread over seeds; "": with one seed there is no spread."""
+        """Say whether the published value is within our spread over seeds; "": with one seed there is none."""
         if len(self.values) < 2:
             return ""
         mean, half = mean_and_band(self.values)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from dassl.utils import InputError
 from dassl.utils.files import file_digest
+from dassl.utils.packages import needed_package
 
 from ..app.prediction import Model, infer, main_head, read_batches
 from ..clip import zeroshot_weights
@@ -168,10 +169,4 @@ def require_gradio() -> Any:
         InputError: it is not installed.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio
-    except ImportError as error:
-        raise InputError(
-            "Expected the package gradio for the page but it is not there: pip install 'dlr-clip[serve]'"
-        ) from error
-    return gradio
+    return needed_package("gradio", "the page", "serve")

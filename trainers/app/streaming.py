@@ -24,6 +24,7 @@ import torch
 
 from dassl.evaluation.passes import progress_bar
 from dassl.utils import InputError, atomic_write, distributed
+from dassl.utils.packages import needed_package
 
 from .data import files as image_files
 from .prediction import Model, classify, load_model
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "part-"
 DIGITS = 12  # of the digest, in a part's name
+PYARROW = "pyarrow", "--stream parquet", "parquet", " (or take --stream csv)"
 
 
 def stream_program(args: argparse.Namespace) -> int:
@@ -41,7 +43,7 @@ def stream_program(args: argparse.Namespace) -> int:
         InputError: something given was wrong.
     """
     if args.stream == "parquet":
-        require_pyarrow()
+        needed_package(*PYARROW)
     distributed.connect()
     if torch.cuda.is_available() and not args.cpu and distributed.launched():
         torch.cuda.set_device(distributed.local_rank() % torch.cuda.device_count())
@@ -75,19 +77,6 @@ def walk(paths: Sequence[str]) -> Iterator[str]:
             yield from (os.path.join(path, name) for name in image_files.walk_images(path))
         else:
             yield path
-
-
-def require_pyarrow() -> Any:
-    """Return the module pyarrow.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        return importlib.import_module("pyarrow")
-    except ImportError as error:
-        message = "Expected the package pyarrow for --stream parquet but it is not there: pip install pyarrow"
-        raise InputError(f"{message} (or take --stream csv)") from error
 
 
 def stream(
@@ -184,7 +173,10 @@ def write_part(model: Model, paths: Sequence[str], file: Path, kind: str, top_k:
             writer.writerow(header)
             writer.writerows(rows)
         return broken
-    arrow, parquet = require_pyarrow(), importlib.import_module("pyarrow.parquet")
+    arrow, parquet = (
+        needed_package(*PYARROW),
+        importlib.import_module("pyarrow.parquet"),
+    )
     kinds = {"probability": arrow.float32(), "unknown": arrow.bool_()}
     fields = [arrow.field(name, kinds.get(name.partition("_")[0], arrow.string())) for name in header]
     table = arrow.Table.from_arrays(

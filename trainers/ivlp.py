@@ -52,15 +52,5 @@ class IVLP(DeepPromptTrainer):
 
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> DeepPromptClassifier:
         """Build CLIP with tokens in both encoders."""
-        settings = self.settings
-        learner = IndependentLearner(
-            clip,
-            classnames,
-            settings.n_ctx_text,
-            settings.n_ctx_vision,
-            settings.prompt_depth_text,
-            settings.prompt_depth_vision,
-            settings.ctx_init,
-            type(self).__name__,
-        )
+        learner = IndependentLearner.of_settings(clip, classnames, self.settings, type(self).__name__)
         return DeepPromptClassifier(clip, classnames, templates, learner)

@@ -114,18 +114,8 @@ class PromptSRC(DeepPromptTrainer):
 
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> PromptSRCClassifier:
         """Build CLIP with tokens in both encoders."""
-        settings = self.settings
-        learner = IndependentLearner(
-            clip,
-            classnames,
-            settings.n_ctx_text,
-            settings.n_ctx_vision,
-            settings.prompt_depth_text,
-            settings.prompt_depth_vision,
-            settings.ctx_init,
-            type(self).__name__,
-        )
-        return PromptSRCClassifier(clip, classnames, templates, learner, settings.n_templates)
+        learner = IndependentLearner.of_settings(clip, classnames, self.settings, type(self).__name__)
+        return PromptSRCClassifier(clip, classnames, templates, learner, self.settings.n_templates)
 
     def more_losses(self, outputs: DeepOutputs) -> dict[str, Tensor]:
         """Return the weighted distances of texts, images and logits from those of the frozen CLIP."""

@@ -160,6 +160,12 @@ class IndependentLearner(DeepPromptLearner):
         blocks = range(1, min(depth_image, image.depth) + 1)
         self.image_encoder = IndependentTokens(n_image, image.widths[1], blocks)
 
+    @classmethod
+    def of_settings(cls, clip: CLIP, classnames: Sequence[str], settings: Any, method: str) -> IndependentLearner:
+        """Build the learner that a method's settings ask for: N_CTX_TEXT, PROMPT_DEPTH_TEXT, CTX_INIT, and so on."""
+        numbers = settings.n_ctx_text, settings.n_ctx_vision, settings.prompt_depth_text, settings.prompt_depth_vision
+        return cls(clip, classnames, *numbers, settings.ctx_init, method)
+
     def text_tokens(self) -> dict[int, Tensor]:
         """See DeepPromptLearner."""
         return self.text_encoder.by_block()

@@ -25,8 +25,8 @@ def runs() -> Runs:
 def arguments(tmp_path_factory, random_tiny) -> list[str]:
     root = tmp_path_factory.mktemp("pictures")
     paint(root / "images")
-    # Eight epochs: a busy machine may look a second late for the moment to stop a run.
-    weights = ("MODEL.BACKBONE.WEIGHTS", str(random_tiny), "OPTIM.MAX_EPOCH", "8", "TEST.FINAL_MODEL", "last_step")
+    # Sixteen epochs: a busy machine may look seconds late for the moment to stop a run.
+    weights = ("MODEL.BACKBONE.WEIGHTS", str(random_tiny), "OPTIM.MAX_EPOCH", "16", "TEST.FINAL_MODEL", "last_step")
     return command("CoOp", root / "images", *weights)
 
 

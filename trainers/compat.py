@@ -6,6 +6,8 @@ YAML files; this module makes up for both. What upstream's trainers lack is in p
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -37,6 +39,27 @@ def find_toolbox() -> None:
 def is_ours(trainer: Any) -> bool:
     """Return whether a trainer or its class is our own toolbox's, which handles precision and several heads itself."""
     return callable(getattr(trainer, "set_precision", None))
+
+
+class _OneProcess:
+    """Stand in for our toolbox's `distributed` where the toolbox has none: a job of one process."""
+
+    @staticmethod
+    def world_size() -> int:
+        return 1
+
+    @staticmethod
+    def any_rank(here: bool) -> bool:
+        return here
+
+
+@functools.cache
+def processes() -> Any:
+    """Return our toolbox's module `distributed`; on an upstream Dassl, what stands for a job of one process."""
+    try:
+        return importlib.import_module("dassl.utils.distributed")
+    except ImportError:  # an upstream Dassl
+        return _OneProcess()
 
 
 class _Printer(logging.Handler):

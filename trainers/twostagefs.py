@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
-from dassl.optim.lr_scheduler import ClosedFormLR
 
 from .base import Classifier, CountedTrainer, Learner, MethodConfig, ViewsTrainer, key, known_rows, precision
 from .base.deep_prompts import check_transformer
@@ -259,13 +258,13 @@ class TwoStageFS(CountedTrainer):
         if self.cfg.OPTIM.LR_SCHEDULER != "cosine" or self.cfg.OPTIM.WARMUP_EPOCH > 0:
             return super().build_schedule(optim)
         first, second = self.stages
-        lowest = self.settings.lr_min
+        lowest, highest = self.settings.lr_min, optim.defaults["lr"]
 
-        def rate(step: int, highest: float) -> float:
+        def rate(step: int) -> float:
             at, length = (step, first) if step < first else (step - first, second)
             return lowest + (highest - lowest) * (1 + math.cos(math.pi * min(1, at / max(1, length)))) / 2
 
-        return ClosedFormLR(optim, rate)
+        return torch.optim.lr_scheduler.LambdaLR(optim, lambda step: rate(step) / highest)
 
     def before_epoch(self) -> None:
         """Begin the second stage with its first epoch; kept views are then kept as features."""

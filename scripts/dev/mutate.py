@@ -49,7 +49,7 @@ MUTATIONS = (
     Mutation(
         "the gradient of MMA's adapters is their own",
         "trainers/modules/cross_modal_adapter.py",
-        "_ScaledGradient.apply(y, 1.0 / self.grad_factor)",
+        "_ScaledGradient.apply(y, 1.0 / factor)",
         "y",
         ("tests/trainers/dlrclip/test_cma.py",),
     ),

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
-from dassl.utils import distributed
-
+from ..compat import processes
 from .encoder import Encode, FeatureSet, Slot
 
 
@@ -29,13 +28,13 @@ class Encoded(NamedTuple):
 def known_to_all(slot: Slot | None) -> FeatureSet | None:
     """Return the features in a slot; None where it lacks them in any process, so that all go on alike."""
     known = None if slot is None else slot.load()
-    return None if slot is None or distributed.any_rank(known is None) else known
+    return None if slot is None or processes().any_rank(known is None) else known
 
 
 def is_shared(loader: Any) -> TypeGuard[DataLoader[Any]]:
     """Return whether a loader's batches are shared out: several processes go through the same items in order."""
     return (
-        distributed.world_size() > 1
+        processes().world_size() > 1
         and isinstance(loader, DataLoader)
         and isinstance(loader.sampler, SequentialSampler)
         and loader.batch_size is not None
@@ -63,7 +62,7 @@ def encode_shared(loader: DataLoader[Any], encode: Encode) -> Encoded:
     """
     assert loader.batch_size is not None
     batches = torch.arange(len(loader.dataset)).split(loader.batch_size)  # type: ignore[arg-type]  # it has a length
-    ranks, rank = distributed.world_size(), distributed.rank()
+    ranks, rank = processes().world_size(), processes().rank()
     counts = [sum(map(len, batches[one::ranks])) for one in range(ranks)]
     # A process without a batch encodes the first one, which does not count: it has to know the features' shape.
     own = DataLoader(
@@ -78,7 +77,7 @@ def encode_shared(loader: DataLoader[Any], encode: Encode) -> Encoded:
     mine = encode_all(own, encode)
     order = torch.cat([batch for one in range(ranks) for batch in batches[one::ranks]]).argsort()
     there = order.to(mine.features.device)
-    features = distributed.gather_rows(mine.features, counts)[there]
-    labels = distributed.gather_rows(mine.labels, counts)[there]
-    paths = [path for part in distributed.gather_objects(mine.paths[: counts[rank]]) for path in part]
+    features = processes().gather_rows(mine.features, counts)[there]
+    labels = processes().gather_rows(mine.labels, counts)[there]
+    paths = [path for part in processes().gather_objects(mine.paths[: counts[rank]]) for path in part]
     return Encoded(features, labels, [paths[row] for row in order.tolist()] if paths else [])

@@ -15,7 +15,7 @@ KIN = {("jclip_adapter", "clip_adapter")}
 MAY_KNOW = {
     "clip": {"files", "log"},
     "modules": {"clip"},
-    "features": {"clip", "modules", "files", "log"},
+    "features": {"clip", "modules", "files", "log", "compat"},
     "base": {"clip", "modules", "features", "portable", "configs", "log"},
     "compat": set(),
     "portable": {"compat"},

@@ -46,7 +46,8 @@ def save_file(classifier: Any, file: str | os.PathLike[str]) -> None:
     record = {
         "form": FORM,
         "method": cfg.TRAINER.NAME,
-        "config_name": classifier.config_,
+        # A file of one's own has a path of this machine; the settings in it are in "config" anyway.
+        "config_name": "" if classifier.config_.endswith((".yaml", ".yml")) else classifier.config_,
         "config": cfg.dump(),
         "descriptions": descriptions,
         "classes": classifier.classes_.tolist(),

@@ -23,6 +23,7 @@ from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError
 from trainers import FewShotClassifier
 from trainers.app.train import main as train
+from trainers.configs import find_config
 
 QUICK = {"OPTIM.MAX_EPOCH": 2}
 
@@ -211,6 +212,17 @@ def test_the_file_says_what_is_needed_and_names_no_folder(fitted, tmp_path, phot
     text = json.dumps(record)
     assert str(Path(photos[0][0]).parent.parent) not in text and "/tmp" not in text
     assert str(FewShotClassifier.load(file, weights=fitted.weights).report()) == str(fitted.report())
+
+
+def test_a_configuration_of_one_s_own_leaves_no_path_in_the_file(make, photos, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(f"_BASE_: {find_config('GDA', 'tiny')}\nTRAINER:\n  GDA:\n    VIEWS: 0\n")
+    clf = make("GDA", config=str(own), calibration=None).fit(*photos)
+    assert clf.config_ == str(own)
+    clf.save(tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as stream:
+        record = json.loads(stream.metadata()["dlr_clip"])
+    assert record["config_name"] == "" and "VIEWS: 0" in record["config"] and str(tmp_path) not in json.dumps(record)
 
 
 def test_other_weights_are_refused(fitted, tmp_path, random_tiny, tiny_weights):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import yaml
-
 __all__ = ["INDIFFERENT", "REPORTS", "Difference", "differing", "plain_config"]
 
 # Settings that say where, how fast and how safely a run computes, not what it computes. Runs that differ in these only
@@ -45,7 +43,13 @@ class Difference(NamedTuple):
 
 def plain_config(cfg: Any) -> dict[str, Any]:
     """Return a config as its YAML file has it: nested dicts, with lists instead of tuples."""
-    return yaml.safe_load(cfg.dump())
+    return {key: _plain(value) for key, value in cfg.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return plain_config(value)
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def differing(

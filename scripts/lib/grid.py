@@ -35,6 +35,7 @@ from scripts.lib.methods import Method
 from trainers.app import train
 from trainers.app.configuration import default_cfg, setup_cfg
 from trainers.app.run_folder import dataset_folder, parent_folder
+from trainers.compat import LOADER
 from trainers.configs import CONFIGS
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class Run:
 
     def _check_settings(self, cfg: Any) -> None:
         wanted = plain_config(cfg)
-        there = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        there = yaml.load((self.folder / "config.yaml").read_text(encoding="utf-8"), Loader=LOADER)
         others = [change.key for change in differing(there, wanted)]
         if others:
             raise InputError(

@@ -34,16 +34,18 @@ class SeededViews(Dataset[Any]):
     def __getitem__(self, number: int) -> Any:
         view, item = divmod(number, len(self.dataset))
         words = np.random.SeedSequence([self.seed, view, item]).generate_state(2, dtype=np.uint32)
-        states = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(words[0]))
+        # torch.manual_seed would seed GPUs, too; where none has been used, it notes that for later, with a traceback.
+        generator = torch.default_generator
+        states = random.getstate(), np.random.get_state(), generator.get_state()
+        try:
             random.seed(int(words[0]))
             np.random.seed(int(words[1]))
-            try:
-                return self.dataset[item]
-            finally:
-                random.setstate(states[0])
-                np.random.set_state(states[1])
+            generator.manual_seed(int(words[0]))
+            return self.dataset[item]
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            generator.set_state(states[2])
 
 
 class Mirror:

@@ -212,3 +212,11 @@ def test_encoder_before_the_projection(make_clip, kind):
     encoder.parts = 2
     with pytest.raises(ValueError, match="Expected an encoder of one kind of features but got one of 2"):
         encoder.before_projection()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="devices are seeded at once here")
+def test_reading_views_notes_nothing_for_devices_that_nobody_uses():
+    """torch.manual_seed would keep a traceback of each call, for the day that a GPU is used."""
+    views, before = SeededViews([torch.zeros(1)] * 3, views=2, seed=1), len(torch.cuda._queued_calls)
+    assert len([views[number] for number in range(len(views))]) == 6
+    assert len(torch.cuda._queued_calls) == before

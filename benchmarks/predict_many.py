@@ -26,6 +26,8 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_A_FOLDER = 1000
+# What a call is -> its name in the table, its processes, and whether it is killed halfway and started again.
+CALLS = {"one": ("one process", 1, False), "killed": ("killed, started again", 1, True), "two": ("two", 2, False)}
 
 
 def make_images(folder: Path, count: int) -> None:
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=200_000)
     parser.add_argument("--folder", type=Path, required=True, help="for images and answers")
     parser.add_argument("--part-size", type=int, default=10_000)
+    parser.add_argument("--calls", nargs="+", choices=tuple(CALLS), default=list(CALLS), help="default: all, in turn")
     args = parser.parse_args(argv)
     images, run = args.folder / f"images-{args.images}", args.folder / "run"
     make_images(images, args.images)
@@ -67,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = ["--trainer", "GDA", "--config", "tiny", "--output-dir", str(run), "DATASET.NUM_SHOTS", "4"]
         subprocess.run([sys.executable, str(ROOT / "train.py"), *words], check=True, env=environment)
     rows, digests = [], set()
-    for name, processes, killed in (("one process", 1, False), ("killed, started again", 1, True), ("two", 2, False)):
-        output = args.folder / f"parts-{name.partition(',')[0].replace(' ', '-')}-{os.getpid()}"
+    for call in args.calls:
+        name, processes, killed = CALLS[call]
+        output = args.folder / f"parts-{call}-{os.getpid()}"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "predict.py"), str(images)]
         command += ["--model-dir", str(run), "--stream", "csv", "--output", str(output)]
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         digests.add(digest(output))
         rows.append([name, f"{seconds:.0f}", f"{args.images / seconds:.0f}", f"{memory:.0f}"])
         print(tabulate(rows, ["call", "seconds", "images/s", "largest process so far, MiB"]), flush=True)
-    print("the same bytes" if len(digests) == 1 else "DIFFERENT ANSWERS")
+    print("the same bytes" if len(digests) == 1 else "DIFFERENT ANSWERS", *sorted(digests))
     return 0 if len(digests) == 1 else 1
 
 

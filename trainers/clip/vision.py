@@ -240,6 +240,8 @@ class ViTTower(VisionTower):
         self.adaptable = tuple(self.widths)
         self.image_size = int(visual.image_size[0])
         self.pooled_dim, self.embed_dim = (int(size) for size in visual.proj.shape)
+        activation = type(visual.transformer.resblocks[0].mlp.gelu).__name__
+        self.form = "" if activation == "QuickGELU" else activation  # no weight tells which one it is
 
     @property
     def dtype(self) -> torch.dtype:

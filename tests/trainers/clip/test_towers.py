@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainers.clip import CLIP, BlockEdit, TextTower, VisionTower
 from trainers.clip.blocks import feed_forward
+from trainers.clip.vision import build_vision_tower
 
 
 class InSinglePrecision(BlockEdit):
@@ -314,3 +315,15 @@ def test_feed_forward_is_the_block_s_own(build_model, quick):
     (got * weight).sum().backward()
     (want * weight).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_the_same_weights_with_another_activation_are_told_apart():
+    vision = {"layers": 1, "width": 16, "head_width": 16, "patch_size": 16, "image_size": 32}
+    text = {"context_length": 77, "vocab_size": 64, "width": 16, "heads": 1, "layers": 1}
+    models = [open_clip.CLIP(8, vision, text, quick_gelu=quick).eval() for quick in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    towers = [build_vision_tower(model.visual) for model in models]
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert not torch.equal(towers[0](images), towers[1](images))
+    assert [tower.form for tower in towers] == ["", "GELU"]  # part of the key of cached features

@@ -111,7 +111,7 @@ def test_another_encoder_beside_such_a_backbone_takes_the_place_of_the_last_matr
 
 
 @pytest.mark.parametrize("name", ["ZeroshotCLIP", "LinearProbe", "TipAdapter"])
-def test_adapters_in_the_image_encoder_are_refused(name, make_cfg):
+def test_adapters_in_the_image_encoder_are_refused(name, make_cfg, towers):
     cfg = make_cfg(name, "MODEL.IMO_WEIGHTS", "adapters.safetensors")
     with pytest.raises(ValueError, match=r"which corrects features within the image encoder \(MODEL.IMO_WEIGHTS\)"):
         TRAINER_REGISTRY.get(name).check_settings(cfg)

@@ -17,7 +17,7 @@ from dassl.utils.cli import registered_names
 from dlr_clip_cli.command import SHORT, commands, figures
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("trainers", "datasets", "dassl", "scripts", "configs", "dlr_clip_cli")
+FOLDERS = ("trainers", "datasets", "dassl", "scripts", "configs", "published", "dlr_clip_cli")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,8 @@ def test_what_is_installed(installed):
     assert not (inside / "scripts" / "dev").exists()
     here = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml")}
     assert {path.relative_to(inside / "_configs") for path in inside.glob("_configs/**/*.yaml")} == here
+    tables = {path.name for path in (ROOT / "published").glob("*.csv")}
+    assert tables and {path.name for path in (inside / "_published").iterdir() if path.suffix == ".csv"} == tables
     for folder, own in (
         ("trainers", inside),
         ("datasets", inside / "datasets"),

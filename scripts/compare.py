@@ -89,7 +89,7 @@ def read_records(runs: Sequence[Run], metric: str) -> tuple[list[Record], list[d
         records.append(Record(found["dataset"], run.method, run.shots, run.seed, value))
         seconds = found["timing"].get("train_seconds", 0.0)
         variant = run.method.partition("@")[2].partition("/")[0]
-        ours += [one for one in ours_of(found, run.dataset, variant) if one not in ours]
+        ours += ours_of(found, run.dataset, variant)
         costs.append({**records[-1]._asdict(), "trainable": found["params"]["trainable"], "seconds": seconds})
     return records, costs, ours
 

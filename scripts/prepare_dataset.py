@@ -33,7 +33,7 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.utils import InputError, did_you_mean
 from dassl.utils.cli import run_main
-from scripts.lib.dataset_sources import SOURCES, Download, Part
+from scripts.lib.dataset_sources import SOURCES, Download, Part, counts_of
 from trainers.app.data import datasets, files
 
 logger = logging.getLogger("prepare_dataset")
@@ -254,8 +254,7 @@ def check_counts(name: str, root: Path) -> bool:
     datasets.extend_cfg(cfg)
     cfg.merge_from_list(["DATASET.ROOT", str(root)])
     dataset = DATASET_REGISTRY.get(name)(cfg)
-    train = 0 if getattr(dataset, "test_only", False) else len(dataset.train_x)
-    counts = (dataset.num_classes, train, len(dataset.val or ()), len(dataset.test))
+    counts = counts_of(dataset)
     expected = SOURCES[name].counts
     for what, got, wanted in zip(("classes", "train", "val", "test"), counts, expected, strict=True):
         logger.info(f"  {what:8}{got:>10,}" + ("" if got == wanted else f"   expected {wanted:,}"))

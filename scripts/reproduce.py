@@ -31,7 +31,17 @@ from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
 from scripts.lib.grid import Run, few_shot_run, missing_runs
 from scripts.lib.launch import add_launch_flags, run_them
 from scripts.lib.methods import Method, choose_methods, whole_numbers
-from scripts.lib.published import AVERAGES, Ours, Pair, Published, ours_of, pair_table, pairs, read_published
+from scripts.lib.published import (
+    AVERAGES,
+    Ours,
+    Pair,
+    Published,
+    full_name,
+    ours_of,
+    pair_table,
+    pairs,
+    read_published,
+)
 from scripts.lib.readiness import check_ready, seconds_of_runs
 from trainers.app.configuration import default_cfg
 
@@ -66,7 +76,7 @@ def wanted(args: argparse.Namespace, method: Method, published: Sequence[Publish
     """
     cfg = default_cfg()
     cfg.merge_from_file(str(method.config))
-    backbone, name = cfg.MODEL.BACKBONE.NAME, f"{method.trainer}@{method.variant}".rstrip("@")
+    backbone, name = cfg.MODEL.BACKBONE.NAME, full_name(method.trainer, method.variant)
     mine = [one for one in published if (one.method, one.backbone, one.classes) == (name, backbone, "all")]
     if not mine:
         there = sorted({one.method for one in published if one.backbone == backbone and one.classes == "all"})
@@ -167,8 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         bad = run_them(runs, args)
         table = pair_table(pairs(numbers(runs, method.variant), known))
-        name = f"{method.trainer}@{method.variant}".rstrip("@")
-        path = args.output / "reproduced" / f"{name}_{args.config}.md"
+        path = args.output / "reproduced" / f"{full_name(method.trainer, method.variant)}_{args.config}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as stream:
             stream.write(table)

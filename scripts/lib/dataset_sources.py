@@ -5,7 +5,10 @@ Addresses are the official ones where they still answer, and move now and then; 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from dassl.data.datasets import DatasetBase
 
 COOP = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"  # links to its split files on Google Drive
 VGG = "https://www.robots.ox.ac.uk/~vgg/data"
@@ -45,6 +48,12 @@ class Source(NamedTuple):
     page: str
     counts: tuple[int, int, int, int]
     parts: tuple[Part, ...]
+
+
+def counts_of(dataset: DatasetBase) -> tuple[int, int, int, int]:
+    """Return the numbers of classes, and of images to train on, for validation and to test on, of a dataset."""
+    train = 0 if getattr(dataset, "test_only", False) else len(dataset.train_x)
+    return dataset.num_classes, train, len(dataset.val or ()), len(dataset.test or ())
 
 
 def _archive(file: str, url: str, *targets: str, prefix: str = "") -> Download:

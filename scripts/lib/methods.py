@@ -117,6 +117,7 @@ def check_datasets(names: Iterable[str]) -> None:
             raise InputError(f"Expected datasets to be names of files in configs/datasets but got {name!r}")
 
 
+@functools.cache  # a table asks for each of its rows
 def registered_name(dataset: str) -> str:
     """Return the name under which the dataset of a file in configs/datasets is registered."""
     cfg = default_cfg()

@@ -114,6 +114,11 @@ def _read_row(row: dict[str, str], where: str) -> Published:
     return one
 
 
+def full_name(trainer: str, variant: str) -> str:
+    """Return what a method is called among published numbers: TRAINER or TRAINER@VARIANT."""
+    return f"{trainer}@{variant}" if variant else trainer
+
+
 def ours_of(metrics: Mapping[str, Any], dataset: str, variant: str = "") -> list[Ours]:
     """Return the accuracy of every head of a run.
 
@@ -123,10 +128,10 @@ def ours_of(metrics: Mapping[str, Any], dataset: str, variant: str = "") -> list
         variant: of scripts/lib/ablations.py; "": none.
     """
     results = metrics.get(metrics.get("split", "test"), {})
-    method = f"{metrics['trainer']}@{variant}" if variant else str(metrics["trainer"])
-    rest = method, str(metrics["backbone"]), shots_of(metrics), int(metrics["seed"])
+    method = full_name(str(metrics["trainer"]), variant)
+    rest = str(metrics["backbone"]), shots_of(metrics), int(metrics["seed"])
     return [
-        Ours(dataset, rest[0], head, *rest[1:], values["accuracy"], head == results.get("main"))
+        Ours(dataset, method, head, *rest, values["accuracy"], head == results.get("main"))
         for head, values in results.get("heads", {}).items()
     ]
 

@@ -11,7 +11,7 @@ from dassl.engine import build_trainer
 from dassl.engine.hooks import LearningRate, Losses, Timing
 from dassl.utils import InputError
 from dassl.utils.logger import muted
-from scripts.lib.dataset_sources import SOURCES
+from scripts.lib.dataset_sources import SOURCES, counts_of
 from scripts.lib.grid import Run
 from trainers.api.auto import seconds_of_training
 from trainers.api.runs import apart
@@ -31,16 +31,13 @@ def check_ready(runs: Sequence[Run], root: str | None) -> Iterator[str]:
         InputError: something is missing, or a dataset is not the published one; the message says what to do.
     """
     first = {run.dataset: run for run in reversed(runs)}
-    for run in first.values():
-        run.cfg()  # it checks the settings, and whether the weights are there
-    for name, run in sorted(first.items()):
-        wanted = run.cfg()
+    asked = {name: run.cfg() for name, run in sorted(first.items())}  # settings are checked, and weights looked for
+    for name, wanted in asked.items():
         cfg = default_cfg()
         cfg.DATASET.NAME, cfg.DATASET.ROOT = wanted.DATASET.NAME, wanted.DATASET.ROOT
         with muted(logging.ERROR):
             dataset = build_dataset(cfg)
-        train = 0 if getattr(dataset, "test_only", False) else len(dataset.train_x)
-        counts = dataset.num_classes, train, len(dataset.val or ()), len(dataset.test or ())
+        counts = counts_of(dataset)
         told = "{:,} classes, {:,} images to train on, {:,} for validation, {:,} to test on"
         source = SOURCES.get(wanted.DATASET.NAME)
         if source is not None and counts != source.counts:

@@ -21,7 +21,7 @@ from dassl.utils.cli import SETUP_ERRORS, given_wrongly
 from ..app.configuration import default_cfg
 from ..app.prediction import ClassesOnly, load_trainer, model_arguments
 from .report import Report
-from .runs import Choice, apart, wrong_input_told
+from .runs import Choice, apart, is_path, wrong_input_told
 
 KEY = "dlr_clip"  # of the JSON in the header
 FORM = 1  # number of the form that the JSON has
@@ -47,7 +47,7 @@ def save_file(classifier: Any, file: str | os.PathLike[str]) -> None:
         "form": FORM,
         "method": cfg.TRAINER.NAME,
         # A file of one's own has a path of this machine; the settings in it are in "config" anyway.
-        "config_name": "" if classifier.config_.endswith((".yaml", ".yml")) else classifier.config_,
+        "config_name": "" if is_path(classifier.config_) else classifier.config_,
         "config": cfg.dump(),
         "descriptions": descriptions,
         "classes": classifier.classes_.tolist(),

@@ -75,6 +75,11 @@ def fitting_config(method: str, backbone: str, ending: str = "") -> str:
     return "" if ending or not found else next(iter(found))
 
 
+def is_path(config: str) -> bool:
+    """Return whether a configuration is given by its file, and not by its short name."""
+    return config.endswith((".yaml", ".yml"))
+
+
 class GivenDataset(DatasetBase):
     """A dataset of items that the caller has; what is not given for testing is never tested on."""
 
@@ -134,7 +139,7 @@ class Runner:
         words = ["--trainer", choice.method, "--output-dir", output, "--seed", str(self.seed)]
         config = self.config_of(choice)
         if config:
-            words += ["--config-file" if config.endswith((".yaml", ".yml")) else "--config", config]
+            words += ["--config-file" if is_path(config) else "--config", config]
         args = parse_args(words)
         pairs: list[Any] = [
             "DATASET.NAME", "ImageFolder", "DATASET.ROOT", folder, "DATASET.NUM_SHOTS", shots,

@@ -122,14 +122,16 @@ class ClassesOnly:
         self.bad_images: dict[str, str] = {}
 
 
-def model_arguments(model: str | os.PathLike[str], cpu: bool = False) -> argparse.Namespace:
-    """Return what `load_model` takes for a run's folder or a saved classifier, used as it is.
+def model_arguments(
+    model: str | os.PathLike[str], cpu: bool = False, settings: Sequence[Sequence[str]] = ()
+) -> argparse.Namespace:
+    """Return what `load_model` takes for a run's folder or a saved classifier, used as it is but for some settings.
 
     A saved classifier has its own threshold, where it has one.
     """
     return argparse.Namespace(
-        model_dir=os.fspath(model), classes=None, set=[], batch_size=None, cpu=cpu, debug=False, load_epoch=None,
-        unknown=None,
+        model_dir=os.fspath(model), classes=None, set=list(settings), batch_size=None, cpu=cpu, debug=False,
+        load_epoch=None, unknown=None,
     )  # fmt: skip
 
 

@@ -78,9 +78,10 @@ class FeatureLoader:
         if self._batches is not None:
             known = self.all()
             return (_pick(known, torch.tensor(rows, device=known.labels.device)) for rows in self._batches)
-        self._recall()
         if self._known is None and not is_shared(self.loader):
-            return self._stream()
+            self._known = None if self.slot is None else self.slot.load()
+            if self._known is None:
+                return self._stream()
         return self._from_memory(self.all())
 
     def all(self) -> FeatureSet:
@@ -92,10 +93,6 @@ class FeatureLoader:
     def regroup(self, batches: list[list[int]] | None) -> None:
         """Make the batches consist of these rows (a row may be in several) from now on; None: the loader's."""
         self._batches = batches
-
-    def _recall(self) -> None:
-        if self._known is None:
-            self._known = known_to_all(self.slot)
 
     @torch.no_grad()
     def _stream(self) -> Iterator[Batch]:

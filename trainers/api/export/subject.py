@@ -10,7 +10,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from dassl.utils import InputError, check_availability
 from dassl.utils.cli import SETUP_ERRORS, given_wrongly
 from dassl.utils.logger import muted
 
-from ...app.prediction import Model, find_images, load_cfg, load_trainer, predict, read_batches
+from ...app.prediction import Model, find_images, load_cfg, load_trainer, model_arguments, predict, read_batches
 from ..images import as_files
 from ..model_file import load_trainer_of, read_file
 from ..runs import wrong_input_told
@@ -61,13 +60,6 @@ class Subject:
         }
 
 
-def run_args(folder: str, settings: Sequence[Sequence[str]] = ()) -> Any:
-    """Return arguments like those of predict.py for a run's folder."""
-    return SimpleNamespace(
-        model_dir=folder, classes=None, set=list(settings), batch_size=None, cpu=True, debug=False, load_epoch=None
-    )
-
-
 def method_of(source: str) -> tuple[str, type]:
     """Return the name and the class of the method of a run's folder, or of a saved classifier; CLIP is not loaded.
 
@@ -83,7 +75,7 @@ def method_of(source: str) -> tuple[str, type]:
                 f"is no {Path(source, 'config.yaml')}"
             )
         with wrong_input_told():
-            name = load_cfg(run_args(source)).TRAINER.NAME
+            name = load_cfg(model_arguments(source)).TRAINER.NAME
     with wrong_input_told():
         check_availability(name, TRAINER_REGISTRY.registered_names())
     return name, TRAINER_REGISTRY.get(name)
@@ -107,9 +99,9 @@ def load_subject(source: str, weights: str | None = None) -> Subject:
         return Subject(model, method, list(record["class_names"]))
     settings = [["MODEL.BACKBONE.WEIGHTS", weights]] if weights else []
     with wrong_input_told():
-        if "PREC" in load_cfg(run_args(source)).TRAINER[node]:
+        if "PREC" in load_cfg(model_arguments(source)).TRAINER[node]:
             settings.append([f"TRAINER.{node}.PREC", "fp32"])
-        trainer, names = load_trainer(run_args(source, settings))
+        trainer, names = load_trainer(model_arguments(source, cpu=True, settings=settings))
     return Subject(Model(trainer, names), method, names)
 
 

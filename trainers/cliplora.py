@@ -158,6 +158,5 @@ class CLIPLoRA(CountedTrainer):
         The seed follows from the step, not from what was drawn before it: a resumed run drops what an uninterrupted
         one does.
         """
-        seed = self.cfg.SEED if self.cfg.SEED >= 0 else torch.initial_seed()
         rank = 0 if self.share is None else self.share.rank  # each process drops entries of its own images
-        self.network.learner.seed_dropout((1_000_003 * seed + step + (rank << 48)) % 2**63, self.device)
+        self.network.learner.seed_dropout(self.step_seed(step + (rank << 48)), self.device)

@@ -25,14 +25,13 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import MethodConfig, key, precision
+from .base import key
 from .base.deep_prompts import (
     DeepOutputs,
     DeepPromptClassifier,
     DeepPromptTrainer,
+    MappedConfig,
     MappedLearner,
-    check_words,
-    first_words,
     token_count,
     token_depth,
 )
@@ -116,20 +115,14 @@ class CoPromptClassifier(DeepPromptClassifier):
 
 
 @dataclass(frozen=True)
-class CoPromptConfig(MethodConfig):
+class CoPromptConfig(MappedConfig):
     """Settings of CoPrompt; keys and defaults as published where it has them."""
 
     n_ctx: int = token_count(2, "tokens, of texts and of images,", source="2 or 4, by dataset")
-    ctx_init: str = first_words()
-    prec: str = precision("fp16")
     prompt_depth: int = token_depth(9, "both encoders", source="9 or 12, by dataset")
     w: float = key(1.0, "weight of the distances from the frozen CLIP", low=0, source="0.1 to 10, by dataset")
     image_share: float = key(0.1, "share of the bottleneck in image features", low=0, high=1)
     text_share: float = key(0.2, "share of the bottleneck in text features", low=0, high=1)
-
-    def check(self, path: str) -> None:
-        """See MethodConfig."""
-        check_words(self.ctx_init, self.n_ctx, path)
 
 
 @TRAINER_REGISTRY.register()
@@ -173,7 +166,6 @@ class CoPrompt(DeepPromptTrainer):
 
     def _draw(self) -> float:
         """Draw a number in [0, 1), by seed and step: the same in all processes, and in a resumed run."""
-        seed = self.cfg.SEED if self.cfg.SEED >= 0 else torch.initial_seed()
         step = self.epoch * self.num_batches + self.batch_idx
-        generator = torch.Generator().manual_seed((1_000_003 * seed + step) % 2**63)
+        generator = torch.Generator().manual_seed(self.step_seed(step))
         return float(torch.rand((), generator=generator, dtype=torch.float64))

@@ -11,33 +11,22 @@ from dataclasses import dataclass
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import MethodConfig, precision
 from .base.deep_prompts import (
     DeepPromptClassifier,
     DeepPromptTrainer,
+    IndependentConfig,
     IndependentLearner,
-    check_words,
-    first_words,
-    token_count,
     token_depth,
 )
 from .clip import CLIP
 
 
 @dataclass(frozen=True)
-class IVLPConfig(MethodConfig):
+class IVLPConfig(IndependentConfig):
     """Settings of IVLP; keys and defaults as published."""
 
-    n_ctx_vision: int = token_count(2, "image tokens")
-    n_ctx_text: int = token_count(2, "text tokens")
-    ctx_init: str = first_words()
-    prec: str = precision("fp16")
     prompt_depth_vision: int = token_depth(9, "the image encoder", low=0, source="12; 9 in its train.py")
     prompt_depth_text: int = token_depth(9, "the text encoder", source="12; 9 in its train.py")
-
-    def check(self, path: str) -> None:
-        """See MethodConfig."""
-        check_words(self.ctx_init, self.n_ctx_text, path, "N_CTX_TEXT")
 
 
 @TRAINER_REGISTRY.register()

@@ -14,31 +14,21 @@ from dataclasses import dataclass
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import MethodConfig, precision
 from .base.deep_prompts import (
     DeepPromptClassifier,
     DeepPromptTrainer,
+    MappedConfig,
     MappedLearner,
-    check_words,
-    first_words,
-    token_count,
     token_depth,
 )
 from .clip import CLIP
 
 
 @dataclass(frozen=True)
-class MaPLeConfig(MethodConfig):
+class MaPLeConfig(MappedConfig):
     """Settings of MaPLe; keys and defaults as published."""
 
-    n_ctx: int = token_count(2, "tokens, of texts and of images,")
-    ctx_init: str = first_words()
-    prec: str = precision("fp16")
     prompt_depth: int = token_depth(9, "both encoders", source="9; 3 across datasets")
-
-    def check(self, path: str) -> None:
-        """See MethodConfig."""
-        check_words(self.ctx_init, self.n_ctx, path)
 
 
 @TRAINER_REGISTRY.register()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from dassl.engine import TRAINER_REGISTRY
 
 from .base.representations import (
-    RepresentationClassifier,
     RepresentationConfig,
     RepresentationLearner,
     RepresentationTrainer,
@@ -62,10 +61,4 @@ class MMRL(RepresentationTrainer):
     learns = "tokens in the later layers of both encoders, and a projection of theirs"
     config = RepresentationConfig
     main_head = "mmrl"
-
-    def build_network(
-        self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]
-    ) -> RepresentationClassifier:
-        """Build CLIP with tokens."""
-        learner = MMRLLearner(clip, classnames, self.settings)
-        return RepresentationClassifier(clip, classnames, templates, learner, self.settings)
+    learner_class = MMRLLearner

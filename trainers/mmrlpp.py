@@ -21,7 +21,6 @@ from dassl.engine import TRAINER_REGISTRY
 
 from .base import key
 from .base.representations import (
-    RepresentationClassifier,
     RepresentationConfig,
     RepresentationLearner,
     RepresentationTrainer,
@@ -81,10 +80,4 @@ class MMRLPP(RepresentationTrainer):
     learns = "tokens in the later layers of both encoders, with shared maps"
     config = MMRLPPConfig
     main_head = "mmrlpp"
-
-    def build_network(
-        self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]
-    ) -> RepresentationClassifier:
-        """Build CLIP with tokens."""
-        learner = MMRLPPLearner(clip, classnames, self.settings)
-        return RepresentationClassifier(clip, classnames, templates, learner, self.settings)
+    learner_class = MMRLPPLearner

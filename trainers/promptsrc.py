@@ -26,14 +26,13 @@ from torch.nn import functional as F
 
 from dassl.engine import TRAINER_REGISTRY
 
-from .base import MethodConfig, key, precision
+from .base import key
 from .base.deep_prompts import (
     DeepOutputs,
     DeepPromptClassifier,
     DeepPromptTrainer,
+    IndependentConfig,
     IndependentLearner,
-    check_words,
-    first_words,
     token_count,
     token_depth,
 )
@@ -78,13 +77,11 @@ class PromptSRCClassifier(DeepPromptClassifier):
 
 
 @dataclass(frozen=True)
-class PromptSRCConfig(MethodConfig):
+class PromptSRCConfig(IndependentConfig):
     """Settings of PromptSRC; keys and defaults as published."""
 
     n_ctx_vision: int = token_count(4, "image tokens")
     n_ctx_text: int = token_count(4, "text tokens")
-    ctx_init: str = first_words()
-    prec: str = precision("fp16")
     prompt_depth_vision: int = token_depth(9, "the image encoder", source="9; 3 across datasets")
     prompt_depth_text: int = token_depth(9, "the text encoder", source="9; 3 across datasets")
     text_loss_weight: float = key(25.0, "weight of the distance of text features from frozen ones", low=0)
@@ -94,10 +91,6 @@ class PromptSRCConfig(MethodConfig):
     n_templates: int = key(
         60, "how many of OpenAI's eighty ImageNet templates make the frozen text features", low=1, high=80
     )
-
-    def check(self, path: str) -> None:
-        """See MethodConfig."""
-        check_words(self.ctx_init, self.n_ctx_text, path, "N_CTX_TEXT")
 
 
 @TRAINER_REGISTRY.register()

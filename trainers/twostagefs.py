@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from dassl.engine import TRAINER_REGISTRY
 
 from .base import Classifier, CountedTrainer, Learner, MethodConfig, ViewsTrainer, key, known_rows, precision
-from .base.deep_prompts import check_transformer
 from .clip import CLIP, BlockEdit, fill_template
 from .features import FrozenPart
 
@@ -225,17 +224,8 @@ class TwoStageFS(CountedTrainer):
     learns = "LayerNorms of both encoders, then a linear classifier"
     config = TwoStageConfig
     main_head = "twostagefs"
+    needs_transformer = "which learns the LayerNorms of both encoders"
     network: TwoStageClassifier
-
-    @classmethod
-    def check_settings(cls, cfg: Any) -> None:
-        """Check the settings; see CLIPTrainer.
-
-        Raises:
-            ValueError: as there, or the image encoder is a ResNet.
-        """
-        check_transformer(cfg, cls.__name__, "which learns the LayerNorms of both encoders")
-        super().check_settings(cfg)
 
     def build_network(self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> TwoStageClassifier:
         """Build CLIP with LayerNorms of its own and a classifier."""

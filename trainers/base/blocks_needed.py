@@ -1,10 +1,10 @@
-"""Say whether a method needs the blocks of CLIP's encoders, and refuse a backbone that is taken as a whole."""
+"""Say what a method needs of CLIP's encoders, and refuse a backbone that lacks it: blocks, or tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..clip import why_no_blocks
+from ..clip import is_resnet, why_no_blocks
 
 
 class BlocksNeeded:
@@ -13,6 +13,7 @@ class BlocksNeeded:
     A method without blocks takes CLIP's features of images and texts alone, and works with every backbone.
     """
 
+    needs_transformer = ""  # why the image encoder must be a vision transformer; "": it may be a ResNet, too
     adapters = "none"  # whether MODEL.IMO_WEIGHTS corrects the features: none (it is refused) | optional | needed
 
     @classmethod
@@ -27,8 +28,14 @@ class BlocksNeeded:
         Raises:
             ValueError: there is no such backbone.
         """
-        reason = cls.needs_blocks(cfg) if cfg.MODEL.BACKBONE.NAME else ""
-        found = why_no_blocks(cfg.MODEL.BACKBONE.NAME) if reason else ""
+        name = cfg.MODEL.BACKBONE.NAME
+        if name and cls.needs_transformer and is_resnet(name):
+            return (
+                f"Expected MODEL.BACKBONE.NAME to be a vision transformer for {cls.__name__}, {cls.needs_transformer}, "
+                f"but got the ResNet {name!r}"
+            )
+        reason = cls.needs_blocks(cfg) if name else ""
+        found = why_no_blocks(name) if reason else ""
         if not found:
             return ""
         return (
@@ -39,10 +46,10 @@ class BlocksNeeded:
 
     @classmethod
     def check_blocks(cls, cfg: Any) -> None:
-        """Refuse a backbone whose blocks cannot be run, where the method needs them.
+        """Refuse a backbone that the method cannot work with.
 
         Raises:
-            ValueError: the method needs them.
+            ValueError: its blocks cannot be run, or it is a ResNet, and the method needs something else.
         """
         reason = cls.why_not_on(cfg)
         if reason:

@@ -10,20 +10,24 @@ Legend: B images, C classes, n tokens in front of a block, D width of the text e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..clip import CLIP, BlockEdit, is_resnet
+from ..clip import CLIP, BlockEdit
 from ..clip.text import count_tokens
 from ..features.kept_views import FrozenPart
-from ..modules.context_prompts import ContextPrompts, word_vectors
+from ..modules.context_prompts import ContextPrompts
 from ..modules.deep_prompts import BackTokens, Context, FrontTokens, IndependentTokens, MappedTokens
 from .encoder_trainer import EncoderTrainer
-from .keys import key
+from .keys import MethodConfig, key, precision
 from .learner import Classifier, Learner
+from .prompts import initial_context
+
+FOR_TOKENS = "which puts tokens in front of the image encoder's blocks"  # why a ResNet will not do
 
 
 def token_count(default: int, whose: str, **limits: Any) -> Any:
@@ -59,6 +63,36 @@ def check_words(words: str, n: int, path: str, name: str = "N_CTX") -> None:
         )
 
 
+@dataclass(frozen=True)
+class MappedConfig(MethodConfig):
+    """Settings of methods whose image tokens are made of text tokens."""
+
+    n_ctx: int = token_count(2, "tokens, of texts and of images,")
+    ctx_init: str = first_words()
+    prec: str = precision("fp16")
+    prompt_depth: int = token_depth(9, "both encoders")
+
+    def check(self, path: str) -> None:
+        """See MethodConfig."""
+        check_words(self.ctx_init, self.n_ctx, path)
+
+
+@dataclass(frozen=True)
+class IndependentConfig(MethodConfig):
+    """Settings of methods whose image and text tokens know nothing of each other."""
+
+    n_ctx_vision: int = token_count(2, "image tokens")
+    n_ctx_text: int = token_count(2, "text tokens")
+    ctx_init: str = first_words()
+    prec: str = precision("fp16")
+    prompt_depth_vision: int = token_depth(9, "the image encoder")
+    prompt_depth_text: int = token_depth(9, "the text encoder")
+
+    def check(self, path: str) -> None:
+        """See MethodConfig."""
+        check_words(self.ctx_init, self.n_ctx_text, path, "N_CTX_TEXT")
+
+
 def first_context(clip: CLIP, n: int, words: str) -> tuple[Tensor, str]:
     """Return what the first block's text tokens start as, [n, D], and the words that stand before the class name.
 
@@ -67,8 +101,8 @@ def first_context(clip: CLIP, n: int, words: str) -> tuple[Tensor, str]:
         n: number of tokens.
         words: the first n of their tokens are taken; "": normal draws with deviation 0.02 are.
     """
-    words = words.replace("_", " ").strip()
-    return (word_vectors(clip.text, words)[:n].clone() if words else 0.02 * torch.randn(n, clip.text.width)), words
+    context, words = initial_context(clip, n, words)
+    return context[:n].clone(), words
 
 
 class WholeModelLearner(Learner):
@@ -161,8 +195,10 @@ class IndependentLearner(DeepPromptLearner):
         self.image_encoder = IndependentTokens(n_image, image.widths[1], blocks)
 
     @classmethod
-    def of_settings(cls, clip: CLIP, classnames: Sequence[str], settings: Any, method: str) -> IndependentLearner:
-        """Build the learner that a method's settings ask for: N_CTX_TEXT, PROMPT_DEPTH_TEXT, CTX_INIT, and so on."""
+    def of_settings(
+        cls, clip: CLIP, classnames: Sequence[str], settings: IndependentConfig, method: str
+    ) -> IndependentLearner:
+        """Build the learner that a method's settings ask for."""
         numbers = settings.n_ctx_text, settings.n_ctx_vision, settings.prompt_depth_text, settings.prompt_depth_vision
         return cls(clip, classnames, *numbers, settings.ctx_init, method)
 
@@ -283,16 +319,7 @@ class DeepPromptTrainer(EncoderTrainer):
     network: DeepPromptClassifier
     extra_keys = {}
     no_views = "whose tokens enter the first block of the image tower"
-
-    @classmethod
-    def check_settings(cls, cfg: Any) -> None:
-        """Check the settings; see CLIPTrainer.
-
-        Raises:
-            ValueError: as there, or the image encoder is a ResNet.
-        """
-        check_transformer(cfg, cls.__name__)
-        super().check_settings(cfg)
+    needs_transformer = FOR_TOKENS
 
     def run(self, inputs: Any, labels: Tensor) -> DeepOutputs:
         """Return logits and features of a step; see DeepOutputs."""
@@ -310,22 +337,3 @@ class DeepPromptTrainer(EncoderTrainer):
         """Return the named losses: cross-entropy, and those of the method."""
         loss, terms = self.class_loss(outputs.logits, labels), self.more_losses(outputs)
         return {"ce": loss, **terms} if terms else {"loss": loss}
-
-
-def check_transformer(
-    cfg: Any, method: str, why: str = "which puts tokens in front of the image encoder's blocks"
-) -> None:
-    """Refuse a ResNet, by the backbone's name alone, for a method that needs an image encoder with tokens.
-
-    Args:
-        cfg: the configuration.
-        method, why: who is it that cannot do with a ResNet, and the reason, for the message.
-
-    Raises:
-        ValueError: the image encoder is a ResNet.
-    """
-    name = cfg.MODEL.BACKBONE.NAME
-    if name and is_resnet(name):
-        raise ValueError(
-            f"Expected MODEL.BACKBONE.NAME to be a vision transformer for {method}, {why}, but got the ResNet {name!r}"
-        )

@@ -62,6 +62,13 @@ class EncoderTrainer(ViewsTrainer):
         node = self.cfg.OPTIM
         return build_lr_scheduler(optim, count_steps(node, len(self.train_loader_x)) if self.per_step else node)
 
+    # Training
+
+    def step_seed(self, step: int) -> int:
+        """Return a seed that follows from the run's seed and a step alone, so that a resumed run draws the same."""
+        seed = self.cfg.SEED if self.cfg.SEED >= 0 else torch.initial_seed()
+        return (1_000_003 * seed + step) % 2**63
+
     # Evaluation
 
     @torch.no_grad()

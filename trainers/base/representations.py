@@ -28,7 +28,7 @@ from ..clip import CLIP, BlockEdit, fill_template
 from ..features.kept_views import FrozenPart
 from ..modules.deep_prompts import FrontTokens
 from ..modules.representations import MappedRepresentations, SharedRepresentations
-from .deep_prompts import WholeModelLearner, check_transformer
+from .deep_prompts import FOR_TOKENS, WholeModelLearner
 from .encoder_trainer import EncoderTrainer
 from .keys import MethodConfig, check_number, key, precision
 from .learner import Classifier, class_rows
@@ -214,17 +214,16 @@ class RepresentationTrainer(EncoderTrainer):
     """Train tokens in the later layers of both encoders."""
 
     network: RepresentationClassifier
+    learner_class: type[Any]  # makes the learner of class list and settings
     model_name = "MultiModalRepresentationLearner"  # as published
+    needs_transformer = FOR_TOKENS
 
-    @classmethod
-    def check_settings(cls, cfg: Any) -> None:
-        """Check the settings; see CLIPTrainer.
-
-        Raises:
-            ValueError: as there, or the image encoder is a ResNet.
-        """
-        check_transformer(cfg, cls.__name__)
-        super().check_settings(cfg)
+    def build_network(
+        self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str]
+    ) -> RepresentationClassifier:
+        """Build CLIP with tokens."""
+        learner = self.learner_class(clip, classnames, self.settings)
+        return RepresentationClassifier(clip, classnames, templates, learner, self.settings)
 
     def run(self, inputs: Any, labels: Tensor) -> RepresentationOutputs:
         """Return logits and features of a step; see RepresentationOutputs."""

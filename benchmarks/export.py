@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import machine, write_json
 from benchmarks.tables import made_by, table
 from dassl.utils.cli import run_main
+from datasets.digits import CLASSES
 from trainers import FewShotClassifier
 from trainers.api.export.measures import ExportReport
 from trainers.clip.backbones import resolve_backbone
 
 METHODS = ("DLRCLIP", "LinearProbe", "CLIPLoRA", "MaPLe", "TipAdapterF")
 BACKBONES = ("tiny", "ViT-B/32")
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # tiny knows these words
 HEAD = ("backbone", "method", "PyTorch ms", "ONNX", "ONNX half", "ONNX int8", "TorchScript")
 
 
@@ -54,7 +54,7 @@ def draw_images(each: int) -> tuple[list[Image.Image], list[str]]:
     """Random patches, and their classes."""
     rng = np.random.default_rng(0)
     images, labels = [], []
-    for name in NAMES:
+    for name in CLASSES:  # words that the tiny CLIP knows
         for _ in range(each):
             coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
             images.append(Image.fromarray(coarse).resize((240, 240), Image.Resampling.BICUBIC))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_clip import write_small_clip
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores: one thread each, or they spin
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -77,19 +78,8 @@ def logging_as_before() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def random_tiny(tmp_path_factory) -> Path:
     """A folder with a small CLIP with random weights, for MODEL.BACKBONE.WEIGHTS with the backbone "tiny"."""
-    import open_clip  # here, not above: tests that need no CLIP start without it
-    import torch
-
-    from trainers.clip.tiny import save_tiny
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = open_clip.CLIP(**RANDOM_TINY)
     words = "a photo of the number digit zero one two three four five six seven eight nine red square circle ."
-    ids = set(open_clip.get_tokenizer("ViT-B-32")(words).flatten().tolist())
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny(model, ids, {"weights": "random"}, folder)
-    return folder
+    return write_small_clip(tmp_path_factory.mktemp("tiny"), RANDOM_TINY, words, {"weights": "random"})
 
 
 @pytest.fixture(scope="session")

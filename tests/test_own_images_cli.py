@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from error_lines import assert_one_line
 from PIL import Image
 
 from dlr_clip_cli.train import parse_args
@@ -45,13 +46,6 @@ def start(tmp_path, random_tiny):
         )
 
     return start
-
-
-def assert_one_line(stderr: str, *words: str) -> None:
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in stderr, stderr
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 def listing(folder: Path) -> list[str]:

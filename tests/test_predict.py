@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from error_lines import assert_one_line
 from PIL import Image, features
 from programs import run_program
 
@@ -246,13 +247,6 @@ def test_a_run_without_class_names_needs_its_images(run, new, photos, tmp_path, 
 
 
 # --------------------------------------------------------------------------------------------------------- errors
-
-
-def assert_one_line(stderr: str, *words: str) -> None:
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in stderr, stderr
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 @pytest.mark.parametrize(

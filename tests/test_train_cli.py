@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import error_lines
 import pytest
 import torch
 from programs import run_program
@@ -265,11 +266,8 @@ def test_no_train_builds_only(command, tmp_path):
 
 
 def assert_one_line(stderr: str, *words: str) -> None:
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in stderr, stderr
-    assert lines[0] == stderr.splitlines()[-1]
-    for word in words:
-        assert word in lines[0], lines[0]
+    error_lines.assert_one_line(stderr, *words)
+    assert stderr.splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.parametrize(

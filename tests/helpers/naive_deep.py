@@ -10,8 +10,16 @@ def causal(length):
     return torch.full((length, length), float("-inf")).triu_(1)
 
 
-def mixed(new: Tensor, old: Tensor, share: float) -> Tensor:
-    return share * new + (1 - share) * old
+def with_inserted(x: Tensor, tokens: Tensor, share: float | None) -> Tensor:
+    """Sequences [B, L, D] with tokens [n, D] behind the first one of each.
+
+    share: None: they are inserted; else they replace n tokens that are there, of which 1 - share stays.
+    """
+    new = tokens.expand(len(x), -1, -1)
+    if share is None:
+        return torch.cat([x[:, :1], new, x[:, 1:]], dim=1)
+    old = x[:, 1 : 1 + len(tokens)]
+    return torch.cat([x[:, :1], share * new + (1 - share) * old, x[:, 1 + len(tokens) :]], dim=1)
 
 
 def encode_texts(model, prompts, first=None, deeper=None, inserted=None, share=1.0) -> Tensor:
@@ -31,12 +39,8 @@ def encode_texts(model, prompts, first=None, deeper=None, inserted=None, share=1
             new = deeper[number]
             x = torch.cat([x[:, :1], new.expand(len(x), -1, -1), x[:, 1 + len(new) :]], dim=1)
         if inserted and number in inserted:
-            new = inserted[number].expand(len(x), -1, -1)
-            n = new.shape[1]
-            if here:
-                x = torch.cat([x[:, :1], mixed(new, x[:, 1 : 1 + n], share), x[:, 1 + n :]], dim=1)
-            else:
-                x, eot, here = torch.cat([x[:, :1], new, x[:, 1:]], dim=1), eot + n, True
+            x = with_inserted(x, inserted[number], share if here else None)
+            eot, here = eot if here else eot + len(inserted[number]), True
         x = block(x, attn_mask=causal(x.shape[1]))
     return model.ln_final(x)[torch.arange(len(ids)), eot] @ model.text_projection
 
@@ -57,12 +61,7 @@ def encode_images(model, images, behind=None, inserted=None, share=1.0) -> Tenso
             new = behind[number]
             x = torch.cat([x[:, : -len(new)], new.expand(len(x), -1, -1)], dim=1)
         if inserted and number in inserted:
-            new = inserted[number].expand(len(x), -1, -1)
-            n = new.shape[1]
-            if here:
-                x = torch.cat([x[:, :1], mixed(new, x[:, 1 : 1 + n], share), x[:, 1 + n :]], dim=1)
-            else:
-                x, here = torch.cat([x[:, :1], new, x[:, 1:]], dim=1), True
+            x, here = with_inserted(x, inserted[number], share if here else None), True
         x = block(x)
     return visual.ln_post(x)
 

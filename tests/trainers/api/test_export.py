@@ -12,8 +12,10 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from error_lines import assert_one_line
 from PIL import Image
 from safetensors.torch import load_file
+from small_clip import write_small_clip
 
 from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY
@@ -25,7 +27,6 @@ from trainers.api.export.forms import PLAIN
 from trainers.api.export.onnx_file import KEY, read_record
 from trainers.app.train import main as train
 from trainers.clip import load_clip
-from trainers.clip.tiny import save_tiny
 from trainers.features.corrected import save_adapters
 from trainers.modules.overlap_adapters import IMOAdapters
 
@@ -58,12 +59,7 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory) -> Path:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = open_clip.CLIP(**SHALLOW)
-    folder = tmp_path_factory.mktemp("shallow")
-    save_tiny(model, set(open_clip.tokenize("a photo of red green blue .").flatten().tolist()), {}, folder)
-    return folder
+    return write_small_clip(tmp_path_factory.mktemp("shallow"), SHALLOW, "a photo of red green blue .")
 
 
 @pytest.fixture(scope="module")
@@ -344,13 +340,6 @@ def test_a_graph_that_holds_a_number_of_images_is_not_kept(probe, tmp_path, monk
 
 def _of_one_size(forward):
     return lambda self, images: forward(self, images).reshape(len(images), -1)[: images.shape[0]].reshape(-1, 3)
-
-
-def assert_one_line(stderr, *words):
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in stderr, stderr
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 @pytest.mark.parametrize(

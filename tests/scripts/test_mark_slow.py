@@ -62,7 +62,8 @@ def test_tests_that_use_a_slow_fixture_are_slow_and_the_report_notes_its_time(tm
     shutil.copy(ROOT / "tests" / "conftest.py", tests)
     (tests / "test_it.py").write_text(INNER)
     (tests / "slow_tests.txt").write_text("tests.test_it::dear\n")
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow: slow\n")
+    helpers = ROOT / "tests" / "helpers"  # conftest.py imports one
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\nmarkers = slow: slow\npythonpath = {helpers}\n")
 
     def run(*arguments: str) -> str:
         command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), *arguments, str(tests)]

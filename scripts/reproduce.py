@@ -1,13 +1,14 @@
-"""Reproduce published few-shot numbers of a method: check, run, and put ours beside the published ones.
+"""Reproduce published numbers of a method: check, run, and put ours beside the published ones.
 
     python scripts/reproduce.py DLRCLIP --root DATA --shots 16 --datasets dtd,eurosat
+    python scripts/reproduce.py MaPLe --root DATA --protocol base2new
 
-Which numbers there are is in published/*.csv. First the weights and the images are checked, and what is missing is
-said, with where to get it. Then a few steps are timed on each dataset, and the whole time is estimated. Then zero-shot
-CLIP is run: where it differs from the published one by more than 0.3 points, weights, images or prompts are others, and
-nothing is trained. Then each published run is made with the method's own configuration, last epoch; what its source
-chose on test images is chosen on validation images here (docs/METHODS.md). The same command goes on where it was
-stopped.
+Which numbers there are is in published/*.csv: with few shots of all classes, and in base-to-new. First the weights and
+the images are checked, and what is missing is said, with where to get it. Then a few steps are timed on each dataset,
+and the whole time is estimated. Then zero-shot CLIP is run: where it differs from the published one by more than 0.3
+points, weights, images or prompts are others, and nothing is trained. Then each published run is made with the method's
+own configuration, but for what its source has set otherwise (published/settings.csv), last epoch; what its source chose
+on test images is chosen on validation images here (docs/METHODS.md). The same command goes on where it was stopped.
 
 Exit codes: 0 done; 1 a run failed, or zero-shot CLIP differs; 2 something is missing or was given wrong.
 """
@@ -16,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tabulate import tabulate
 
@@ -31,6 +34,7 @@ from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
 from scripts.lib.grid import Run, few_shot_run, missing_runs
 from scripts.lib.launch import add_launch_flags, run_them
 from scripts.lib.methods import Method, choose_methods, whole_numbers
+from scripts.lib.protocol_plan import Asked, base2new
 from scripts.lib.published import (
     AVERAGES,
     Ours,
@@ -42,6 +46,7 @@ from scripts.lib.published import (
     pairs,
     read_published,
 )
+from scripts.lib.published_settings import PROTOCOLS, Settings, pairs_for, read_settings
 from scripts.lib.readiness import check_ready, seconds_of_runs
 from trainers.app.configuration import default_cfg
 
@@ -56,6 +61,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("method", metavar="METHOD", help="TRAINER or TRAINER@VARIANT")
     parser.add_argument("--config", default="vit_b16", help="name of its configuration (default: vit_b16)")
     parser.add_argument("--datasets", type=lambda text: text.split(","), default=[], help="default: all published")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: all published")
     parser.add_argument("--shots", type=whole_numbers, default=[], help="default: all published")
     parser.add_argument("--seeds", type=whole_numbers, default=[], help="default: the published ones, else 1,2,3")
     parser.add_argument("--root", help="folder that holds the datasets")
@@ -68,6 +74,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)  # the method comes first, and the pairs last
 
 
+class Planned(NamedTuple):
+    """Hold a run, and the classes that it is tested on: all, base or new."""
+
+    run: Run
+    classes: str
+
+
+def protocol_of(one: Published) -> str:
+    """Return the protocol of a published number, one of PROTOCOLS."""
+    return "few-shot" if one.classes == "all" else "base2new"
+
+
 def wanted(args: argparse.Namespace, method: Method, published: Sequence[Published]) -> list[Published]:
     """Return the published numbers to reproduce.
 
@@ -77,12 +95,13 @@ def wanted(args: argparse.Namespace, method: Method, published: Sequence[Publish
     cfg = default_cfg()
     cfg.merge_from_file(str(method.config))
     backbone, name = cfg.MODEL.BACKBONE.NAME, full_name(method.trainer, method.variant)
-    mine = [one for one in published if (one.method, one.backbone, one.classes) == (name, backbone, "all")]
+    there = [one for one in published if one.backbone == backbone and args.protocol in (None, protocol_of(one))]
+    mine = [one for one in there if one.method == name]
     if not mine:
-        there = sorted({one.method for one in published if one.backbone == backbone and one.classes == "all"})
+        names = sorted({one.method for one in there})
         raise InputError(
-            f"Expected published numbers of {name} with {backbone} but there are none; there are some of "
-            f"{', '.join(there) or 'no method'}{did_you_mean(name, there)}"
+            f"Expected published numbers of {name} with {backbone} but there are none{in_protocol(args)}; there are "
+            f"some of {', '.join(names) or 'no method'}{did_you_mean(name, names)}"
         )
     found = [
         one
@@ -95,40 +114,80 @@ def wanted(args: argparse.Namespace, method: Method, published: Sequence[Publish
         shots = sorted({one.shots for one in mine})
         raise InputError(
             f"Expected datasets of {', '.join(sets)} and shots of {', '.join(map(str, shots))}, which are published "
-            f"for {name}, but got {', '.join(args.datasets) or 'all'} and {', '.join(map(str, args.shots)) or 'all'}"
+            f"for {name}{in_protocol(args)}, but got {', '.join(args.datasets) or 'all'} and "
+            f"{', '.join(map(str, args.shots)) or 'all'}"
         )
     return found
 
 
-def plan(args: argparse.Namespace, method: Method, known: Sequence[Published]) -> list[Run]:
-    """Return the runs that the published numbers stand for, each once."""
+def in_protocol(args: argparse.Namespace) -> str:
+    """Return what an error says of the protocol that was asked for."""
+    return f" in {args.protocol}" if args.protocol else ""
+
+
+def runs_for(
+    args: argparse.Namespace, method: Method, protocol: str, dataset: str, shots: int, seeds: Sequence[int],
+    pairs_of_source: Sequence[str] = (),
+) -> list[Planned]:  # fmt: skip
+    """Return the runs of a protocol on a dataset; of base-to-new, an evaluation stands behind what it evaluates."""
     flags = ("--root", args.root) if args.root else ()
-    found: dict[Path, Run] = {}
+    options = (*pairs_of_source, *args.opts)
+    if protocol == "few-shot":
+        return [
+            Planned(few_shot_run(method, dataset, shots, seed, output=args.output, flags=flags, options=options), "all")
+            for seed in seeds
+        ]
+    cells = base2new(Asked([method], [dataset], [shots], seeds, args.output, flags, options))
+    return [Planned(cell.run, str(cell.column)) for cell in cells]
+
+
+def plan(
+    args: argparse.Namespace, method: Method, known: Sequence[Published], settings: Sequence[Settings]
+) -> list[Planned]:
+    """Return the runs that the published numbers stand for, each once."""
+    found: dict[Path, Planned] = {}
     for one in known:
         for dataset in AVERAGES.get(one.dataset, (one.dataset,)):
-            for seed in args.seeds or one.seeds or SEEDS:
-                run = few_shot_run(
-                    method, dataset, max(one.shots, 1), seed, output=args.output, flags=flags, options=args.opts
-                )
-                found.setdefault(run.folder, run)
+            protocol, shots = protocol_of(one), max(one.shots, 1)
+            theirs = pairs_for(settings, one.method, protocol, one.shots, dataset)
+            for planned in runs_for(args, method, protocol, dataset, shots, args.seeds or one.seeds or SEEDS, theirs):
+                found.setdefault(planned.run.folder, planned)
     return list(found.values())
 
 
-def numbers(runs: Sequence[Run], variant: str = "") -> list[Ours]:
+def tell_settings(plans: Sequence[Planned], known: Sequence[Published], settings: Sequence[Settings]) -> None:
+    """Print the settings of the source that differ from the configuration."""
+    told = {
+        (one.protocol, one.shots, one.dataset): one
+        for one in settings
+        if any(one.method == number.method and one.protocol == protocol_of(number) for number in known)
+        and one.dataset in ("", *(planned.run.dataset for planned in plans))
+        and one.shots in (None, *(number.shots for number in known))
+    }
+    for one in told.values():
+        where = [one.protocol, one.dataset, "" if one.shots is None else f"{one.shots} shots"]
+        print(f"as in {one.source}: {', '.join(filter(None, where))}: {shlex.join(one.pairs)}", flush=True)
+
+
+def numbers(plans: Sequence[Planned], variant: str = "") -> list[Ours]:
     """Return the accuracy of every head of the finished runs."""
-    found = [(run, run.metrics()) for run in runs]
-    return [one for run, metrics in found if metrics is not None for one in ours_of(metrics, run.dataset, variant)]
-
-
-def zero_shot(args: argparse.Namespace, runs: Sequence[Run], published: Sequence[Published]) -> tuple[list[Pair], int]:
-    """Run zero-shot CLIP on the datasets of the runs; return its numbers beside published ones, and how many failed."""
-    flags = ("--root", args.root) if args.root else ()
-    (method,) = choose_methods(ZEROSHOT, args.config)
-    mine = [
-        few_shot_run(method, dataset, 1, 1, output=args.output, flags=flags, options=args.opts)
-        for dataset in dict.fromkeys(run.dataset for run in runs)
+    found = [(run, classes, run.metrics()) for run, classes in plans]
+    return [
+        one
+        for run, classes, metrics in found
+        if metrics is not None
+        for one in ours_of(metrics, run.dataset, variant, classes)
     ]
-    failed = run_them(mine, args)
+
+
+def zero_shot(
+    args: argparse.Namespace, plans: Sequence[Planned], published: Sequence[Published]
+) -> tuple[list[Pair], int]:
+    """Run zero-shot CLIP on the datasets of the runs; return its numbers beside published ones, and how many failed."""
+    (method,) = choose_methods(ZEROSHOT, args.config)
+    places = dict.fromkeys((run.dataset, "few-shot" if classes == "all" else "base2new") for run, classes in plans)
+    mine = [one for dataset, protocol in places for one in runs_for(args, method, protocol, dataset, 1, [1])]
+    failed = run_them([one.run for one in mine], args)
     return pairs(numbers(mine), [one for one in published if one.method == ZEROSHOT]), len(failed)
 
 
@@ -154,15 +213,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         (method,) = choose_methods(args.method, args.config)
         published = read_published(args.published)
         known = wanted(args, method, published)
-        runs = plan(args, method, known)
+        settings = read_settings(args.published)
+        plans = plan(args, method, known, settings)
+        runs = [run for one in plans for run in (one.run.after, one.run) if run is not None]
+        runs = list({run.folder: run for run in runs}.values())
         for line in check_ready(runs, args.root):
             print(line, flush=True)
-        missing = missing_runs(runs)
+        tell_settings(plans, known, settings)
+        missing = [run for run in missing_runs(runs) if run.after is None]
         if missing:
             tell_estimate(seconds_of_runs(missing), missing)
         if args.check_only:
             return 0
-        first, failed = zero_shot(args, runs, published)
+        first, failed = zero_shot(args, plans, published)
         others = [pair for pair in first if abs(pair.difference) > TOLERANCE]
         if first:
             print(pair_table(first), flush=True)
@@ -170,13 +233,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             for pair in others:
                 print(
                     f"error: Expected zero-shot CLIP within {TOLERANCE} points of the published "
-                    f"{pair.known.accuracy:.1f} % on {pair.known.dataset} but got {pair.values[0]:.1f} %: weights, "
-                    "images or prompts are others",
+                    f"{pair.known.accuracy:.1f} % on {pair.known.dataset} ({pair.known.classes} classes) but got "
+                    f"{pair.values[0]:.1f} %: weights, images or prompts are others",
                     file=sys.stderr,
                 )
             return 1
         bad = run_them(runs, args)
-        table = pair_table(pairs(numbers(runs, method.variant), known))
+        table = pair_table(pairs(numbers(plans, method.variant), known))
         path = args.output / "reproduced" / f"{full_name(method.trainer, method.variant)}_{args.config}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as stream:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dassl.utils import atomic_write
 from scripts.lib.protocol_plan import Cell
-from scripts.lib.tables import AVERAGE, SPREAD, Cells, Record, collect, comma_separated, latex, markdown
+from scripts.lib.tables import AVERAGE, SPREAD, Cells, Record, collect, comma_separated, harmonic, latex, markdown
 
 HARMONIC = "H"
 LISTED = {  # entries of `suspicious` in metrics.json -> names of the tables of label-noise
@@ -100,11 +100,6 @@ def with_harmonic(cells: Cells) -> Cells:
             seeds = sorted(base.keys() & values.keys())
             found[block, row, HARMONIC] = {s: harmonic(base[s], values[s]) for s in seeds}
     return found
-
-
-def harmonic(base: float, new: float) -> float:
-    """Return the harmonic mean; 0 where both values are 0."""
-    return 2 * base * new / (base + new) if base + new else 0.0
 
 
 def with_average(cells: Cells, targets: Sequence[str]) -> Cells:

@@ -15,8 +15,9 @@ from tabulate import tabulate
 
 from dassl.utils import InputError
 from scripts.lib.methods import registered_name
+from scripts.lib.published_settings import SETTINGS
 from scripts.lib.runs import Run, shots_of
-from scripts.lib.tables import mean_and_band
+from scripts.lib.tables import harmonic, mean_and_band
 from trainers.configs import CONFIGS, PUBLISHED
 
 CLASSES = ("all", "base", "new", "h")  # h: the harmonic mean of base and new
@@ -61,6 +62,7 @@ class Ours(NamedTuple):
     Attributes:
         shots: 0 for a zero-shot method, which looks at no training image.
         main: whether the head is the run's main one.
+        classes: those that are tested on, one of CLASSES.
     """
 
     dataset: str
@@ -71,16 +73,19 @@ class Ours(NamedTuple):
     seed: int
     accuracy: float
     main: bool = True
+    classes: str = "all"
 
 
 def read_published(folder: Path | None = None) -> list[Published]:
-    """Return all numbers in the CSV files of a folder; None: of published/.
+    """Return all numbers in the CSV files of a folder, but for settings.csv; None: of published/.
 
     Raises:
         InputError: a file lacks a column, or a row has a value that cannot be right.
     """
     found: dict[tuple[object, ...], Published] = {}
     for path in sorted((folder or PUBLISHED).glob("*.csv")):
+        if path.name == SETTINGS:
+            continue
         with open(path, encoding="utf-8", newline="") as stream:
             reader = csv.DictReader(stream)
             if tuple(reader.fieldnames or ()) != Published._fields:
@@ -119,19 +124,20 @@ def full_name(trainer: str, variant: str) -> str:
     return f"{trainer}@{variant}" if variant else trainer
 
 
-def ours_of(metrics: Mapping[str, Any], dataset: str, variant: str = "") -> list[Ours]:
+def ours_of(metrics: Mapping[str, Any], dataset: str, variant: str = "", classes: str = "all") -> list[Ours]:
     """Return the accuracy of every head of a run.
 
     Args:
-        metrics: metrics.json of the run, on all classes.
+        metrics: metrics.json of the run.
         dataset: stem of a file in configs/datasets.
         variant: of scripts/lib/ablations.py; "": none.
+        classes: those that the run was tested on.
     """
     results = metrics.get(metrics.get("split", "test"), {})
     method = full_name(str(metrics["trainer"]), variant)
     rest = str(metrics["backbone"]), shots_of(metrics), int(metrics["seed"])
     return [
-        Ours(dataset, method, head, *rest, values["accuracy"], head == results.get("main"))
+        Ours(dataset, method, head, *rest, values["accuracy"], head == results.get("main"), classes)
         for head, values in results.get("heads", {}).items()
     ]
 
@@ -192,26 +198,35 @@ class Pair(NamedTuple):
 def pairs(ours: Iterable[Ours], published: Iterable[Published]) -> list[Pair]:
     """Return the published accuracies that our runs have a number for, each with ours by seed.
 
-    An average is ours where all of its datasets are there, over the seeds that all of them have.
+    An average is ours where all of its datasets are there, over the seeds that all of them have. A harmonic mean is
+    that of a seed's accuracies, or averages, on base and on new classes. What trains nothing has one seed for all.
     """
-    values: dict[tuple[str, str, str, str, int], dict[int, float]] = {}
+    values: dict[tuple[object, ...], dict[int, float]] = {}
     for run in ours:
         for head in {run.head, "" if run.main else run.head}:
-            values.setdefault((run.dataset, run.method, head, run.backbone, run.shots), {})[run.seed] = run.accuracy
+            key = (run.dataset, run.method, head, run.backbone, run.shots, run.classes)
+            values.setdefault(key, {})[run.seed] = run.accuracy
+
+    def by_seed(known: Published, classes: str) -> dict[int, float]:
+        datasets = AVERAGES.get(known.dataset, (known.dataset,))
+        parts = [values.get((dataset, *known[1:5], classes), {}) for dataset in datasets]
+        seeds = sorted(set(parts[0]).intersection(*parts[1:]))
+        return {seed: statistics.fmean(part[seed] for part in parts) for seed in seeds}
+
     found = []
     for known in published:
-        if known.classes != "all":
-            continue
-        rest = known[1:5]
-        parts = [values.get((dataset, *rest), {}) for dataset in AVERAGES.get(known.dataset, (known.dataset,))]
-        seeds = sorted(set(parts[0]).intersection(*parts[1:]))
-        if seeds:
-            found.append(Pair(known, tuple(statistics.fmean(part[seed] for part in parts) for seed in seeds)))
+        if known.classes == "h":
+            base, new = by_seed(known, "base"), by_seed(known, "new")
+            mine = {seed: harmonic(base[seed], new[seed]) for seed in base if seed in new}
+        else:
+            mine = by_seed(known, known.classes)
+        if mine:
+            found.append(Pair(known, tuple(mine.values())))
     return found
 
 
 PAIR_COLUMNS = (
-    "dataset", "method", "shots", "ours (sd)", "seeds", "published", "difference", "our interval", "source",
+    "dataset", "method", "shots", "classes", "ours (sd)", "seeds", "published", "difference", "our interval", "source",
 )  # fmt: skip
 
 
@@ -223,7 +238,7 @@ def pair_rows(found: Iterable[Pair]) -> list[list[str]]:
         sd = f" ({statistics.stdev(pair.values):.1f})" if len(pair.values) > 1 else ""
         rows.append(
             [
-                known.dataset, known.method + (f"/{known.head}" if known.head else ""), str(known.shots),
+                known.dataset, known.method + (f"/{known.head}" if known.head else ""), str(known.shots), known.classes,
                 f"{statistics.fmean(pair.values):.1f}{sd}", str(len(pair.values)), f"{known.accuracy:.1f}",
                 f"{pair.difference:+.1f}", pair.verdict, "; ".join(filter(None, (known.source, known.notes))),
             ]
@@ -235,6 +250,6 @@ def pair_table(found: Sequence[Pair]) -> str:
     """Return Markdown of our numbers beside published ones; "": there are none."""
     if not found:
         return ""
-    align = ("left", "left", *["right"] * 5, "left", "left")
+    align = ("left", "left", "right", "left", *["right"] * 4, "left", "left")
     table = tabulate(pair_rows(found), PAIR_COLUMNS, tablefmt="pipe", disable_numparse=True, colalign=align)
     return f"### beside published numbers (accuracy, %)\n\n{table}\n"

@@ -51,11 +51,13 @@ def check_ready(runs: Sequence[Run], root: str | None) -> Iterator[str]:
 def seconds_of_runs(runs: Sequence[Run]) -> dict[str, float]:
     """Return the seconds that training takes in all runs of each dataset, from a few steps of its largest one.
 
-    Steps are taken to grow with the number of training images of each class.
+    Steps are taken to grow with the number of training images of each class. Runs on a part of the classes have a
+    largest one of their own.
     """
-    found = {}
-    for name in dict.fromkeys(run.dataset for run in runs):
-        mine = [run for run in runs if run.dataset == name]
+    found: dict[str, float] = {}
+    parts = {run: (run.dataset, str(run.cfg().DATASET.SUBSAMPLE_CLASSES)) for run in runs}
+    for part in dict.fromkeys(parts.values()):
+        name, mine = part[0], [run for run in runs if parts[run] == part]
         largest = max(mine, key=lambda run: run.shots)
         with contextlib.ExitStack() as stack:
             stack.enter_context(apart(largest.seed, warnings=False))
@@ -64,5 +66,5 @@ def seconds_of_runs(runs: Sequence[Run]) -> dict[str, float]:
             stack.enter_context(explained(cfg))
             trainer = build_trainer(cfg, None, [Timing(), LearningRate(), Losses()])
             seconds = seconds_of_training(trainer) if trainer.trains(cfg) else 0.0
-        found[name] = seconds * sum(run.shots for run in mine) / largest.shots
+        found[name] = found.get(name, 0.0) + seconds * sum(run.shots for run in mine) / largest.shots
     return found

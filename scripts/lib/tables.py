@@ -33,6 +33,11 @@ BANDS = {"t95": "95 % t-interval of the mean over seeds", "sd": "± one standard
 OF_TWO = " (of two seeds: their range)"  # said where the first of these has points with two values
 
 
+def harmonic(base: float, new: float) -> float:
+    """Return the harmonic mean; 0 where both values are 0."""
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
 def mean_and_band(values: Sequence[float], band: str = "t95") -> tuple[float, float]:
     """Return (mean, half the height of the band) of values; the band of a single value is nan.
 

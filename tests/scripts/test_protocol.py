@@ -16,7 +16,7 @@ from dassl.utils import InputError
 from scripts.lib.grid import Progress, next_ready, run_all, threads_of_environment
 from scripts.lib.methods import choose_methods
 from scripts.lib.protocol_plan import runs_of
-from scripts.lib.protocol_table import harmonic
+from scripts.lib.tables import harmonic
 from scripts.protocol import main, make_plan, parse_args
 from trainers.dlrclip import DLRCLIP
 

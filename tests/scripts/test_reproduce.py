@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from dassl.utils import InputError
+from dlr_clip_cli.train import parse_args
 from scripts.figures.plot_shots import shots_figure
 from scripts.lib import published
 from scripts.lib.methods import choose_methods, methods_with
 from scripts.lib.published import AVERAGES, Ours, Published, pair_table, pairs, read_published
+from scripts.lib.published_settings import SETTINGS, pairs_for, read_settings
+from scripts.lib.tables import harmonic
 from scripts.reproduce import main
+from trainers.app.configuration import setup_cfg
 
 HEAD = list(Published._fields)
 
@@ -88,6 +92,62 @@ def test_averages_need_all_datasets_and_go_seed_by_seed():
     assert pair._replace(values=(65.5,)).verdict == "" and pair._replace(values=(69.0, 70.5, 71.0)).verdict == "inside"
 
 
+def test_a_harmonic_mean_is_of_a_seeds_accuracies():
+    known = [Published("dtd", "GDA", "", "RN50", 4, part, 60.0, (), "a paper", "") for part in ("base", "new", "h")]
+    given = {("base", 1): 80.0, ("new", 1): 40.0, ("base", 2): 60.0, ("new", 2): 60.0, ("base", 3): 10.0}
+    ours = [Ours("dtd", "GDA", "gda", "RN50", 4, seed, value, True, part) for (part, seed), value in given.items()]
+    assert [one.values for one in pairs(ours, known)] == [
+        (80.0, 60.0, 10.0),
+        (40.0, 60.0),
+        (pytest.approx(160 / 3), 60.0),
+    ]
+    assert pairs(ours, [known[0]._replace(classes="all")]) == []
+
+
+def test_settings_of_the_sources_fit_the_configurations():
+    """Each pair is a key of its method's configuration, and changes something there."""
+    found = read_settings()
+    numbers = read_published()
+    assert {one.method for one in found} <= {one.method for one in numbers}
+    for one in found:
+        backbones = {number.backbone for number in numbers if number.method == one.method}
+        (method,) = choose_methods(one.method, "rn50" if backbones == {"RN50"} else "vit_b16")
+        yaml_file = published.CONFIGS / "datasets" / f"{one.dataset or 'dtd'}.yaml"
+        usual = ["--trainer", method.trainer, "--config-file", str(method.config)]
+        usual += ["--dataset-config-file", str(yaml_file), "--output-dir", "output"]
+        for key, value in zip(one.pairs[::2], one.pairs[1::2], strict=True):
+            before, after = (_value(parse_args([*usual, *more]), key) for more in ([], [key, value]))
+            assert before != after, (one, key)
+
+
+def _value(args, key):
+    node = setup_cfg(args)
+    for name in key.split("."):
+        node = node[name]
+    return node
+
+
+def test_the_last_setting_of_a_key_counts(tmp_path):
+    path = tmp_path / SETTINGS
+    path.write_text(
+        "method,protocol,shots,dataset,settings,source\nGDA,few-shot,,,SEED 3 INPUT.NO_TRANSFORM True,x\n"
+        "GDA,few-shot,2,,SEED 4,x\nGDA,few-shot,,dtd,SEED 5,x\nGDA,base2new,,,SEED 6,x\n"
+    )
+    found = read_settings(tmp_path)
+    assert pairs_for(found, "GDA", "few-shot", 1, "digits") == ("SEED", "3", "INPUT.NO_TRANSFORM", "True")
+    assert pairs_for(found, "GDA", "few-shot", 2, "digits")[:2] == ("SEED", "4")
+    assert pairs_for(found, "GDA", "few-shot", 2, "dtd")[:2] == ("SEED", "5")
+    assert pairs_for(found, "GDA", "base2new", 2, "dtd") == ("SEED", "6")
+    assert pairs_for(found, "GDA@x", "base2new", 2, "dtd") == ()
+    for wrong in ("GDA,few-shot,,,SEED,x", "GDA,some,,,SEED 3,x", "GDA,few-shot,two,,SEED 3,x"):
+        path.write_text(f"method,protocol,shots,dataset,settings,source\n{wrong}\n")
+        with pytest.raises(InputError, match="Expected"):
+            read_settings(tmp_path)
+    path.write_text("method\nGDA\n")
+    with pytest.raises(InputError, match="to have the columns"):
+        read_settings(tmp_path)
+
+
 def test_the_figure_shows_published_numbers_of_the_datasets_it_has(tmp_path):
     table = write(tmp_path / "p", gda(50), {**gda(60), "dataset": "dtd"}, zero_shot(40), {**gda(1), "backbone": "RN50"})
     found = published.published_records("tiny", {"Digits"}, read_published(table))
@@ -127,7 +187,7 @@ def test_ours_stand_beside_the_published_ones(world, capsys):
     assert "digits: 10 classes" in out and "hours" not in out  # no run is missing, so that nothing is estimated
     row = next(line for line in out.splitlines() if line.startswith("| digits") and "GDA" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[4:8] == ["2", f"{mean + 0.12:.1f}", "-0.1", "inside"]
+    assert cells[5:9] == ["2", f"{mean + 0.12:.1f}", "-0.1", "inside"]
     assert row in (folder / "runs" / "reproduced" / "GDA_tiny.md").read_text()
 
 
@@ -149,6 +209,32 @@ def test_it_can_only_check(world, capsys):
     assert not (folder / "runs" / "digits" / "LinearProbe").exists()
 
 
+def test_base_to_new_goes_the_whole_way_with_the_settings_of_the_source(tmp_path, capsys):
+    rows = [gda(50, classes=part) for part in ("base", "new", "h")]
+    strange = {**zero_shot(100.0), "classes": "new"}
+    table, flags = write(tmp_path / "p", *rows), ["--config", "tiny", "--output", str(tmp_path / "runs")]
+    (table / SETTINGS).write_text(
+        "method,protocol,shots,dataset,settings,source\nGDA,base2new,,,TRAINER.GDA.VIEWS 1,its authors' repository\n"
+    )
+    assert main(["GDA", *flags, "--published", str(table), "--seeds", "1,2"]) == 0
+    out = capsys.readouterr().out
+    assert "as in its authors' repository: base2new: TRAINER.GDA.VIEWS 1" in out
+    found = {}
+    for path in (tmp_path / "runs" / "base2new").rglob("metrics.json"):
+        metrics = json.loads(path.read_text())
+        found["base" if "train_base" in str(path) else "new", metrics["seed"]] = metrics["accuracy"]
+    assert len(found) == 4
+    told = [[cell.strip() for cell in row.strip("|").split("|")] for row in out.splitlines() if row.startswith("| dig")]
+    of_gda = {row[3]: float(row[4].split()[0]) for row in told if row[1] == "GDA"}
+    assert of_gda["h"] == pytest.approx(
+        sum(harmonic(found["base", seed], found["new", seed]) for seed in (1, 2)) / 2, abs=0.051
+    )
+    assert "VIEWS: 1" in next((tmp_path / "runs" / "base2new" / "train_base").rglob("config.yaml")).read_text()
+    write(table, *rows, strange)
+    assert main(["GDA", *flags, "--published", str(table), "--protocol", "base2new"]) == 1
+    assert "(new classes) but got" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -157,6 +243,7 @@ def test_it_can_only_check(world, capsys):
         (["GDA", "--shots", "4"], "shots of 2"),
         (["GDA", "--datasets", "shapes"], "datasets of digits"),
         (["GDA", "SEED"], "no value"),
+        (["GDA", "--protocol", "base2new"], "with tiny but there are none in base2new"),
     ],
 )
 def test_bad_input_is_said_before_any_run(tmp_path, arguments, words, capsys):

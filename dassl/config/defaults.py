@@ -33,6 +33,8 @@ def _input() -> CN:
     node.SIZE = (224, 224)  # height, width in pixels
     node.INTERPOLATION = "bilinear"  # bilinear, bicubic or nearest
     node.SQUASH = False  # test images: True: both sides are resized to SIZE; False: the middle is cut out
+    # JPEG files: full; or reduced to 1/2, 1/4 or 1/8, as far as the shorter side keeps twice max(SIZE) pixels. Ours
+    node.DECODE = "full"
     node.TRANSFORMS = ()  # names of transforms; their order here does not matter
     node.NO_TRANSFORM = False  # True: items hold PIL images
     node.PIXEL_MEAN = [0.485, 0.456, 0.406]  # per channel, of values in [0, 1] (ImageNet)

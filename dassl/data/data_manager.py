@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -28,7 +29,7 @@ from .label_noise import add_noise, read_noise
 from .loaders import RunLoader
 from .samplers import PlannedSampler, build_sampler
 from .sharding import SharedBatches
-from .transforms import INTERPOLATION_MODES, build_transform, to_float_tensor
+from .transforms import INTERPOLATION_MODES, build_transform, least_side, to_float_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -303,7 +304,7 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
         cfg: the run's config.
         data_source: the items.
         transform: a transform or a list of them.
-        is_train: whether K_TRANSFORMS and CACHE_IMAGES count.
+        is_train: whether K_TRANSFORMS and CACHE_IMAGES count, and what INPUT.DECODE leaves of a JPEG file.
     """
 
     def __init__(
@@ -322,7 +323,9 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
         megabytes = cfg.DATALOADER.CACHE_IMAGES
         if megabytes < 0:
             raise InputError(f"Expected DATALOADER.CACHE_IMAGES to be 0 or more but got {megabytes}")
-        self._read = DecodedImages(megabytes * 2**20).read if is_train and megabytes else read_image
+        self.least = least_side(cfg, is_train)
+        kept = DecodedImages(megabytes * 2**20, self.least) if is_train and megabytes else None
+        self._read = kept.read if kept is not None else functools.partial(read_image, least=self.least)
         if self.k_tfm > 1 and transform is None:
             raise InputError(f"Expected a transform to make {self.k_tfm} versions of each image but got none")
         steps: list[Any] = [

@@ -17,10 +17,11 @@ class DecodedImages:
 
     Args:
         limit: bytes that all pixels may take, in each process that loads images.
+        least: see ``read_image``.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._left = limit
+    def __init__(self, limit: int, least: int = 0) -> None:
+        self._left, self._least = limit, least
         self._pixels: dict[str, np.ndarray] = {}
 
     def read(self, path: str) -> Image.Image:
@@ -28,7 +29,7 @@ class DecodedImages:
         known = self._pixels.get(path)
         if known is not None:
             return Image.fromarray(known)  # a copy
-        image = read_image(path)
+        image = read_image(path, self._least)
         if image.width * image.height * 3 <= self._left:
             self._pixels[path] = np.array(image)
             self._left -= self._pixels[path].nbytes

@@ -6,7 +6,7 @@ import contextlib
 import os
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .errors import InputError
 
@@ -22,12 +22,17 @@ FLOAT_LIMIT = (
 )
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
+def read_image(path: str | os.PathLike[str], least: int = 0) -> Image.Image:
     """Read the image at ``path`` as 8-bit RGB, turned the way its EXIF orientation says.
 
     Transparent pixels become white (what lies under them is arbitrary, black in most files), and of an animation the
     first picture is taken. White is 65535 in 16-bit files and 1 in files of floats, whatever the image's own maximum
     is: all images of a dataset have one scale. Files with 12 bits in 16 are therefore dark.
+
+    Args:
+        path: the file.
+        least: a JPEG file is decoded at 1/2, 1/4 or 1/8 of its size, the smallest whose shorter side still has this
+            many pixels; libjpeg-turbo leaves out the rest. Other formats are decoded whole. 0: all are.
 
     Raises:
         InputError: the file is missing, is not a readable image, is too large to be opened safely, is more than
@@ -36,6 +41,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if least > 0:
+                image.draft(None, (least, least))
             return as_rgb(image)
     except FileNotFoundError as error:
         raise InputError(f'Expected an image at "{os.fspath(path)}" but found no file') from error
@@ -52,6 +59,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Return an image as 8-bit RGB, upright and on white; see ``read_image``.
+
+    An image that is so already is not copied.
 
     Raises:
         ValueError: the image is more than MAX_ASPECT times as long as wide, or white is unknown in its number format.
@@ -71,7 +80,8 @@ def _upright(image: Image.Image) -> Image.Image:
     # Phones store pictures sideways and note the orientation; models should see them upright. EXIF data too damaged to
     # tell the orientation are no reason to refuse a picture that is itself whole.
     with contextlib.suppress(Exception):
-        return ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else Pillow would copy the pixels for nothing
+            return ImageOps.exif_transpose(image)
     return image
 
 
@@ -82,7 +92,7 @@ def _opaque_rgb(image: Image.Image, form: str) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_eight_bits(image: Image.Image, form: str) -> Image.Image:

@@ -21,7 +21,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_defaults_are_upstreams_and_seventeen_of_ours():
+def test_defaults_are_upstreams_and_eighteen_of_ours():
     cfg = get_cfg_default()
     assert (cfg.OPTIM.ADAM_EPS, cfg.OPTIM.LR_UNIT, cfg.DATALOADER.SKIP_BAD_IMAGES, cfg.DIST.TIMEOUT) == (
         1e-8,
@@ -37,7 +37,8 @@ def test_defaults_are_upstreams_and_seventeen_of_ours():
     assert (cfg.TRAIN.CHECKPOINTS_KEPT, cfg.TRAIN.FORCE_RESUME) == (2, False)
     assert cfg.LOGGER == "tensorboard"
     assert not cfg.INPUT.SQUASH
-    assert leaves(cfg) == 135 + 17
+    assert cfg.INPUT.DECODE == "full"
+    assert leaves(cfg) == 135 + 18
     assert leaves(cfg.TRAINER) == 45
     assert cfg.OPTIM.WEIGHT_DECAY == 5e-4 and cfg.SEED == -1 and cfg.INPUT.SIZE == (224, 224)
 

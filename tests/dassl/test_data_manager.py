@@ -16,6 +16,7 @@ from dassl.data import DataManager, DatasetWrapper
 from dassl.data import data_manager as module
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 from dassl.data.decoded_images import DecodedImages
+from dassl.data.transforms import build_transform, least_side
 from dassl.utils import InputError, read_image
 
 
@@ -376,3 +377,35 @@ def test_a_copy_of_a_loader_gives_the_same_batches(cfg):
     manager.set_epoch(3)
     twin = copy.deepcopy(manager.train_loader_x)
     assert order(twin) == order(manager.train_loader_x)
+
+
+def test_reduced_decoding_changes_large_jpeg_files_alone(cfg, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, size in (("large", (64, 48)), ("small", (20, 18))):  # at least 16 pixels are kept for 8
+        noise = Image.fromarray(rng.integers(256, size=(*size[::-1], 3), dtype=np.uint8))
+        noise.save(tmp_path / f"{name}.jpg", quality=95)
+    items = [Datum(str(tmp_path / f"{name}.jpg"), 0, 0, "cat") for name in ("large", "small")]
+
+    def images(decode, is_train, megabytes=0):
+        cfg.INPUT.DECODE, cfg.DATALOADER.CACHE_IMAGES = decode, megabytes
+        wrapper = DatasetWrapper(cfg, items, build_transform(cfg, is_train=is_train), is_train=is_train)
+        return [wrapper[number]["img"] for number in range(2) for _ in range(2)]
+
+    for is_train in (False, True):
+        full, reduced = images("full", is_train), images("reduced", is_train)
+        assert not torch.equal(full[0], reduced[0]) and torch.equal(full[2], reduced[2])
+        assert (full[0] - reduced[0]).abs().max() < 1  # in standard deviations of the pixels
+    assert all(torch.equal(a, b) for a, b in zip(reduced, images("reduced", True, 1), strict=True))
+
+
+def test_what_must_be_whole_is_not_reduced(cfg):
+    assert least_side(cfg, is_train=False) == 0
+    cfg.INPUT.DECODE = "reduced"
+    assert least_side(cfg, is_train=True) == 16
+    cfg.INPUT.TRANSFORMS = ("random_crop",)
+    assert least_side(cfg, is_train=True) == 0 and least_side(cfg, is_train=False) == 16
+    cfg.INPUT.NO_TRANSFORM = True
+    assert least_side(cfg, is_train=False) == 0
+    cfg.INPUT.DECODE = "half"
+    with pytest.raises(InputError, match="half"):
+        least_side(cfg, is_train=True)

@@ -173,3 +173,19 @@ def test_links_that_lead_nowhere_and_folders_are_named(tmp_path):
     for name in ("loop.jpg", "gone.jpg", "folder.jpg", "absent.jpg"):
         with pytest.raises(InputError, match=name):
             read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("least", "size"), [(0, (640, 480)), (300, (640, 480)), (240, (320, 240)), (60, (80, 60)), (1, (80, 60))]
+)
+def test_jpeg_files_are_decoded_at_the_smallest_size_that_is_enough(tmp_path, least, size):
+    picture = Image.fromarray(GRADIENT).convert("RGB").resize((640, 480), Image.Resampling.BILINEAR)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # it is stored sideways
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    picture.save(tmp_path / "a.png", exif=exif)
+    assert read_image(tmp_path / "a.jpg", least).size == size[::-1]
+    assert read_image(tmp_path / "a.png", least).size == (480, 640)  # other formats are whole
+    small = np.asarray(read_image(tmp_path / "a.jpg").resize((12, 16), Image.Resampling.BOX), dtype=float)
+    reduced = np.asarray(read_image(tmp_path / "a.jpg", least).resize((12, 16), Image.Resampling.BOX), dtype=float)
+    assert np.abs(small - reduced).max() < 6  # the same picture

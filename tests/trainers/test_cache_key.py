@@ -160,6 +160,7 @@ def test_labels_are_the_present_dataset_s(make, files):
         ("TRAINER.TIPADAPTER.PREC", "amp"),
         ("INPUT.PIXEL_MEAN", [0.5, 0.5, 0.5]),
         ("INPUT.INTERPOLATION", "bicubic"),
+        ("INPUT.DECODE", "reduced"),
     ],
     ids=str,
 )

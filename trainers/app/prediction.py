@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dassl.config import CfgNode
 from dassl.data.data_manager import usable_workers
-from dassl.data.transforms import build_transform
+from dassl.data.transforms import build_transform, least_side
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.evaluation.passes import as_heads, progress_bar
 from dassl.utils import InputError, check_availability, did_you_mean, one_line, read_image
@@ -230,8 +230,8 @@ def find_images(paths: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, 
 class _Images(Dataset[Any]):
     """A dataset of (number, image tensor) of each source, or (number, reason) where a file cannot be read."""
 
-    def __init__(self, sources: Sequence[Source], transform: Any) -> None:
-        self.sources, self.transform = sources, transform
+    def __init__(self, sources: Sequence[Source], transform: Any, least: int) -> None:
+        self.sources, self.transform, self.least = sources, transform, least
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -241,7 +241,7 @@ class _Images(Dataset[Any]):
         try:
             if isinstance(source, str):
                 image_files.check_name(source, "the command line")
-                source = read_image(source)
+                source = read_image(source, self.least)
             return number, self.transform(source)
         except InputError as error:
             return number, str(error)
@@ -257,7 +257,7 @@ def read_batches(trainer: Any, sources: Sequence[Source], bar: bool = True) -> I
     """
     cfg = trainer.cfg
     workers = usable_workers(cfg.DATALOADER.NUM_WORKERS) if len(sources) >= FEW_IMAGES else 0
-    images = _Images(sources, build_transform(cfg, is_train=False))
+    images = _Images(sources, build_transform(cfg, is_train=False), least_side(cfg, is_train=False))
     loader: DataLoader[Any] = DataLoader(
         images, batch_size=cfg.DATALOADER.TEST.BATCH_SIZE, num_workers=workers, collate_fn=list
     )

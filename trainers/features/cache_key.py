@@ -61,6 +61,7 @@ class FeatureSlot:
     def facts(self) -> dict[str, Any] | None:
         """Return what decides the features' bits, gathered at the first access; None where it cannot be determined."""
         clip, transform = self.encoder.clip, self.images.transform
+        least = getattr(self.images, "least", 0)  # upstream Dassl's images are whole
         images, words = images_digest(item.impath for item in self.images.data_source), repr(transform)
         if images is None or " at 0x" in words:  # a memory address, which does not describe the transform
             logger.info("Features are not cached: the images are no files, or their transform cannot be described")
@@ -74,6 +75,7 @@ class FeatureSlot:
             **({} if self.encoder.unit else {"raw": True}),
             **({} if self.encoder.projected else {"before_projection": True}),  # of the same width, perhaps
             "transform": words,
+            **({"least_side": least} if least else {}),
             **({"views": self.views, "seed": self.seed} if self.views else {}),
             "precision": self.encoder.precision,
             # The order in which sums are formed depends on all that follows.

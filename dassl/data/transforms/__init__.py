@@ -1,5 +1,5 @@
 """Image transforms, chosen by name in the config."""
 
-from .transforms import AVAI_CHOICES, INTERPOLATION_MODES, build_transform, to_float_tensor
+from .transforms import AVAI_CHOICES, INTERPOLATION_MODES, build_transform, least_side, to_float_tensor
 
-__all__ = ["AVAI_CHOICES", "INTERPOLATION_MODES", "build_transform", "to_float_tensor"]
+__all__ = ["AVAI_CHOICES", "INTERPOLATION_MODES", "build_transform", "least_side", "to_float_tensor"]

@@ -51,6 +51,8 @@ INTERPOLATION_MODES = {
     "nearest": InterpolationMode.NEAREST,
 }
 
+DECODINGS = ["full", "reduced"]
+
 
 class Random2DTranslation:
     """Enlarge a PIL image to 9/8 of the target size and cut the target out, with probability p; else only resize it."""
@@ -156,6 +158,32 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
         for step in steps:
             logger.info("+ %s", step, extra=DETAIL)
     return v2.Compose(steps)
+
+
+def least_side(cfg: CfgNode, is_train: bool) -> int:
+    """Return the pixels that the shorter side of an image must have for the transforms of ``cfg.INPUT``.
+
+    It is twice what the model sees, so that resizing to that still averages over pixels. Only random crops of less than
+    a quarter of the area can then show less detail than the file has.
+
+    Args:
+        cfg: the run's config.
+        is_train: whether it is for the training transform.
+
+    Returns:
+        The number of pixels; 0: images must be whole, as INPUT.DECODE says or because their own pixels are cut out.
+
+    Raises:
+        InputError: INPUT.DECODE is neither full nor reduced.
+    """
+    node = cfg.INPUT
+    how = node.get("DECODE", "full")
+    check_availability(how, DECODINGS)
+    if how == "full" or node.NO_TRANSFORM:
+        return 0
+    if is_train and "random_crop" in node.TRANSFORMS:
+        return 0
+    return 2 * int(max(node.SIZE))
 
 
 def check_numbers(cfg: CfgNode) -> None:

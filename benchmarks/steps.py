@@ -59,12 +59,16 @@ class FreshStep:
         outputs = self.network(**inputs)
         return torch.stack(list(self.network.losses(outputs, labels).values())).sum()
 
+    def backward(self, loss: Tensor) -> None:
+        """Leave the gradients that the optimizer takes."""
+        loss.backward()
+
     def step(self, labels: Tensor, watch: Stopwatch) -> float:
         """Forward, backward, optimizer -> the loss."""
         with watch:
             self.learner.optimizer.zero_grad(set_to_none=True)
             loss = self.loss(labels, **self.batch())
-            loss.backward()
+            self.backward(loss)
             self.learner.optimizer.step()
         return float(loss.detach())
 

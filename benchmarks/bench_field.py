@@ -1,13 +1,15 @@
-"""Training steps of methods beside DLR-CLIP: as published, ours, and ours on kept views, side by side in one process.
+"""Training steps of methods beside DLR-CLIP: as published, ours, and ours on kept views, side by side.
 
-    python benchmarks/bench_methods.py --classes 100 --threads 2 --rounds 3 --output out.json
-    python benchmarks/bench_methods.py --methods CoOp,KgCoOp --output out.json
+    python benchmarks/bench_field.py --classes 100 --threads 2 --rounds 3 --output out.json
+    python benchmarks/bench_field.py --methods CoOp,KgCoOp --output out.json
 
 Random weights at real size, random images, the published settings and batch size of each method (its vit_b16.yaml),
-fp32. First, loss and gradients of the three are compared on ten classes and two images, without dropout; a difference
-ends the program. Then in each round they take the same step from the same weights, one after the other, in turning
-order; medians over the rounds count. CPU seconds of all threads count, so that other jobs on the machine matter less;
-wall seconds are in the file, too. The file is written anew after each method; rows of other methods in it stay.
+fp32. Of several methods, each has a process of its own, so that its memory is free again for the next. There, loss and
+gradients of the three are first compared on ten classes and two images, without dropout; a difference is an error. Then
+in each round they take the same step from the same weights, one after the other, in turning order; medians over the
+rounds count. CPU seconds of all threads count, so that other jobs on the machine matter less; wall seconds are in the
+file, too. The file is written anew after each method; rows of other methods in it stay. A method that fails, for want
+of memory, say, is told, and the others go on; the command then ends with 1.
 
 Keys of a row of the JSON:
     ratio_fresh, ratio_views    median CPU seconds as published over those of our step, without and with kept views;
@@ -15,13 +17,17 @@ Keys of a row of the JSON:
     flop_ratio_fresh, ...       the same of the FLOPs of matrix products and attention, as torch counts them
     loss_diff, grad_diff        largest difference of a loss in the rounds (None with dropout), and of a gradient in the
                                 comparison before, relative to that gradient's largest
+    peak                        the most bytes that the process held, nearly always in the step as published
+    elapsed                     seconds from the building of CLIP to the last round
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -36,12 +42,13 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import Stopwatch, biggest, machine, write_json
-from benchmarks.published import METHODS, Published
+from benchmarks.published import METHODS, Published, trainer_of
 from benchmarks.report import replace_section
 from benchmarks.steps import FreshStep, Learner, gradients
 from benchmarks.subject import MODELS, build_clip, class_names, make_batch
-from benchmarks.tables import made_by, seconds, table
+from benchmarks.tables import gigabytes, made_by, seconds, table
 from dassl.engine import TRAINER_REGISTRY
+from dassl.engine.step import Steps
 from dassl.utils.cli import run_main
 from trainers.app.configuration import default_cfg
 from trainers.configs import configs_of
@@ -49,8 +56,8 @@ from trainers.features import FrozenPart
 
 _TOLERANCE = 1e-3  # of a gradient, relative to its largest; of a loss, absolute
 _KINDS = ("naive", "fresh", "views")
-BEGIN = "<!-- methods: begin (written by benchmarks/bench_methods.py) -->"
-END = "<!-- methods: end -->"
+BEGIN = "<!-- field: begin (written by benchmarks/bench_field.py) -->"
+END = "<!-- field: end -->"
 
 
 class CPUWatch(Stopwatch):
@@ -69,15 +76,27 @@ class CPUWatch(Stopwatch):
 
 
 class MethodStep(FreshStep):
-    """Our step of a trainer's method."""
+    """Our step of a trainer's method.
 
-    def __init__(self, trainer: Any, learner: Learner) -> None:
+    Args:
+        trainer: ours.
+        published: what says which inputs a step takes.
+        learner: what is learnt.
+    """
+
+    def __init__(self, trainer: Any, published: Published, learner: Learner) -> None:
         super().__init__(trainer.network, learner)
-        self.trainer = trainer
+        self.trainer, self.published = trainer, published
+
+    def prepare(self, images: Tensor) -> None:
+        super().prepare(self.published.inputs(images))
 
     def loss(self, labels: Tensor, **inputs: Any) -> Tensor:
         (given,) = inputs.values()
         return torch.stack(list(self.trainer.loss(self.trainer.run(given, labels), labels).values())).sum()
+
+    def backward(self, loss: Tensor) -> None:
+        self.trainer.model_backward(loss)
 
 
 class MethodViewsStep(MethodStep):
@@ -86,7 +105,7 @@ class MethodViewsStep(MethodStep):
     name = "views"
 
     def prepare(self, images: Tensor) -> None:
-        part = self.network.frozen_part(images)
+        part = self.trainer._frozen_part(images)
         self.kept = {name: value for name, value in zip(part._fields, part, strict=True) if value is not None}
         self.rows = torch.arange(len(images))
 
@@ -94,36 +113,41 @@ class MethodViewsStep(MethodStep):
         return {"part": FrozenPart(**{name: value[self.rows] for name, value in self.kept.items()})}
 
 
-class PublishedStep(FreshStep):
+class PublishedStep(MethodStep):
     """The step as published."""
 
     name = "naive"
 
-    def __init__(self, published: Published, learner: Learner) -> None:
-        super().__init__(published.network, learner)
-        self.published = published
-
-    def loss(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+    def loss(self, labels: Tensor, **inputs: Any) -> Tensor:
         return self.published.loss(inputs["images"], labels)
+
+    def backward(self, loss: Tensor) -> None:
+        self.published.backward(loss)
 
 
 def published_cfg(name: str) -> Any:
-    """Return the configuration of a method's vit_b16.yaml."""
+    """Return the configuration of a row: the vit_b16.yaml of its trainer, and its own keys."""
     cfg = default_cfg()
-    cfg.merge_from_file(str(configs_of(name)["vit_b16"]))
+    cfg.merge_from_file(str(configs_of(trainer_of(name))["vit_b16"]))
+    cfg.merge_from_list(list(METHODS[name].keys))
     return cfg
 
 
 def build_trainer_of(name: str, clip: Any, classes: int, cfg: Any, seed: int = 0) -> Any:
-    """Return a method's trainer without data, loop and optimizer: its network, its losses."""
+    """Return a trainer without data, loop and optimizer, at the start of training: its network, its losses."""
     method: Any = TRAINER_REGISTRY.get(name)
+    given = cfg
 
     class Bare(method):
-        """The method without its engine."""
+        """The method without its engine but for what a step needs, in fp32."""
 
         settings = method.read_settings(cfg)
 
-        def __init__(self) -> None: ...
+        def __init__(self) -> None:
+            Steps.__init__(self)
+            self.cfg, self.device = given, clip.device
+            self.epoch, self.batch_idx, self.num_batches = 0, 0, 1
+            self._set_up_precision("fp32")
 
         def class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(logits, labels)
@@ -144,13 +168,13 @@ def scatter(learner: Any) -> None:
 
 def build_steps(name: str, clip: Any, classes: int, cfg: Any) -> list[Any]:
     """Return the steps of a method: as published, ours, and on kept views where it has them."""
-    trainer = build_trainer_of(name, clip, classes, cfg)
+    trainer = build_trainer_of(trainer_of(name), clip, classes, cfg)
+    METHODS[name].begin(trainer)
     learner = Learner(trainer.network)
-    steps: list[Any] = [PublishedStep(METHODS[name](trainer.network, trainer.settings), learner)]
-    steps.append(MethodStep(trainer, learner))
-    if not trainer.no_views:
-        steps.append(MethodViewsStep(trainer, learner))
-    return steps
+    trainer.register_model("learner", trainer.network.learner, learner.optimizer)
+    published = METHODS[name](trainer.network, trainer.settings)
+    kinds = [PublishedStep, MethodStep] if trainer.no_views else [PublishedStep, MethodStep, MethodViewsStep]
+    return [kind(trainer, published, learner) for kind in kinds]
 
 
 def compare(name: str, clip: Any, cfg: Any, classes: int = 10, batch: int = 2) -> dict[str, float]:
@@ -187,9 +211,15 @@ def compare(name: str, clip: Any, cfg: Any, classes: int = 10, batch: int = 2) -
     return found
 
 
-def measure(name: str, clip: Any, classes: int, rounds: int, batch: int | None = None) -> dict[str, Any]:
-    """Measure a method's steps and return its row."""
-    cfg = published_cfg(name)
+def peak_memory() -> int:
+    """The most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(name: str, model: str, classes: int, rounds: int, batch: int | None = None) -> dict[str, Any]:
+    """Measure a method's steps in this process and return its row."""
+    start = time.perf_counter()
+    clip, cfg = build_clip(model), published_cfg(name)
     differences = compare(name, clip, cfg)
     steps = build_steps(name, clip, classes, cfg)
     size = batch or cfg.DATALOADER.TRAIN_X.BATCH_SIZE
@@ -228,7 +258,27 @@ def measure(name: str, clip: Any, classes: int, rounds: int, batch: int | None =
         if dropout
         else biggest(abs(a - b) for own in losses.values() for a, b in zip(own, losses["naive"], strict=True)),
         "grad_diff": differences["gradient"],
+        "peak": peak_memory(),
+        "elapsed": time.perf_counter() - start,
     }
+
+
+def measure_apart(name: str, arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Measure a method in a process of its own, whose memory is free again when it ends.
+
+    Args:
+        name: of the row.
+        arguments: the command's own.
+
+    Returns:
+        The row, or None where the process failed; what it said of that is on stderr.
+    """
+    command = [sys.executable, __file__, *arguments, "--only", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        print(f"{name}: no result; its process ended with {done.returncode}", file=sys.stderr, flush=True)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -242,6 +292,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"{row['method']}, batch {row['batch']}",
             *(seconds(row["seconds"][kind]) if kind in row["seconds"] else "-" for kind in _KINDS),
             *(ratio(row[f"{what}_{kind}"]) for what in ("ratio", "flop_ratio") for kind in _KINDS[1:]),
+            gigabytes(row["peak"]),
         ]
         for row in result["rows"]
     ]
@@ -253,11 +304,13 @@ def markdown(result: dict[str, Any]) -> str:
         "times faster",
         "kept views",
         "times fewer FLOPs",
+        "kept views",
+        "memory of the process",
     ]
     losses = biggest(0.0 if row["loss_diff"] is None else row["loss_diff"] for row in result["rows"])
     grads = biggest(row["grad_diff"] for row in result["rows"])
     told = f"Largest difference of a loss: {losses:.1e}; of a gradient, relative: {grads:.1e}."
-    return "\n".join([made_by(result), "", table([*head, "kept views"], rows), "", told])
+    return "\n".join([made_by(result), "", table(head, rows), "", told])
 
 
 def section(result: dict[str, Any]) -> str:
@@ -277,6 +330,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="medians count")
     parser.add_argument("--output", type=Path, help="results file to write")
     parser.add_argument("--document", type=Path, help="document whose table is written anew, docs/PERFORMANCE.md")
+    parser.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)  # measure this one here, and print its row
     args = parser.parse_args(arguments)
     args.methods = args.methods.split(",")
     unknown = [name for name in args.methods if name not in METHODS]
@@ -288,27 +342,42 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    args = parse_args(given)
     torch.set_num_threads(args.threads)
-    clip = build_clip(args.model)
+
+    def measured(name: str) -> dict[str, Any]:
+        return measure(name, args.model, args.classes, args.rounds, args.batch)
+
+    if args.only:
+        print(json.dumps(measured(args.only)))
+        return 0
+    settings = {name: value for name, value in vars(args).items() if name != "only"}
     result: dict[str, Any] = {
-        "benchmark": "methods",
+        "benchmark": "field",
         "rows": [],
-        "settings": {**vars(args), "output": str(args.output), "document": str(args.document)},
-        "machine": machine(clip.device),
+        "settings": {**settings, "output": str(args.output), "document": str(args.document)},
+        "machine": machine(torch.device("cpu")),
     }
+    known = {}
     if args.output and args.output.is_file():
-        rows = json.loads(args.output.read_text(encoding="utf-8"))["rows"]
-        result["rows"] = [row for row in rows if row["method"] not in args.methods]
+        known = {row["method"]: row for row in json.loads(args.output.read_text(encoding="utf-8"))["rows"]}
+    failed = False
     for name in args.methods:
-        result["rows"].append(measure(name, clip, args.classes, args.rounds, args.batch))
+        row = measure_apart(name, given) if len(args.methods) > 1 else measured(name)
+        if row is None:
+            failed = True
+            continue
+        known[name] = row
+        result["rows"] = [known[method] for method in METHODS if method in known]
         write_json(args.output, result)
-        print(markdown({**result, "rows": result["rows"][-1:]}).splitlines()[-3], flush=True)
-    print(markdown(result))
-    if args.document:
+        print(markdown({**result, "rows": [row]}).splitlines()[-3], flush=True)
+    if result["rows"]:
+        print(markdown(result))
+    if args.document and not failed:
         text = replace_section(args.document.read_text(encoding="utf-8"), section(result), BEGIN, END)
         args.document.write_text(text, encoding="utf-8")
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

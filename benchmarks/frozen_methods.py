@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measure import machine, write_json
+from benchmarks.measure import machine, peak_memory, write_json
 from benchmarks.subject import class_names
 from benchmarks.tables import gigabytes, made_by, seconds, table
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
@@ -151,11 +150,6 @@ def make_trainer(args: argparse.Namespace, name: str, folder: Path) -> Any:
     trainer.test_loader._known = make_features(texts, "test", args.queries)
     trainer.train_features.all()
     return trainer
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:

@@ -145,6 +145,13 @@ def free_memory(device: torch.device) -> float:
     return next((float(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), math.inf)
 
 
+def peak_memory() -> int:
+    """The most bytes that this process has held."""
+    import resource  # not on Windows, where the rest of this file works
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Writes a results file; its folder is made."""
     if path is not None:

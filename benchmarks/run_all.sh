@@ -28,5 +28,7 @@ else
     "$python" benchmarks/bench_end_to_end.py --threads 2 --epochs 5 --views 2 --json "$out/end_to_end.json"
     "$python" benchmarks/bench_eval.py "${common[@]}" --classes 100 --batch 16 --images 256 --json "$out/eval_100.json"
     "$python" benchmarks/bench_eval.py "${common[@]}" --classes 1000 --batch 16 --images 64 --json "$out/eval_1000.json"
+    "$python" benchmarks/bench_field.py "${common[@]}" --classes 100 --rounds 3 --output "$out/field_100.json" \
+        --document docs/PERFORMANCE.md
 fi
 "$python" benchmarks/report.py "$out"

@@ -41,7 +41,7 @@ METHODS: dict[str, type[Published]] = {
 
 LEFT_OUT = {
     "DLRCLIP": "it has a benchmark of its own, bench_step.py",
-    "IMO": "it encodes no text, and adapts every block of the image tower: a step of ours is the published one",
+    "IMO": "it encodes no text, and adapts every block of the image tower: hardly anything can be left out",
     "IMODINO": "as IMO",
 }
 

@@ -11,8 +11,9 @@ rounds count. CPU seconds of all threads count, so that other jobs on the machin
 file, too. The file is written anew after each method; rows of other methods in it stay. A method that fails, for want
 of memory, say, is told, and the others go on; the command then ends with 1.
 
-Memory at ViT-B/16's size, 100 classes and published batches: 12 GB for CLIPLoRA, 10 GB for TwoStageFS-1, 7 GB for
-KgCoOp, 6.5 GB or less for each other. The step as published needs most of it.
+Memory at ViT-B/16's size, 100 classes and published batches, counted on tensors without data, with 2.5 GB for the
+process itself: 11.5 GB for CLIPLoRA, 9.2 GB for TwoStageFS-1, 6.8 GB for KgCoOp, 6.3 GB or less for each other. The
+step as published needs most of it.
 
 Keys of a row of the JSON:
     ratio_fresh, ratio_views    median CPU seconds as published over those of our step, without and with kept views;

@@ -30,5 +30,8 @@ else
     "$python" benchmarks/bench_eval.py "${common[@]}" --classes 1000 --batch 16 --images 64 --json "$out/eval_1000.json"
     "$python" benchmarks/bench_field.py "${common[@]}" --classes 100 --rounds 3 --output "$out/field_100.json" \
         --document docs/PERFORMANCE.md
+    "$python" benchmarks/bench_field.py "${common[@]}" --classes 10 --rounds 1 --output "$out/field_10.json"
+    "$python" benchmarks/protocol_hours.py "$out/field_10.json" "$out/field_100.json" --document docs/PERFORMANCE.md
+    "$python" benchmarks/input_pipeline.py --document docs/PERFORMANCE.md
 fi
 "$python" benchmarks/report.py "$out"

@@ -1,0 +1,239 @@
+"""Estimate how long the common protocols take, from measured training steps.
+
+    python benchmarks/bench_field.py --classes 10 --rounds 1 --output out/field_10.json
+    python benchmarks/bench_field.py --classes 100 --output out/field_100.json
+    python benchmarks/protocol_hours.py out/field_10.json out/field_100.json --document docs/PERFORMANCE.md
+
+The time of a step is taken to be linear in the number of classes, between and beyond two measured numbers. CPU seconds
+of all threads are shared out evenly among the cores. Epochs, batches and steps are those of vit_b16.yaml, with what the
+sources set otherwise (published/settings.csv). Test images are those of the datasets, each encoded once by a whole
+ViT-B/16, whose time is measured here. With kept views, ten views of each training image are encoded once. Reading
+images is left out; input_pipeline.py measures it.
+
+    --gpu FILE   gpu_day.json of benchmarks/gpu_day.py: a column for its steps in bf16, where the method was measured
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.measure import machine
+from benchmarks.published import METHODS, trainer_of
+from benchmarks.report import replace_section
+from benchmarks.subject import build_clip
+from benchmarks.tables import made_by, table
+from dassl.utils import InputError
+from dassl.utils.cli import fail, run_main
+from scripts.lib.dataset_sources import SOURCES
+from scripts.lib.methods import registered_name
+from scripts.lib.published import AVERAGES
+from scripts.lib.published_settings import pairs_for, read_settings
+from trainers.app.configuration import default_cfg
+from trainers.configs import configs_of
+
+ELEVEN = AVERAGES["average11"]
+SHOTS, SEEDS, VIEWS = (1, 2, 4, 8, 16), 3, 10
+STAGES = {"TwoStageFS-1": 0.6, "TwoStageFS-2": 0.4}  # shares of the steps of one method, in rows of their own
+BEGIN = "<!-- protocol hours: begin (written by benchmarks/protocol_hours.py) -->"
+END = "<!-- protocol hours: end -->"
+
+
+class Part(NamedTuple):
+    """Hold a training of a protocol.
+
+    Attributes:
+        protocol: few-shot or base2new, whose settings count.
+        dataset: stem of a file in configs/datasets.
+        shots: labeled images of each class.
+        times: how often it is done.
+        share: of the classes that is trained on.
+    """
+
+    protocol: str
+    dataset: str
+    shots: int
+    times: int
+    share: float
+
+
+PROTOCOLS = {
+    "11 datasets, 1 to 16 shots, 3 seeds": [
+        Part("few-shot", name, shots, SEEDS, 1.0) for name in ELEVEN for shots in SHOTS
+    ],
+    "base-to-new, 11 datasets, 3 seeds": [Part("base2new", name, 16, SEEDS, 0.5) for name in ELEVEN],
+    "ImageNet, 16 shots, 1 seed": [Part("few-shot", "imagenet", 16, 1, 1.0)],
+}
+
+
+class Step:
+    """The time of a step as a line through two measured numbers of classes.
+
+    Args:
+        seconds: number of classes -> seconds.
+
+    Raises:
+        InputError: there are fewer than two.
+    """
+
+    def __init__(self, seconds: Mapping[int, float]) -> None:
+        if len(seconds) < 2:
+            raise InputError(f"Expected steps with two numbers of classes but got {sorted(seconds)}")
+        low, high = min(seconds), max(seconds)
+        self.slope = max(0.0, (seconds[high] - seconds[low]) / (high - low))
+        self.base = max(0.0, seconds[low] - self.slope * low)
+
+    def __call__(self, classes: float) -> float:
+        return self.base + self.slope * classes
+
+
+class Length(NamedTuple):
+    """Hold how long a method trains: steps for each shot, or where these are 0 epochs of batches."""
+
+    per_shot: int
+    epochs: int
+    batch: int
+
+
+@functools.cache
+def length_of(name: str, pairs: tuple[str, ...]) -> Length:
+    """Return how long a row of METHODS trains with vit_b16.yaml and KEY VALUE pairs."""
+    cfg = default_cfg()
+    cfg.merge_from_file(str(configs_of(trainer_of(name))["vit_b16"]))
+    cfg.merge_from_list([*METHODS[name].keys, *pairs])
+    own = cfg.TRAINER.get(cfg.TRAINER.NAME.upper(), {})
+    return Length(int(own.get("N_ITERS", 0)), int(cfg.OPTIM.MAX_EPOCH), int(cfg.DATALOADER.TRAIN_X.BATCH_SIZE))
+
+
+def steps_of(length: Length, images: int, shots: int) -> int:
+    """Return the steps of a training; a last, smaller batch of an epoch is dropped."""
+    return length.per_shot * shots if length.per_shot else length.epochs * max(1, images // length.batch)
+
+
+def hours(name: str, parts: Sequence[Part], step: Step, image: float, views: bool) -> float:
+    """Return the hours of a protocol.
+
+    Args:
+        name: row of METHODS.
+        parts: its trainings.
+        step: seconds by number of classes.
+        image: seconds that encoding an image takes.
+        views: whether VIEWS views of each training image are encoded before.
+    """
+    settings, total = read_settings(), 0.0
+    for part in parts:
+        length = length_of(name, pairs_for(settings, trainer_of(name), part.protocol, part.shots, part.dataset))
+        all_classes, _, _, tests = SOURCES[registered_name(part.dataset)].counts
+        classes = all_classes * part.share
+        images = int(classes * part.shots)
+        seconds = steps_of(length, images, part.shots) * step(classes) * STAGES.get(name, 1.0)
+        seconds += tests * image + (VIEWS * images * image if views else 0.0)
+        total += part.times * seconds
+    return total / 3600
+
+
+def image_seconds(threads: int, images: int = 16, rounds: int = 3) -> float:
+    """Measure the CPU seconds that encoding an image takes with ViT-B/16, shared out among the threads."""
+    clip, taken = build_clip("ViT-B/16"), []
+    batch = torch.randn(images, 3, 224, 224)
+    with torch.no_grad():
+        for _ in range(rounds + 1):
+            start = time.process_time()
+            clip.encode_image(batch)
+            taken.append((time.process_time() - start) / threads / images)
+    return statistics.median(taken[1:])
+
+
+def read_steps(paths: Sequence[Path]) -> tuple[dict[tuple[str, str], dict[int, float]], int]:
+    """Return (row, kind) -> number of classes -> seconds of bench_field.py's files, and their number of threads."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    threads = set()
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        threads.add(int(result["settings"]["threads"]))
+        for row in result["rows"]:
+            for kind in ("fresh", "views"):
+                if kind in row["seconds"]:
+                    share = row["seconds"][kind] / result["settings"]["threads"]
+                    found.setdefault((row["method"], kind), {})[int(result["settings"]["classes"])] = share
+    if len(threads) != 1:
+        raise InputError(f"Expected files that were measured with one number of threads but got {sorted(threads)}")
+    return found, threads.pop()
+
+
+def read_gpu(path: Path | None) -> tuple[dict[str, dict[int, float]], float, str]:
+    """Return row -> number of classes -> seconds of a GPU day in bf16, seconds of an image, and the GPU's name."""
+    if path is None:
+        return {}, 0.0, ""
+    day = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, dict[int, float]] = {}
+    for row in day["parts"]["methods"]["rows"]:
+        if row["mode"] == "bf16" and row["batch"] <= 32:  # the smallest that was measured
+            found.setdefault(row["trainer"], {})[int(row["classes"])] = float(row["seconds"])
+    rates = [row["images_per_second"]["features"] for row in day["parts"]["evaluation"]["rows"]]
+    return found, 1 / min(rates), str(day["machine"]["gpu"])
+
+
+def report(args: argparse.Namespace) -> str:
+    """Return Markdown of the estimates.
+
+    Raises:
+        InputError: a method was measured with one number of classes only.
+    """
+    found, threads = read_steps(args.files)
+    image = image_seconds(threads) if args.image_seconds is None else args.image_seconds
+    gpu, gpu_image, gpu_name = read_gpu(args.gpu)
+    head = ["hours"]
+    for protocol in PROTOCOLS:
+        head += [f"{protocol}: {threads} cores", "kept views", *([gpu_name] if gpu else [])]
+    rows = []
+    for name in METHODS:
+        if (name, "fresh") not in found:
+            continue
+        row = [name]
+        for parts in PROTOCOLS.values():
+            row.append(f"{hours(name, parts, Step(found[name, 'fresh']), image, False):,.1f}")
+            kept = found.get((name, "views"))
+            row.append(f"{hours(name, parts, Step(kept), image, True):,.1f}" if kept else "-")
+            if gpu:
+                row.append(f"{hours(name, parts, Step(gpu[name]), gpu_image, False):,.1f}" if name in gpu else "-")
+        rows.append(row)
+    told = f"Encoding an image: {1000 * image:.0f} ms" + (f", on the GPU {1000 * gpu_image:.2f} ms." if gpu else ".")
+    return "\n".join([made_by({"machine": machine(torch.device("cpu"))}), "", table(head, rows), "", told])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("files", type=Path, nargs="+", help="results of bench_field.py, two numbers of classes")
+    parser.add_argument("--gpu", type=Path, help="gpu_day.json")
+    parser.add_argument("--image-seconds", type=float, help="of encoding an image (default: it is measured)")
+    parser.add_argument("--document", type=Path, help="Markdown file whose section is replaced")
+    args = parser.parse_args(argv)
+    try:
+        text = report(args)
+        print(text)
+        if args.document:
+            section = f"{BEGIN}\n\n{text}\n\n{END}"
+            document = replace_section(args.document.read_text(encoding="utf-8"), section, BEGIN, END)
+            args.document.write_text(document, encoding="utf-8")
+    except (InputError, OSError, ValueError, KeyError) as error:
+        return fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

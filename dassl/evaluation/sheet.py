@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from .drawing import BACKGROUND, TEXT, fitting, font
 
 THUMB = 96  # pixels: side of the square that holds an image
 BARS = 190  # width of a block of bars
 LINE = 15
 PAD = 8
-FONT = 11
 TRUE_COLOR, OTHER_COLOR = (123, 201, 171), (200, 204, 212)
-BACKGROUND, EMPTY, TEXT = (255, 255, 255), (238, 238, 238), (26, 26, 26)
+EMPTY = (238, 238, 238)
 
 
 class Bar(NamedTuple):
@@ -48,22 +46,6 @@ class Tile(NamedTuple):
     blocks: Sequence[tuple[str, Sequence[Bar]]]
 
 
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    # The font of the other figures: it has more alphabets than Pillow's own.
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
-
-
-def _fitting(text: str, width: float) -> str:
-    """Return the text, or as much of its beginning as fits with an ellipsis into `width` pixels."""
-    font = _font(FONT)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
-
-
 def draw_sheet(tiles: Sequence[Tile], columns: int = 1) -> np.ndarray:
     """Draw tiles in rows, from left to right.
 
@@ -83,7 +65,7 @@ def draw_sheet(tiles: Sequence[Tile], columns: int = 1) -> np.ndarray:
     draw = ImageDraw.Draw(sheet)
     for number, tile in enumerate(tiles):
         left, top = number % columns * width + PAD, number // columns * height + PAD
-        draw.text((left, top), _fitting(tile.title, width - 2 * PAD), TEXT, _font(FONT))
+        draw.text((left, top), fitting(tile.title, width - 2 * PAD), TEXT, font())
         top += LINE
         _paste(sheet, tile.picture(), left, top)
         for place, (heading, bars) in enumerate(tile.blocks):
@@ -100,17 +82,17 @@ def _paste(sheet: Image.Image, picture: Image.Image | None, left: int, top: int)
         picture = picture.resize(size, Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.NEAREST)
         frame.paste(picture, ((THUMB - size[0]) // 2, (THUMB - size[1]) // 2))
     else:
-        ImageDraw.Draw(frame).text((THUMB / 2, THUMB / 2), "no picture", TEXT, _font(FONT), anchor="mm")
+        ImageDraw.Draw(frame).text((THUMB / 2, THUMB / 2), "no picture", TEXT, font(), anchor="mm")
     sheet.paste(frame, (left, top))
 
 
 def _draw_block(draw: ImageDraw.ImageDraw, left: int, top: int, heading: str, bars: Sequence[Bar]) -> None:
-    draw.text((left, top), _fitting(heading, BARS), TEXT, _font(FONT))
+    draw.text((left, top), fitting(heading, BARS), TEXT, font())
     for row, bar in enumerate(bars, start=1):
         y = top + row * LINE
         color = TRUE_COLOR if bar.right else OTHER_COLOR
         draw.rectangle((left, y, left + max(1, round(BARS * bar.share)), y + LINE - 3), color)
         share = f"{100 * bar.share:.0f} %"
-        room = BARS - _font(FONT).getlength(share) - 10
-        draw.text((left + 3, y - 1), _fitting(bar.name, room), TEXT, _font(FONT))
-        draw.text((left + BARS, y - 1), share, TEXT, _font(FONT), anchor="ra")
+        room = BARS - font().getlength(share) - 10
+        draw.text((left + 3, y - 1), fitting(bar.name, room), TEXT, font())
+        draw.text((left + BARS, y - 1), share, TEXT, font(), anchor="ra")

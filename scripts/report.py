@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 if __name__ == "__main__":  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dassl.engine.environment import project_version
+from dassl.evaluation.drawing import Picture
 from dassl.evaluation.mistakes import SHOWN, ClassResult, class_results, mistakes_of, mistakes_sheet
 from dassl.evaluation.predictions import Predictions
 from dassl.utils import atomic_write
@@ -139,9 +139,8 @@ def mistakes_part(predictions: Predictions) -> str:
     mistakes = mistakes_of(predictions)
     caption = f"The surest of {len(mistakes)} mistakes, with the probabilities of the wrong and of the true class"
     if any(Path(mistake.path).is_file() for mistake in mistakes[:SHOWN] if mistake.path):
-        sheet, stream = mistakes_sheet(mistakes), io.BytesIO()
-        Image.fromarray(sheet).save(stream, "PNG")
-        parts.append(_image(stream.getvalue(), "png", sheet.shape[1], caption))
+        sheet = Picture(mistakes_sheet(mistakes))
+        parts.append(_image(sheet.png, "png", sheet.pixels.shape[1], caption))
     elif mistakes:
         parts.append(f"<p class='missing'>{caption}: not shown. The images are not where the run found them.</p>\n")
     return "".join(parts)

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+from dassl.evaluation.drawing import Picture
 
 from .trackers import Tracker
 
@@ -22,8 +25,8 @@ FLUSH_SECONDS = 30  # at most the values of this time are missing in a browser, 
 class Board:
     """A SummaryWriter that goes silent, after one warning, when its file cannot be written any more.
 
-    Its methods are the SummaryWriter's but for `add_hparams`. Curves are a by-product; what a run cannot do without
-    (checkpoints, results) still raises.
+    Its methods are the SummaryWriter's but for `add_hparams` and `add_picture`. Curves are a by-product; what a run
+    cannot do without (checkpoints, results) still raises.
 
     Args:
         log_dir: folder of the event file, made when missing.
@@ -53,6 +56,15 @@ class Board:
         self._guarded(self._writer.add_image)(tag, image, global_step, dataformats=dataformats)
         if self._tracker is not None and dataformats == "HWC":
             self._tracker.image(tag, np.asarray(image), global_step)
+
+    def add_picture(self, tag: str, picture: Picture, global_step: int) -> None:
+        """Add a picture as the PNG file that it has; `add_image` would encode it once more."""
+        height, width, colors = picture.pixels.shape
+        image = Summary.Image(height=height, width=width, colorspace=colors, encoded_image_string=picture.png)
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        self._guarded(self._writer._get_file_writer().add_summary)(summary, global_step)
+        if self._tracker is not None:
+            self._tracker.image(tag, picture.pixels, global_step)
 
     def add_hparams(self, parameters: Mapping[str, Any], tags: Iterable[str]) -> None:
         """Add hyper-parameters, and say which scalars stand beside them.

@@ -6,6 +6,7 @@ Shapes: B images in a batch, N images in the split, C classes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ from dassl.utils import distributed
 from dassl.utils.console import Unbroken
 from dassl.utils.logger import is_quiet
 
+from .drawing import Picture
+from .mistakes import Mistake, mistakes_of, mistakes_sheet
 from .predictions import Predictions, Recorder
 
 HeadsFn = Callable[[Any], "tuple[dict[str, Tensor], Tensor]"]
@@ -52,6 +55,16 @@ class Evaluation:
     confusion: Tensor | None = None  # [C, C] counts of the main head, rows true
     examples: list[Example] = field(default_factory=list)
     predictions: Predictions | None = None  # of a run's last test
+
+    @functools.cached_property
+    def mistakes(self) -> list[Mistake]:
+        """Return the main head's mistakes, the surest first; there are none where the predictions are not kept."""
+        return [] if self.predictions is None else mistakes_of(self.predictions)
+
+    @functools.cached_property
+    def mistakes_picture(self) -> Picture | None:
+        """Return the surest mistakes as a picture, drawn once for all who show it; None: there are none."""
+        return Picture(mistakes_sheet(self.mistakes)) if self.mistakes else None
 
 
 def spread(total: int, count: int) -> set[int]:

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 if __name__ == "__main__":  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dassl.evaluation.drawing import Picture
 from dassl.evaluation.mistakes import SHOWN, mistakes_of, mistakes_sheet
 from dassl.utils import InputError, atomic_write
 from dassl.utils.cli import fail, run_main
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = args.output or folder / "figures" / "mistakes.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, "wb") as stream:
-            Image.fromarray(mistakes_sheet(mistakes, args.number)).save(stream, "PNG")
+            stream.write(Picture(mistakes_sheet(mistakes, args.number)).png)
     except (ValueError, OSError) as error:
         return fail(error)
     print(path)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from dassl.evaluation.mistakes import EVAL_MISTAKES, MISTAKES, mistakes_of, mistakes_sheet, write_mistakes
+from dassl.evaluation.mistakes import EVAL_MISTAKES, MISTAKES, write_mistakes
 from dassl.evaluation.passes import Evaluation
 from dassl.evaluation.predictions import EVAL_PREDICTIONS, PREDICTIONS, save_predictions
 from dassl.utils import atomic_write
@@ -45,8 +43,7 @@ class Predictions(HookBase):
             return
         predictions, table = self._paths(trainer)
         save_predictions(predictions, evaluation.predictions)
-        mistakes = mistakes_of(evaluation.predictions)
-        write_mistakes(table, mistakes)
-        if mistakes:
+        write_mistakes(table, evaluation.mistakes)
+        if evaluation.mistakes_picture is not None:
             with atomic_write(table.with_suffix(".png"), "wb") as stream:
-                Image.fromarray(mistakes_sheet(mistakes)).save(stream, "PNG")
+                stream.write(evaluation.mistakes_picture.png)

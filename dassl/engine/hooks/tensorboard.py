@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dassl.evaluation.mistakes import mistakes_of, mistakes_sheet
+from dassl.evaluation.drawing import Picture
+from dassl.evaluation.figures import confusion_image, examples_image
 from dassl.evaluation.passes import Evaluation
 
 from .base import HookBase
@@ -51,19 +52,16 @@ class TensorBoard(HookBase):
 
     @staticmethod
     def _pictures(trainer: SimpleTrainer, evaluation: Evaluation) -> None:
-        from dassl.evaluation import figures  # matplotlib is slow to import, and wanted once per run
-
-        split, step, names = evaluation.split, trainer.epoch, trainer.lab2cname
-        mistakes = mistakes_of(evaluation.predictions) if evaluation.predictions is not None else []
-        if mistakes:
-            trainer.writer.add_image(f"{WHEN_DONE}{split}/mistakes", mistakes_sheet(mistakes), step, dataformats="HWC")
+        names, pictures = trainer.lab2cname, {"mistakes": evaluation.mistakes_picture}
         if evaluation.confusion is not None:
-            title = f"{split}, head {evaluation.main}"
-            image = figures.confusion_image(evaluation.confusion, names, title)
-            trainer.writer.add_image(f"{WHEN_DONE}{split}/confusion_matrix", image, step, dataformats="HWC")
+            title = f"{evaluation.split}, head {evaluation.main}"
+            pictures["confusion_matrix"] = Picture(confusion_image(evaluation.confusion, names, title))
         if evaluation.examples:
-            image = figures.examples_image(evaluation.examples, names, evaluation.main, trainer.reference_head)
-            trainer.writer.add_image(f"{WHEN_DONE}{split}/examples", image, step, dataformats="HWC")
+            image = examples_image(evaluation.examples, names, evaluation.main, trainer.reference_head)
+            pictures["examples"] = Picture(image)
+        for name, picture in pictures.items():
+            if picture is not None:
+                trainer.writer.add_picture(f"{WHEN_DONE}{evaluation.split}/{name}", picture, trainer.epoch)
 
     def after_train(self, trainer: SimpleTrainer) -> None:
         evaluation = trainer.evaluation

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from dassl.engine import TRAINER_REGISTRY, HookBase, TrainerBase, TrainerX, build_trainer, environment
 from dassl.engine.hooks.results import count_parameters
+from dassl.evaluation import passes
+from dassl.evaluation.mistakes import mistakes_of, mistakes_sheet
+from dassl.evaluation.predictions import load_predictions
 from dassl.modeling import BACKBONE_REGISTRY, Backbone
 from dassl.utils import InputError, set_random_seed
 
@@ -154,6 +160,20 @@ def test_tensorboard_reads_everything_back(build, pictures, tmp_path):
     assert names == {f"{done}/before/accuracy", f"{done}/after/accuracy"} <= tags
     assert start["OPTIM.LR"].number_value == 0.1 and start["DATASET.NAME"].string_value == "ToyColors"
     assert [p for p in (tmp_path / "run" / "tensorboard").iterdir() if p.is_dir()] == []
+
+
+def test_file_and_tensorboard_have_the_same_sheet_of_mistakes(build, pictures, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(passes, "mistakes_sheet", lambda found: drawn.append(1) or mistakes_sheet(found))
+    trainer = build("ZeroShot")
+    trainer.scale = -5.0  # the least likely class is taken
+    trainer.train()
+    (shown,) = events(tmp_path / "run").Images("when_done/test/mistakes")
+    assert shown.encoded_image_string == (tmp_path / "run" / "mistakes.png").read_bytes() and drawn == [1]
+    image = Image.open(io.BytesIO(shown.encoded_image_string))
+    assert (image.width, image.height) == (shown.width, shown.height) and image.mode == "RGB"
+    found = mistakes_of(load_predictions(tmp_path / "run" / "predictions.safetensors"))
+    assert np.array_equal(np.asarray(image), mistakes_sheet(found))
 
 
 def test_best_model_on_validation_is_deployed(build, tmp_path, monkeypatch):

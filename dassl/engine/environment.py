@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import subprocess
@@ -41,13 +42,13 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "dassl": dassl.__version__,
-        **_commit(Path(dassl.__file__).parent),
+        **_own_commit(),
     }
 
 
 def project_version() -> str:
     """Return the version of this project, and the commit where it is a checkout: "dlr-clip 0.1.0, commit 1a2b3c4"."""
-    commit = _commit(Path(dassl.__file__).parent)
+    commit = _own_commit()
     changed = " with changes" if commit["modified"] else ""
     where = f", commit {commit['commit'][:7]}{changed}" if commit["commit"] else ""
     return f"dlr-clip {_version('dlr-clip') or '(not installed)'}{where}"
@@ -63,11 +64,17 @@ def why_no_gpu() -> str:
     return "PyTorch finds no GPU, or no driver for it"
 
 
+@functools.cache  # a process has the versions that it began with
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+@functools.cache  # git takes its time, and what is imported does not change with the checkout
+def _own_commit() -> dict[str, Any]:
+    return _commit(Path(dassl.__file__).parent)
 
 
 def _commit(folder: Path) -> dict[str, Any]:

@@ -194,7 +194,10 @@ class FeatureCache:
             for entry in entries
         }
         temporary = self.folder / f".{INDEX}.{uuid.uuid4().hex}.tmp"
-        temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        lines = (
+            f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in index.items()
+        )  # json's own indent is slow
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         os.replace(temporary, self.folder / INDEX)
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What pictures drawn with Pillow share: fonts, text that fits, and the PNG file of a picture."""
+"""Fonts, text that fits and PNG files: what the pictures drawn with Pillow share."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def _draw_scale(image: Image.Image, left: int, top: int, height: int) -> None:
 
 
 def _paste(image: Image.Image, left: int, top: int, pixels: np.ndarray) -> None:
-    """Paste pixels into the image with a frame around them."""
+    """Draw pixels into the image, with a frame around them."""
     height, width = pixels.shape[:2]
     image.paste(Image.fromarray(pixels), (left, top))
     ImageDraw.Draw(image).rectangle((left - 1, top - 1, left + width, top + height), outline=FRAME)

@@ -194,9 +194,8 @@ class FeatureCache:
             for entry in entries
         }
         temporary = self.folder / f".{INDEX}.{uuid.uuid4().hex}.tmp"
-        lines = (
-            f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in index.items()
-        )  # json's own indent is slow
+        # An entry a line: json's own indent would take several times as long.
+        lines = (f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in index.items())
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         os.replace(temporary, self.folder / INDEX)
 

@@ -18,6 +18,7 @@ BASE_KEY = "_BASE_"
 MAX_VALUES = 10_000  # in a file, aliased values counted at each use; the defaults have some 300
 _SEQUENCES = (list, tuple)
 _NULLABLE: set[str] = set()  # names, with dots, of settings whose default is None: None stays allowed
+_LAST_DUMP: dict[str, str] = {}  # repr of the last tree that was dumped -> YAML
 _TEXT_OR_LIST: set[str] = set()  # names, with dots, of settings that are a text or a list of texts
 
 
@@ -53,6 +54,19 @@ class CfgNode(YacsNode):
     def merge_from_other_cfg(self, cfg_other: Mapping[str, Any]) -> None:
         """Merge another tree of settings into this one."""
         _merge(self, cfg_other, ())
+
+    def dump(self, **kwargs: Any) -> str:
+        """Return the tree as YAML; the text of the last tree is kept, as every checkpoint of a run has the same."""
+        if kwargs:
+            other: str = super().dump(**kwargs)
+            return other
+        content = repr(self)  # tells all values and their types apart, in a hundredth of YAML's time
+        text = _LAST_DUMP.get(content)
+        if text is None:
+            text = super().dump()
+            _LAST_DUMP.clear()
+            _LAST_DUMP[content] = text
+        return text
 
     @staticmethod
     def declare_text_or_list(name: str) -> None:

@@ -206,6 +206,14 @@ def test_dump_can_be_merged_again(tmp_path):
     assert again == cfg
 
 
+def test_each_dump_is_of_the_tree_as_it_is():
+    cfg = get_cfg_default()
+    for value in (1, 1.0, True, "1", [1], (1,), {"A": 1}, 1):
+        cfg.INPUT.SIZE = CfgNode(value) if isinstance(value, dict) else value
+        assert cfg.dump() == cfg.dump() == YacsNode.dump(cfg), value
+    assert cfg.dump(default_flow_style=True) == YacsNode.dump(cfg, default_flow_style=True) != cfg.dump()
+
+
 def all_leaves(node, prefix=""):
     for key, value in node.items():
         if isinstance(value, YacsNode):

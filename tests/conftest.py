@@ -64,6 +64,12 @@ def digits_cache(tmp_path_factory) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch) -> None:
+    """What outlasts a power cut cannot be seen here, and costs much of a small run's time."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
     """What a program under test does to the root logger (a handler on a borrowed console, say) ends with the test."""
     root = logging.getLogger()

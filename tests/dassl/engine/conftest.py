@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 from importlib import util
@@ -119,12 +118,6 @@ def registered(monkeypatch) -> None:
     monkeypatch.setitem(DATASET_REGISTRY._obj_map, "ToyColors", ToyColors)
     for cls in (Linear, TwoHeads, Unlabeled, ZeroShot):
         monkeypatch.setitem(TRAINER_REGISTRY._obj_map, cls.__name__, cls)
-
-
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch) -> None:
-    """What outlasts a power cut cannot be seen here, and costs much of a small run's time."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture

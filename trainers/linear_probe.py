@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,6 +62,10 @@ def fit_logistic(
         raise ValueError(f"Expected training images of all {num_classes} classes but got none of {sorted(missing)[:5]}")
     if num_classes == 1:
         return Linear(features.new_zeros(1, features.shape[1]), features.new_zeros(1))
+    # Here, not above: scikit-learn is slow to import, and every program imports every method.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     model = LogisticRegression(C=c, solver="lbfgs", max_iter=max_iter, class_weight="balanced" if balanced else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the search also tries penalties too weak to converge

@@ -325,7 +325,8 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
             raise InputError(f"Expected DATALOADER.CACHE_IMAGES to be 0 or more but got {megabytes}")
         self.least = least_side(cfg, is_train)
         kept = DecodedImages(megabytes * 2**20, self.least) if is_train and megabytes else None
-        self._read = kept.read if kept is not None else functools.partial(read_image, least=self.least)
+        plain = functools.partial(read_image, least=self.least) if self.least else read_image
+        self._read = plain if kept is None else kept.read
         if self.k_tfm > 1 and transform is None:
             raise InputError(f"Expected a transform to make {self.k_tfm} versions of each image but got none")
         steps: list[Any] = [

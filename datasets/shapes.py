@@ -91,6 +91,14 @@ def write_images(
             draw(CLASSES[label], rng).save(place / f"{number:03d}.png")
 
 
+def drawn_shapes(root: str) -> Path:
+    """Return the folder of `Shapes`' images for a DATASET.ROOT; they are drawn where it is not there."""
+    return build_once(
+        made_dataset_dir(root, Shapes.folder),
+        lambda folder: write_images(folder, draw_plain, range(len(CLASSES)), IMAGES_PER_CLASS, seed=1),
+    )
+
+
 @DATASET_REGISTRY.register()
 class Shapes(SplitDataset):
     """40 classes of rendered shapes, 50 / 20 / 30 images a class for train / val / test."""
@@ -98,10 +106,7 @@ class Shapes(SplitDataset):
     folder = "shapes"
 
     def locate(self, root: str) -> Path:
-        return build_once(
-            made_dataset_dir(root, self.folder),
-            lambda folder: write_images(folder, draw_plain, range(len(CLASSES)), IMAGES_PER_CLASS, seed=1),
-        )
+        return drawn_shapes(root)
 
     def make_split(self) -> Split:
         return split_by_folder(self.image_dir, renamed=dict(zip(FOLDERS, CLASSES, strict=True)))

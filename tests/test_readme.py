@@ -25,6 +25,10 @@ def test_at_most_400_words_beside_the_tables():
     assert len([word for word in prose.split() if re.search(r"[A-Za-z]", word)]) <= 400
 
 
+def test_the_number_of_methods_is_that_of_the_registry():
+    assert f"with {len(TRAINER_REGISTRY.registered_names())} methods under one protocol" in TEXT
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/METHODS.md", "docs/EXPORT.md"])
 def test_tables_follow_the_registries(name):
     text = (ROOT / name).read_text(encoding="utf-8")

@@ -61,7 +61,10 @@ def finite_gradients(optimizers: Iterable[Optimizer]) -> Tensor | None:
     ]
     if not grads:
         return None
-    largest = list(torch._foreach_norm(grads, math.inf))  # a few kernels for all of them; NaN stays NaN
+    if all(grad.device.type == "cpu" for grad in grads):  # there the norm below takes ten times as long
+        largest = [end for grad in grads for end in torch.aminmax(grad)]  # NaN stays NaN
+    else:
+        largest = list(torch._foreach_norm(grads, math.inf))  # a few kernels for all of them; NaN stays NaN
     if len({(grad.dtype, grad.device) for grad in grads}) > 1:
         largest = [value.to(grads[0].device, torch.float64) for value in largest]
     return torch.isfinite(torch.stack(largest)).all()

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from dassl.engine.reliability.finite import NotFiniteError
+from dassl.engine.reliability.finite import NotFiniteError, finite_gradients
 from dassl.utils import InputError
 
 STEPS = 4  # of an epoch: 18 images, batch 4, the last two are dropped
@@ -190,3 +190,21 @@ def test_dry_run_says_it_too(build, tmp_path):
 def test_settings(build, pair, message):
     with pytest.raises(InputError, match=message):
         build("Linear", *pair)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_a_single_lost_gradient_is_seen_in_every_precision(kind):
+    """On a GPU: tests/cuda/test_devices.py."""
+    parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=kind)) for shape in ((), (0,), (7,), (30, 100))]
+    parameters.append(torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)))
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, torch.finfo(kind).max)  # whose squares, and sum, are infinite
+    optims = [torch.optim.SGD(parameters[:2], lr=1.0), torch.optim.SGD(parameters[2:], lr=1.0)]
+    assert bool(finite_gradients(optims))
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in (parameters[0].grad, parameters[2].grad[3:4], parameters[3].grad[29, 99:], parameters[4].grad[:1]):
+            before = place.clone()
+            place.fill_(bad)
+            assert not bool(finite_gradients(optims))
+            place.copy_(before)
+    assert bool(finite_gradients(optims)) and finite_gradients([]) is None

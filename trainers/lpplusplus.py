@@ -87,22 +87,41 @@ def step_sizes(rows: Tensor, zeroshot: Tensor) -> Steps:
     return Steps(float(4 * len(rows) / largest), float(len(rows) / (4 * squares.max())))
 
 
-def probe_logits(probe: Probe, features: Tensor, zeroshot: Tensor) -> Tensor:
-    """Return logits [B, C] for features [B, E] and zero-shot weights [C, E]."""
-    return features @ probe.weight.t() + probe.bias + probe.alpha * (features @ zeroshot.t())
+def probe_logits(probe: Probe, features: Tensor, zeroshot: Tensor, cosines: Tensor | None = None) -> Tensor:
+    """Return logits [B, C] for features [B, E] and zero-shot weights [C, E].
+
+    Args:
+        cosines: products of features and zero-shot weights [B, C], where they are known.
+    """
+    cosines = features @ zeroshot.t() if cosines is None else cosines
+    return features @ probe.weight.t() + probe.bias + probe.alpha * cosines
 
 
-def loss_and_gradient(probe: Probe, rows: Tensor, labels: Tensor, zeroshot: Tensor) -> tuple[Tensor, Probe]:
-    """Return the mean cross-entropy [] over rows [n, E] with labels [n], and its gradient."""
+def rows_at_once(zeroshot: Tensor) -> int:
+    """Return how many rows are classified at once by zero-shot weights [C, E]."""
+    return max(1, NUMBERS_AT_ONCE // len(zeroshot))
+
+
+def loss_and_gradient(
+    probe: Probe, rows: Tensor, labels: Tensor, zeroshot: Tensor, cosines: Tensor | None = None
+) -> tuple[Tensor, Probe]:
+    """Return the mean cross-entropy [] over rows [n, E] with labels [n], and its gradient.
+
+    Args:
+        cosines: products of rows and zero-shot weights [n, C], where they are known.
+    """
     total, gradient = rows.new_zeros(()), Probe(*map(torch.zeros_like, probe))
-    at_once = max(1, NUMBERS_AT_ONCE // len(zeroshot))
-    for part, y in zip(rows.split(at_once), labels.split(at_once), strict=True):
-        logits = probe_logits(probe, part, zeroshot)
+    at_once = rows_at_once(zeroshot)
+    for first in range(0, len(rows), at_once):
+        some = slice(first, first + at_once)
+        part, y = rows[some], labels[some]
+        products = part @ zeroshot.t() if cosines is None else cosines[some]
+        logits = probe_logits(probe, part, zeroshot, products)
         total += F.cross_entropy(logits, y, reduction="sum")
         change = (logits.softmax(dim=1) - F.one_hot(y, len(zeroshot))) / len(rows)
         gradient.weight.add_(change.t() @ part)
         gradient.bias.add_(change.sum(dim=0))
-        gradient.alpha.add_((change * (part @ zeroshot.t())).sum(dim=0))
+        gradient.alpha.add_((change * products).sum(dim=0))
     return total / len(rows), gradient
 
 
@@ -121,8 +140,10 @@ def descend(
     """
     weight, bias, alpha = (value.clone() for value in probe)
     moving, summed = Probe(*map(torch.zeros_like, probe)), torch.zeros_like(alpha)
+    # They never change. Where they are more numbers than are computed at once, each epoch computes them anew.
+    cosines = rows @ zeroshot.t() if len(rows) <= rows_at_once(zeroshot) else None
     for epoch in range(epochs):
-        _, gradient = loss_and_gradient(Probe(weight, bias, alpha), rows, labels, zeroshot)
+        _, gradient = loss_and_gradient(Probe(weight, bias, alpha), rows, labels, zeroshot, cosines)
         for value, momentum, slope in ((weight, moving.weight, gradient.weight), (bias, moving.bias, gradient.bias)):
             momentum.mul_(MOMENTUM).add_(slope)
             value.sub_(steps.weight * momentum)

@@ -101,8 +101,11 @@ def test_loss_and_gradient(at_once, monkeypatch):
         close(got, value.grad)
 
 
+@pytest.mark.parametrize("at_once", [7, 2**26])
 @pytest.mark.parametrize("reset", [True, False])
-def test_descent(reset):
+def test_descent(reset, at_once, monkeypatch):
+    """Products with the texts are kept over the epochs where they are computed at once."""
+    monkeypatch.setattr(lpplusplus, "NUMBERS_AT_ONCE", at_once * CLASSES)
     values, labels = world(1, [2, 3, 4, 1, 5])
     zeroshot = unit(CLASSES, WIDTH, seed=9)
     start = start_probe(values, labels, zeroshot)

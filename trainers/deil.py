@@ -38,9 +38,9 @@ POINTS = 20  # of each axis of the grid
 LEAST = 0.1  # where both axes begin
 
 
-def deil_logits(clip_logits: Tensor, own: Tensor, alpha: Tensor | float, beta: Tensor | float) -> Tensor:
-    """Return logits [B, C] of zero-shot logits and the head's own, [B, C] each."""
-    return clip_logits + alpha * torch.exp(-beta * (1 - standardized(own)))
+def deil_logits(clip_logits: Tensor, z: Tensor, alpha: Tensor | float, beta: Tensor | float) -> Tensor:
+    """Return logits [B, C] of zero-shot logits and the head's own standardized ones, z, [B, C] each."""
+    return clip_logits + alpha * torch.exp(-beta * (1 - z))
 
 
 def info_nce(anchors: Tensor, positives: Tensor, labels: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class DeILLearner(FeatureLearner):
     def joined(self, features: Tensor, hidden: Tensor) -> Tensor:
         """Return logits [B, C] for features and their h, [B, E] each."""
         alpha, beta = self.given if self.training else (self.alpha, self.beta)
-        return deil_logits(self.clip_logits(features), self.classifier(hidden), alpha, beta)
+        return deil_logits(self.clip_logits(features), standardized(self.classifier(hidden)), alpha, beta)
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,12 @@ class DeIL(FeatureTrainer):
             training = learner.training
             learner.eval()
             features, labels = known
-            clip_logits, own = learner.clip_logits(features), learner.classifier(learner.hidden(features))
+            clip_logits = learner.clip_logits(features)
+            z = standardized(learner.classifier(learner.hidden(features)))
             grid = [torch.linspace(LEAST, end, POINTS).tolist() for end in (settings.alpha_max, settings.beta_max)]
             hits = torch.tensor(
                 [
-                    [int((deil_logits(clip_logits, own, a, b).argmax(dim=1) == labels).sum()) for b in grid[1]]
+                    [int((deil_logits(clip_logits, z, a, b).argmax(dim=1) == labels).sum()) for b in grid[1]]
                     for a in grid[0]
                 ]
             )

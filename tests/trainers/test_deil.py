@@ -30,7 +30,7 @@ def naive_logits(clip_logits, own, alpha, beta):
 @pytest.mark.parametrize("alpha, beta", [(1.0, 0.5), (0.0, 3.0), (2.5, 7.0)])
 def test_logits(alpha, beta):
     clip_logits, own = 20 * unit(6, CLASSES, seed=1), 3 * unit(6, CLASSES, seed=2)
-    got = deil_logits(clip_logits, own, alpha, beta)
+    got = deil_logits(clip_logits, standardized(own), alpha, beta)
     torch.testing.assert_close(got.double(), naive_logits(clip_logits, own, alpha, beta), atol=1e-4, rtol=1e-5)
     # Only what distinguishes the classes of an image counts: neither a log-softmax nor another scale changes it.
     torch.testing.assert_close(standardized(7 * own.log_softmax(dim=1)), standardized(own), atol=1e-5, rtol=1e-5)
@@ -115,7 +115,7 @@ def test_part_of_the_classes(make_clip, names):
     for learner in (whole, part):
         learner.eval()
     own = whole.classifier(whole.hidden(x))[:, [3, 1]]
-    torch.testing.assert_close(part(x), deil_logits(whole.clip_logits(x)[:, [3, 1]], own, 1.0, 0.5))
+    torch.testing.assert_close(part(x), deil_logits(whole.clip_logits(x)[:, [3, 1]], standardized(own), 1.0, 0.5))
 
 
 def test_bad_input(make):

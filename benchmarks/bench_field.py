@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measure import Stopwatch, biggest, machine, peak_memory, write_json
+from benchmarks.measure import CPUWatch, Stopwatch, biggest, machine, peak_memory, write_json
 from benchmarks.published import METHODS, Published, trainer_of
 from benchmarks.report import replace_section
 from benchmarks.steps import FreshStep, Learner, gradients
@@ -61,21 +61,6 @@ _TOLERANCE = 1e-3  # of a gradient, relative to its largest; of a loss, absolute
 _KINDS = ("naive", "fresh", "views")
 BEGIN = "<!-- field: begin (written by benchmarks/bench_field.py) -->"
 END = "<!-- field: end -->"
-
-
-class CPUWatch(Stopwatch):
-    """A stopwatch that adds up the CPU seconds of the process's threads, too."""
-
-    cpu = 0.0
-
-    def __enter__(self) -> CPUWatch:
-        self._cpu_from = time.process_time()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        self.cpu += time.process_time() - self._cpu_from
 
 
 class MethodStep(FreshStep):
@@ -261,17 +246,18 @@ def measure(name: str, model: str, classes: int, rounds: int, batch: int | None 
     }
 
 
-def measure_apart(name: str, arguments: Sequence[str]) -> dict[str, Any] | None:
+def measure_apart(name: str, arguments: Sequence[str], script: str = __file__) -> dict[str, Any] | None:
     """Measure a method in a process of its own, whose memory is free again when it ends.
 
     Args:
         name: of the row.
         arguments: the command's own.
+        script: the command.
 
     Returns:
         The row, or None where the process failed; what it said of that is on stderr.
     """
-    command = [sys.executable, __file__, *arguments, "--only", name]
+    command = [sys.executable, script, *arguments, "--only", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         print(f"{name}: no result; its process ended with {done.returncode}", file=sys.stderr, flush=True)

@@ -90,7 +90,7 @@ def make_dataset(args: argparse.Namespace) -> None:
         files = file_names(split, count)
         return [Datum(file, i % args.classes, 0, names[i % args.classes]) for i, file in enumerate(files)]
 
-    @DATASET_REGISTRY.register()
+    @DATASET_REGISTRY.register(force=True)
     class RandomFeatures(DatasetBase):
         """Class after class in turn."""
 
@@ -144,7 +144,10 @@ def make_trainer(args: argparse.Namespace, name: str, folder: Path) -> Any:
 
     Subject.__name__ = name
     TRAINER_REGISTRY.register(Subject, force=True)
-    trainer: Any = build_trainer(cfg)
+    try:
+        trainer: Any = build_trainer(cfg)
+    finally:
+        TRAINER_REGISTRY.register(known, force=True)
     if trainer.val_loader is not None:
         trainer.val_loader._known = make_features(texts, "val", args.val * args.classes)
     trainer.test_loader._known = make_features(texts, "test", args.queries)

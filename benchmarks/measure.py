@@ -48,6 +48,21 @@ class Stopwatch:
             self.seconds += time.perf_counter() - self._from
 
 
+class CPUWatch(Stopwatch):
+    """A stopwatch that adds up the CPU seconds of the process's threads, too."""
+
+    cpu = 0.0
+
+    def __enter__(self) -> CPUWatch:
+        self._cpu_from = time.process_time()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.cpu += time.process_time() - self._cpu_from
+
+
 class MatrixRate:
     """Seconds of matrix products, measured shape by shape.
 

@@ -33,5 +33,6 @@ else
     "$python" benchmarks/bench_field.py "${common[@]}" --classes 10 --rounds 1 --output "$out/field_10.json"
     "$python" benchmarks/protocol_hours.py "$out/field_10.json" "$out/field_100.json" --document docs/PERFORMANCE.md
     "$python" benchmarks/input_pipeline.py --document docs/PERFORMANCE.md
+    "$python" benchmarks/bench_frozen.py --output "$out/frozen.json" --document docs/PERFORMANCE.md
 fi
 "$python" benchmarks/report.py "$out"

@@ -13,6 +13,7 @@ def test_a_step_is_a_line_through_two_measured_numbers_of_classes():
     step = Step({10: 1.0, 100: 10.0})
     assert step(10) == pytest.approx(1.0) and step(1000) == pytest.approx(100.0)
     assert Step({10: 2.0, 100: 1.0})(1000) == pytest.approx(2.0)  # noise makes no step cheaper with more classes
+    assert Step({10: 2.0, 100: 1.0}, least=0.01)(1000) == pytest.approx(2.0 + 9.9)
     with pytest.raises(ValueError, match="two numbers of classes"):
         Step({10: 1.0})
 

@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import CPUWatch, Stopwatch, biggest, machine, peak_memory, write_json
 from benchmarks.published import METHODS, Published, trainer_of
-from benchmarks.report import replace_section
+from benchmarks.report import write_section
 from benchmarks.steps import FreshStep, Learner, gradients
 from benchmarks.subject import MODELS, build_clip, class_names, make_batch
 from benchmarks.tables import gigabytes, made_by, seconds, table
@@ -297,11 +297,6 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([made_by(result), "", table(head, rows), "", told])
 
 
-def section(result: dict[str, Any]) -> str:
-    """The section of a document between its marker lines."""
-    return "\n".join([BEGIN, "", markdown(result), "", END])
-
-
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -359,8 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if result["rows"]:
         print(markdown(result))
     if args.document and not failed:
-        text = replace_section(args.document.read_text(encoding="utf-8"), section(result), BEGIN, END)
-        args.document.write_text(text, encoding="utf-8")
+        write_section(args.document, markdown(result), BEGIN, END)
     return int(failed)
 
 

@@ -49,7 +49,7 @@ from benchmarks.bench_field import measure_apart
 from benchmarks.frozen_methods import make_dataset, make_trainer
 from benchmarks.measure import CPUWatch, biggest, machine, write_json
 from benchmarks.published.frozen import METHODS, Published
-from benchmarks.report import replace_section
+from benchmarks.report import write_section
 from benchmarks.tables import made_by, seconds, table
 from dassl.utils.cli import run_main
 
@@ -224,11 +224,6 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([made_by(result), "", table(head, rows)])
 
 
-def section(result: dict[str, Any]) -> str:
-    """The section of a document between its marker lines."""
-    return "\n".join([BEGIN, "", markdown(result), "", END])
-
-
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -293,8 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if result["rows"]:
         print(markdown(result))
     if args.document and not failed:
-        text = replace_section(args.document.read_text(encoding="utf-8"), section(result), BEGIN, END)
-        args.document.write_text(text, encoding="utf-8")
+        write_section(args.document, markdown(result), BEGIN, END)
     return int(failed)
 
 

@@ -32,7 +32,7 @@ from torchvision import datasets, transforms
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import machine, write_json
-from benchmarks.report import replace_section
+from benchmarks.report import write_section
 from benchmarks.tables import made_by, table
 from dassl.config import get_cfg_default
 from dassl.data import DatasetWrapper
@@ -162,7 +162,7 @@ def report(found: dict[str, Any]) -> str:
                 f"{row['largest']:.0f} of 255" if reduced else "",
             ]
         )
-    return f"{made_by(found)}\n\n{table(head, rows)}\n"
+    return f"{made_by(found)}\n\n{table(head, rows)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,9 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = report(found)
     print(text)
     if args.document:
-        section = f"{BEGIN}\n\n{text}\n{END}"
-        document = replace_section(args.document.read_text(encoding="utf-8"), section, BEGIN, END)
-        args.document.write_text(document, encoding="utf-8")
+        write_section(args.document, text, BEGIN, END)
     return 0
 
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import machine
 from benchmarks.published import METHODS, trainer_of
-from benchmarks.report import replace_section
+from benchmarks.report import write_section
 from benchmarks.subject import build_clip
 from benchmarks.tables import made_by, table
 from dassl.utils import InputError
@@ -230,9 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = report(args)
         print(text)
         if args.document:
-            section = f"{BEGIN}\n\n{text}\n\n{END}"
-            document = replace_section(args.document.read_text(encoding="utf-8"), section, BEGIN, END)
-            args.document.write_text(document, encoding="utf-8")
+            write_section(args.document, text, BEGIN, END)
     except (InputError, OSError, ValueError, KeyError) as error:
         return fail(error)
     return 0

@@ -129,6 +129,16 @@ def replace_section(document: str, new: str, begin: str = BEGIN, end: str = END)
     return before + new + after
 
 
+def write_section(document: Path, text: str, begin: str, end: str) -> None:
+    """Write a text between two marker lines of a document.
+
+    Raises:
+        ValueError: it has no such lines.
+    """
+    new = replace_section(document.read_text(encoding="utf-8"), f"{begin}\n\n{text}\n\n{end}", begin, end)
+    document.write_text(new, encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

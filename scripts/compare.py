@@ -8,12 +8,16 @@ lies where train.py puts it; one that was cut short is resumed. A method may hav
 another head than the main one of the same run. KEY VALUE pairs at the end go to every run. Without --trainers: every
 method that has such a config and leaves the dataset open.
 
-Written are STEM.md, STEM.csv (unrounded), STEM.tex (booktabs) and the figure STEM.pdf and .png (accuracy by shots, a
-panel per dataset and one for the average). A cell is the mean over seeds (standard deviation) ± half of Student's 95 %
-interval (of two seeds: of their range). The best of a column is bold only if it is better than each of the others by a
-paired t-test over seeds at the 5 % level: the seeds' few-shot images are the same for all methods. Three seeds rarely
-suffice for that. `--lead METHOD` adds a table that compares this method with the best other one, seed by seed. Where
-published/ has a number for the same method, backbone, dataset and number of shots, a table has it beside ours.
+Written are STEM.md, STEM.csv (unrounded), STEM.tex (booktabs), STEM_runs.csv (a row per run) and the figure STEM.pdf
+and .png (accuracy by shots, a panel per dataset and one for the average). A cell is the mean over seeds (standard
+deviation) ± half of Student's 95 % interval (of two seeds: of their range). The best of a column is bold only if it is
+better than each of the others by a paired t-test over seeds at the 5 % level: the seeds' few-shot images are the same
+for all methods. Three seeds rarely suffice for that. `--lead METHOD` adds a table that compares this method with the
+best other one, seed by seed. Where published/ has a number for the same method, backbone, dataset and number of shots,
+a table has it beside ours.
+
+`--with FILES` reads the STEM_runs.csv of other calls, or of other machines: a run that is in one of them, and is not
+finished here, is not run.
 
 Exit codes: 0 done; 1 a run failed (named on stderr, and its cell is left empty); 2 something given was wrong.
 """
@@ -26,9 +30,8 @@ import shlex
 import signal
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
@@ -43,10 +46,16 @@ from scripts.lib.grid import Run, few_shot_run, run_missing
 from scripts.lib.lead import lead_table
 from scripts.lib.methods import check_datasets, choose_methods, whole_numbers
 from scripts.lib.published import Ours, ours_of, pair_table, pairs, read_published
+from scripts.lib.run_list import METRICS, FinishedRun, Key, check_same_images, read_lists, write_list
 from scripts.lib.tables import SPREAD, Record, collect, comma_separated, latex, markdown
 
 SHOTS_HELP = "labeled images per class, separated by commas (default: 1,2,4,8,16)"
-METRICS = ("accuracy", "top5", "macro_f1", "ece")
+WITH_HELP = "STEM_runs.csv of other calls, separated by commas; runs that are in them are not run"
+
+
+def paths(text: str) -> list[Path]:
+    """Split "a,b" into paths."""
+    return [Path(part) for part in text.split(",") if part]
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
@@ -68,43 +77,64 @@ def plan(args: argparse.Namespace) -> list[Run]:
     ]
 
 
-def read_records(runs: Sequence[Run], metric: str) -> tuple[list[Record], list[dict[str, Any]], list[Ours]]:
-    """Return the records of the finished runs, and what each cost: trained parameters and training seconds.
+def read_runs(
+    runs: Sequence[Run], known: Mapping[Key, FinishedRun], options: str
+) -> tuple[list[FinishedRun], list[Ours]]:
+    """Return the finished runs, in order; of those that are not here, the ones that are known from elsewhere.
 
-    The third list has the accuracy of every head, to be put beside published numbers.
+    The second list has the accuracy of every head of the runs that are here, to be put beside published numbers.
 
     Raises:
-        InputError: a run does not have the head that is asked for.
+        InputError: a run does not have the head that is asked for, or runs on one dataset are of different images.
     """
-    records, costs, ours = [], [], []
+    finished, ours = [], []
     for run in runs:
         found = run.metrics()
         if found is None:
+            if key_of(run) in known:
+                finished.append(known[key_of(run)])
             continue
         results = found[found["split"]]
         head = run.head or results["main"]
         if head not in results["heads"]:
             raise InputError(f"Expected {run.method} to have one of the heads {', '.join(results['heads'])}")
-        value = results["heads"][head][metric]
-        records.append(Record(found["dataset"], run.method, run.shots, run.seed, value))
-        seconds = found["timing"].get("train_seconds", 0.0)
         variant = run.method.partition("@")[2].partition("/")[0]
         ours += ours_of(found, run.dataset, variant)
-        costs.append({**records[-1]._asdict(), "trainable": found["params"]["trainable"], "seconds": seconds})
-    return records, costs, ours
+        finished.append(
+            FinishedRun(
+                dataset=found["dataset"],
+                dataset_config=run.dataset,
+                method=run.method,
+                shots=run.shots,
+                seed=run.seed,
+                **{metric: results["heads"][head][metric] for metric in METRICS},
+                trainable=found["params"]["trainable"],
+                seconds=found["timing"].get("train_seconds", 0.0),
+                recipe=int(found.get("recipe", 1)),
+                data=str(found.get("data_digest") or ""),
+                options=options,
+            )
+        )
+    check_same_images(finished)
+    return finished, ours
 
 
-def cost_table(costs: Sequence[dict[str, Any]]) -> str:
+def key_of(run: Run) -> Key:
+    """Return what tells a run from the others of a comparison."""
+    return run.dataset, run.method, run.shots, run.seed
+
+
+def cost_table(runs: Sequence[FinishedRun]) -> str:
     """Return Markdown of the trained parameters and median training seconds, at the largest number of shots."""
-    shots = max(cost["shots"] for cost in costs)
-    rows: dict[str, list[Any]] = {}
-    names = list(dict.fromkeys(cost["dataset"] for cost in costs))
-    for method in dict.fromkeys(cost["method"] for cost in costs):
+    shots = max(run.shots for run in runs)
+    rows: dict[str, list[str]] = {}
+    names = list(dict.fromkeys(run.dataset for run in runs))
+    for method in dict.fromkeys(run.method for run in runs):
         rows[method] = [method]
         for name in names:
-            cell = [c for c in costs if (c["method"], c["dataset"], c["shots"]) == (method, name, shots)]
-            trainable = f"{cell[0]['trainable']:,}" if cell else ""
-            rows[method] += [trainable, f"{statistics.median(c['seconds'] for c in cell):.1f}" if cell else ""]
+            cell = [run for run in runs if (run.method, run.dataset, run.shots) == (method, name, shots)]
+            trainable = f"{cell[0].trainable:,}" if cell else ""
+            rows[method] += [trainable, f"{statistics.median(run.seconds for run in cell):.1f}" if cell else ""]
     heads = ["method", *(f"{name}: {what}" for name in names for what in ("parameters", "seconds"))]
     align = ["left", *["right"] * (len(heads) - 1)]
     table = tabulate(list(rows.values()), heads, tablefmt="pipe", disable_numparse=True, colalign=align)
@@ -112,8 +142,7 @@ def cost_table(costs: Sequence[dict[str, Any]]) -> str:
 
 
 def write_results(
-    records: Sequence[Record],
-    costs: Sequence[dict[str, Any]],
+    runs: Sequence[FinishedRun],
     stem: Path,
     metric: str,
     command: str,
@@ -123,21 +152,23 @@ def write_results(
     """Write the tables and the figure; return the Markdown.
 
     Args:
-        records, costs: see `read_records`.
+        runs: the finished runs.
         stem: of the files.
-        metric: what the records are.
+        metric: which of METRICS is shown.
         command: that made them.
         lead: a method to compare with the best other one; "": none.
         beside: a further table.
     """
+    records = [Record(run.dataset, run.method, run.shots, run.seed, getattr(run, metric)) for run in runs]
     cells = collect(records)
     higher = metric != "ece"
     head = f"{metric} (%), {SPREAD}\n\n    {command}\n"
     leads = [lead_table(cells, lead, higher)] if lead else []
-    text = "\n".join([head, markdown(cells, higher), *leads, *([beside] if beside else []), cost_table(costs)])
+    text = "\n".join([head, markdown(cells, higher), *leads, *([beside] if beside else []), cost_table(runs)])
     for suffix, content in ((".md", text), (".csv", comma_separated(cells, higher)), (".tex", latex(cells, higher))):
         with atomic_write(stem.with_name(stem.name + suffix)) as stream:
             stream.write(content)
+    write_list(runs, stem.with_name(f"{stem.name}_runs.csv"))
     shown = [{**r._asdict(), "accuracy": r.value} for r in records]
     save(shots_figure(shown), stem)
     return text
@@ -157,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="STEM", help="files to write (default: OUTPUT/compare/DATASETS)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run (default: see docs/PROTOCOLS.md)")
+    parser.add_argument("--with", dest="lists", type=paths, default=[], metavar="FILES", help=WITH_HELP)
     parser.add_argument("--read-only", action="store_true", help="start no run; make the tables of what is there")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config pairs for every run")
@@ -166,18 +198,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.jobs < 1:
             raise InputError(f"Expected --jobs to be at least 1 but got {args.jobs}")
-        runs = plan(args)
-        failed = [] if args.read_only else run_missing(runs, args.jobs, args.threads)
-        records, costs, ours = read_records(runs, args.metric)
-        if not records:
+        runs, options = plan(args), shlex.join(args.opts)
+        known = read_lists(args.lists, options)
+        wanted = [run for run in runs if key_of(run) not in known]
+        failed = [] if args.read_only else run_missing(wanted, args.jobs, args.threads)
+        finished, ours = read_runs(runs, known, options)
+        if not finished:
             raise InputError(f"Expected finished runs below {args.output} but there is none")
         command = shlex.join(["python", "scripts/compare.py", *(sys.argv[1:] if argv is None else argv)])
         stem = args.write or args.output / "compare" / "_".join(args.dataset)
         stem.parent.mkdir(parents=True, exist_ok=True)
         whole = args.metric == "accuracy" and "DATASET.SUBSAMPLE_CLASSES" not in args.opts
         beside = pair_table(pairs(ours, read_published())) if whole else ""
-        print(write_results(records, costs, stem, args.metric, command, args.lead, beside))
-        print(f"Written: {stem}.md, .csv, .tex, .pdf, .png")
+        print(write_results(finished, stem, args.metric, command, args.lead, beside))
+        print(f"Written: {stem}.md, .csv, .tex, .pdf, .png, {stem}_runs.csv")
     except SETUP_ERRORS as error:
         return fail(error, args.debug)
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ Legend: B images, N training images, C classes, E width of the joint embedding, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,12 @@ def kurtosis(rows: Tensor) -> Tensor:
     return standardized(rows).pow(4).mean(dim=1, keepdim=True).clamp(min=((classes - 1) / classes) ** 2)
 
 
+@functools.cache  # asked for in each step
+def kurtosis_of_one_hot(classes: int, dtype: torch.dtype) -> float:
+    """Return the kurtosis of a one-hot row of C classes as `kurtosis` computes it in that precision."""
+    return float(kurtosis(F.one_hot(torch.zeros(1, dtype=torch.long), classes).to(dtype)))
+
+
 def uncertainty(clip_logits: Tensor, power: float, reference: float = 0.0) -> Tensor:
     """Return u [B, 1] for zero-shot logits [B, C]; of one class, which is sure, 1.
 
@@ -55,8 +62,7 @@ def uncertainty(clip_logits: Tensor, power: float, reference: float = 0.0) -> Te
     classes = clip_logits.shape[1]
     if not power or classes == 1:
         return torch.ones_like(clip_logits[:, :1])
-    sure = F.one_hot(torch.zeros(1, dtype=torch.long), classes).to(clip_logits)
-    k = reference or SHARE * kurtosis(sure)
+    k = reference or SHARE * kurtosis_of_one_hot(classes, clip_logits.dtype)
     return (kurtosis(clip_logits.softmax(dim=1)) / k) ** -power
 
 

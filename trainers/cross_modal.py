@@ -26,10 +26,9 @@ from .clip.templates import ensemble_templates, prompt_features
 
 
 class Outputs(NamedTuple):
-    """Logits of a batch of images and of as many prompts, [B, C] each, and the labels of the prompts [B]."""
+    """Logits [2B, C] of a batch of images and, behind them, of as many prompts, and the labels of the prompts [B]."""
 
-    images: Tensor
-    texts: Tensor
+    logits: Tensor
     text_labels: Tensor
 
 
@@ -128,15 +127,15 @@ class CrossModalProbe(FeatureTrainer):
         return self.texts[rows], self.text_labels[rows]
 
     def run(self, inputs: Tensor, labels: Tensor) -> Outputs:
-        """Classify the images and as many prompts."""
+        """Classify the images and as many prompts, in one pass."""
         texts, text_labels = self.sample_texts(len(labels))
-        return Outputs(self.network(inputs), self.network(texts), text_labels)
+        images = self.network.learner.compared(self.network.features(inputs))
+        return Outputs(self.network(torch.cat([images, texts])), text_labels)
 
     def loss(self, outputs: Outputs, labels: Tensor) -> dict[str, Tensor]:
         """Return the cross-entropy over images and prompts together."""
-        logits = torch.cat([outputs.images, outputs.texts])
-        return {"loss": self.class_loss(logits, torch.cat([labels, outputs.text_labels]))}
+        return {"loss": self.class_loss(outputs.logits, torch.cat([labels, outputs.text_labels]))}
 
     def shown_logits(self, outputs: Outputs) -> Tensor:
         """Return the logits of the images."""
-        return outputs.images
+        return outputs.logits[: len(outputs.text_labels)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dassl.utils.checkpoints import POINTER_NAME
 from scripts.compare import main
 from scripts.lib.grid import digest_of_data
 from scripts.lib.methods import choose_methods, methods_with
+from scripts.lib.runs import read_records
 from scripts.protocol import main as protocol_main
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +48,8 @@ def test_runs_what_is_missing_and_reads_what_is_there(output):
     metrics = [json.loads((folder / f"seed{seed}" / "metrics.json").read_text()) for seed in (1, 2)]
     assert float(rows[1]["mean"]) == pytest.approx(sum(m["accuracy"] for m in metrics) / 2)
     assert metrics[0]["params"]["trainable"] == 10 * 128 + 10  # fitted, not trained by gradients
-    assert {path.suffix for path in stem.parent.iterdir()} == {".md", ".csv", ".tex", ".pdf", ".png"}
+    names = {path.name for path in stem.parent.iterdir()}
+    assert names == {*(f"digits{suffix}" for suffix in (".md", ".csv", ".tex", ".pdf", ".png")), "digits_runs.csv"}
     before = {path: path.stat().st_mtime_ns for path in output.rglob("metrics.json")}
     assert len(before) == 4
     assert main(["--shots", "1", "--seeds", "1,2", "--trainers", METHODS, "--output", str(output)]) == 0
@@ -68,6 +71,56 @@ def test_another_head_of_the_same_run_has_a_row(output, capsys):
     assert main([*arguments, "--trainers", "LinearProbe", "--lead", "CoOp"]) == 2
     assert protocol_main(["few-shot", "--trainers", "LinearProbe/clip", "--output", str(output)]) == 2
     assert "--heads all" in capsys.readouterr().err
+
+
+def test_runs_in_a_list_are_not_run(output, tmp_path):
+    listed, stem = output / "compare" / "digits_runs.csv", tmp_path / "both"
+    before = (output / "compare" / "digits.md").read_text().split("###", 1)[1]
+    arguments = ["--shots", "1", "--seeds", "1,2", "--output", str(tmp_path / "elsewhere"), "--write", str(stem)]
+    arguments += ["--trainers", METHODS]
+    assert main([*arguments, "--with", str(listed)]) == 0
+    assert not list((tmp_path / "elsewhere").rglob("metrics.json"))  # nothing was run
+    assert stem.with_suffix(".md").read_text().split("###", 1)[1] == before.split("### published")[0]
+    assert (tmp_path / "both_runs.csv").read_text() == listed.read_text()
+    assert main([*arguments, "--with", str(listed), "--metric", "ece"]) == 0
+    assert [record["seed"] for record in read_records(listed)] == [1, 2, 1, 2]  # for plot_shots.py and report.py, too
+
+    # A run that is missing from the list is run; one that is here counts, whatever the list says.
+    lines = listed.read_text().splitlines()
+    half = tmp_path / "half.csv"
+    half.write_text("\n".join([*lines[:3], lines[4]]) + "\n")
+    assert main([*arguments, "--with", str(half)]) == 0
+    assert [path.parent.name for path in (tmp_path / "elsewhere").rglob("metrics.json")] == ["seed1"]
+    half.write_text("\n".join([*lines[:3], re.sub(r"(?<=,1,1,)[^,]+", "0.5", lines[3]), lines[4]]) + "\n")
+    assert ",1,1,0.5," in half.read_text()
+    assert main([*arguments, "--with", str(half)]) == 0
+    with open(tmp_path / "both_runs.csv", newline="") as new, open(listed, newline="") as old:
+        assert [row["accuracy"] for row in csv.DictReader(new)] == [row["accuracy"] for row in csv.DictReader(old)]
+
+
+@pytest.mark.parametrize(
+    "column, value, message",
+    [
+        ("accuracy", "many", "to be a number"),
+        ("recipe", "99", "is of recipe 99"),
+        ("options", "OPTIM.LR 1.0", "was given OPTIM.LR 1.0"),
+        ("data", "0" * 64, "to be of the same images"),
+        ("seed", None, "lacks seed"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_refused(output, tmp_path, capsys, column, value, message):
+    with open(output / "compare" / "digits_runs.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    rows[0][column] = value
+    names = [name for name in rows[0] if not (value is None and name == column)]
+    with open(tmp_path / "list.csv", "w", newline="") as stream:
+        table = csv.DictWriter(stream, names, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+    arguments = ["--shots", "1", "--seeds", "1,2", "--trainers", METHODS, "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--with", str(tmp_path / "list.csv")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_with_other_settings_is_not_taken(output, capsys):
@@ -121,6 +174,7 @@ def test_stopping_stops_the_runs_and_the_same_command_goes_on(tmp_path):
         (["--shots", "1,x"], "--shots"),
         (["--jobs", "0"], "--jobs"),
         (["--read-only"], "finished runs"),
+        (["--with", "nowhere.csv"], "to be a list of runs"),
         (["OPTIM.LR"], "no value"),
     ],
 )

@@ -38,7 +38,7 @@ from ..portable import OWN_TOOLBOX, PortableTrainer
 from .blocks_needed import BlocksNeeded
 from .keys import MethodConfig, add_keys, check_number, has_keys, read_keys
 from .label_check import LabelCheck, LabelCheckKeys, asks_for_check, check_labels
-from .losses import LossKeys, balanced_weights, check_plain_loss, class_loss
+from .losses import LossKeys, balanced_weights, check_plain_loss, class_loss, total
 from .transfers import sent
 
 logger = logging.getLogger(__name__)
@@ -108,9 +108,9 @@ class CLIPTrainer(BlocksNeeded, PortableTrainer):
             raise ValueError(f"Expected the configuration to have a node TRAINER.{name} but got none: call extend_cfg")
         return read_keys(cfg.TRAINER[name], f"TRAINER.{name}", cls.config)
 
-    @property
+    @functools.cached_property  # steps ask for it
     def settings(self) -> Any:
-        """The method's settings, an instance of `config`."""
+        """The method's settings, an instance of `config`, as the configuration has them when first asked for."""
         return self.read_settings(self.cfg)
 
     @classmethod
@@ -340,7 +340,7 @@ class CLIPTrainer(BlocksNeeded, PortableTrainer):
         with self.step_context():
             outputs = self.run(inputs, labels)
             terms = self.loss(outputs, labels)
-            loss = torch.stack(list(terms.values())).sum()
+            loss = total(terms)
         summary = {
             "loss": loss.detach(),
             "acc": compute_accuracy(self.shown_logits(outputs).detach(), labels)[0].squeeze(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,3 +87,9 @@ def class_loss(logits: Tensor, labels: Tensor, kind: str = "ce", weights: Tensor
     else:
         each = 2 * (1 - torch.softmax(logits.float(), dim=1).gather(1, labels.unsqueeze(1))).squeeze(1)
     return each.mean() if weights is None else (weights[labels] * each).mean()
+
+
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of the named losses of a step, []; a single one is returned as it is, which saves its gradient."""
+    losses = list(terms.values())
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()

@@ -109,8 +109,11 @@ class FeatureLoader:
 
     def _from_memory(self, known: FeatureSet) -> Iterator[Batch]:
         size = getattr(self.loader, "batch_size", None) or len(known)
+        indices, paths = torch.arange(len(known), device=known.labels.device), known.paths
         for start in range(0, len(known), size):
-            yield _pick(known, torch.arange(start, min(start + size, len(known)), device=known.labels.device))
+            rows = slice(start, start + size)
+            batch: Batch = {"feature": known.values[0, rows], "label": known.labels[rows], "index": indices[rows]}
+            yield {**batch, "impath": paths[rows]} if paths else batch
 
 
 class KnownFeatures:
@@ -247,5 +250,6 @@ class OneStep:
 def _pick(known: FeatureSet, rows: Tensor, view: Tensor | int = 0, listed: Tensor | None = None) -> Batch:
     """Pick these rows as a batch; `listed` are the same rows on the CPU, so that nothing waits for the device."""
     paths = [known.paths[row] for row in (rows if listed is None else listed).tolist()] if known.paths else []
-    batch: Batch = {"feature": known.values[view, rows], "label": known.labels[rows], "index": rows}
+    features = known.values[view, rows] if isinstance(view, Tensor) else known.values[view].index_select(0, rows)
+    batch: Batch = {"feature": features, "label": known.labels[rows], "index": rows}
     return {**batch, "impath": paths} if paths else batch

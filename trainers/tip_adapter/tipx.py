@@ -36,10 +36,14 @@ from .tip import TipAdapter, TipConfig, TipLearner, grid_key
 
 
 def divergences(queries: Tensor, keys: Tensor) -> Tensor:
-    """Return KL(softmax(queries) || softmax(keys)) [B, N] of all pairs of queries [B, C] and keys [N, C]."""
-    log_p, log_q = F.log_softmax(queries, dim=-1), F.log_softmax(keys, dim=-1)
+    """Return KL(softmax(queries) || softmax(keys)) [B, N] of all pairs of queries [B, C] and keys [N, C].
+
+    A divergence is a small difference of large sums, and psi stretches it: it is computed in float64. In float32 a
+    prediction would depend on how a processor rounds, and so on how many images are in its batch.
+    """
+    log_p, log_q = (F.log_softmax(rows.double(), dim=-1) for rows in (queries, keys))
     p = log_p.exp()
-    return (p * log_p).sum(dim=-1, keepdim=True) - p @ log_q.t()
+    return ((p * log_p).sum(dim=-1, keepdim=True) - p @ log_q.t()).to(queries)
 
 
 def scaling(kl: tuple[float, float], cosine: tuple[float, float]) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("dassl", "trainers", "datasets", "scripts", "dlr_clip_cli")
-# Verbs that a first line may begin with; add to the file what fits. "See" stands where an override adds nothing to say.
+# Verbs that a first line may begin with; add to the file what fits.
 VERBS = set((Path(__file__).parent / "assets" / "verbs.txt").read_text(encoding="utf-8").split())
 HEADLESS = {"What", "Whether", "How", "Where", "Which", "Who", "Why", "When"}
 # Python calls these by itself: what they do is known.

@@ -155,7 +155,7 @@ class AMUTuningConfig(MethodConfig):
     aux_weights: str = key("", "file with the weights of AUX")
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check that AUX and AUX_WEIGHTS are given together; see MethodConfig."""
         if bool(self.aux) != bool(self.aux_weights):
             raise ValueError(
                 f"Expected {path}.AUX and .AUX_WEIGHTS to be given together but got {self.aux!r} and "

@@ -226,7 +226,7 @@ class APEConfig(MethodConfig):
     )
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check the search over gamma, beta and alpha; see MethodConfig."""
         check_grid(path, self.search_scale, self.search_step, list(STARTS.values()))
 
 
@@ -312,7 +312,7 @@ class APETConfig(MethodConfig):
     search_step: tuple[int, ...] = key((200, 20), "numbers of values of (beta, alpha)", source="200, 20")
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check the search over beta and alpha; see MethodConfig."""
         check_grid(path, self.search_scale, self.search_step, [STARTS["beta"], STARTS["alpha"]])
 
 

@@ -97,11 +97,11 @@ class CoPromptClassifier(DeepPromptClassifier):
         self.register_buffer("counts", counts, persistent=False)
 
     def encode_texts(self) -> Tensor:
-        """See DeepPromptClassifier."""
+        """Return text features behind the text bottleneck; see DeepPromptClassifier."""
         return self.learner.adapter_text(super().encode_texts())
 
     def encode_images(self, part: FrozenPart) -> Tensor:
-        """See DeepPromptClassifier."""
+        """Return image features behind the image bottleneck; see DeepPromptClassifier."""
         return self.learner.adapter_image(super().encode_images(part))
 
     def sentence_of_each(self, place: float) -> Tensor:

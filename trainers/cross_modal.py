@@ -74,7 +74,7 @@ class CrossModalConfig(MethodConfig):
     )
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check that views are not mirrored twice; see MethodConfig."""
         if self.flip and self.views:
             raise ValueError(
                 f"Expected {path}.VIEWS to be 0 where .FLIP is True, which mirrors images as they are at test time, "
@@ -101,7 +101,7 @@ class CrossModalProbe(FeatureTrainer):
 
     @property
     def mirror(self) -> bool:  # type: ignore[override]  # read from the configuration, never set
-        """See FeatureTrainer; this is the setting FLIP."""
+        """Train on mirrored images, too, where the setting FLIP is True; see FeatureTrainer."""
         return bool(self.settings.flip)
 
     def epoch_steps(self) -> int:

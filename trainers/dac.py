@@ -124,7 +124,7 @@ class DACConfig(MethodConfig):
     search_step: tuple[int, ...] = key((200, 20), "numbers of values of (beta, alpha)")
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check the search over beta and alpha; see MethodConfig."""
         check_grid(path, self.search_scale, self.search_step, (START, START))
 
 

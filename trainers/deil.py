@@ -110,7 +110,7 @@ class DeILConfig(MethodConfig):
     beta_max: float = key(7.0, "end of the grid for beta", above=LEAST, source="7 to 13, by dataset")
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check that there are two views to compare where they are compared; see MethodConfig."""
         if self.gamma and self.views < 2:
             raise ValueError(
                 f"Expected {path}.VIEWS to be at least 2 with {path}.GAMMA above 0, which compares views, but got "

@@ -74,7 +74,7 @@ class JCLIPAdapterConfig(MethodConfig):
     final_relu: bool = key(False, "a second ReLU after each bottleneck, as in CLIP-Adapter's code")
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check that at least one side has an adapter; see MethodConfig."""
         if not (self.image_ratio or self.text_ratio):
             raise ValueError(
                 f"Expected {path}.IMAGE_RATIO or .TEXT_RATIO to be above 0 but got 0 for both: nothing would be learnt"

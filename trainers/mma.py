@@ -97,7 +97,7 @@ class MMAConfig(MethodConfig):
     grad_scaling: bool = key(True, "adapters' weights get 1 / ADAPTER_SCALE times their gradient, as in the source")
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check that the last adapted block does not come before the first; see MethodConfig."""
         check_number(self.adapter_end, f"{path}.ADAPTER_END", low=self.adapter_start)
 
 

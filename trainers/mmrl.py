@@ -49,7 +49,7 @@ class MMRLLearner(RepresentationLearner):
         self.image_encoder = OwnProjection(width, clip.embed_dim)
 
     def projection(self, own: Tensor) -> Tensor:
-        """See RepresentationLearner."""
+        """Return the learnt projection of the second image feature; see RepresentationLearner."""
         return self.image_encoder.proj_rep
 
 

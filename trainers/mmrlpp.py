@@ -68,7 +68,7 @@ class MMRLPPLearner(RepresentationLearner):
         self.image_encoder = ProjectionUpdate(width, clip.embed_dim, settings.proj_lora_dim)
 
     def projection(self, own: Tensor) -> Tensor:
-        """See RepresentationLearner."""
+        """Return CLIP's projection with a low-rank change; see RepresentationLearner."""
         return own + self.image_encoder.A @ self.image_encoder.B
 
 

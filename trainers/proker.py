@@ -231,7 +231,7 @@ class ProKeRConfig(MethodConfig):
     )
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check the grids of beta and lambda; see MethodConfig."""
         for name in ("beta_grid", "lambda_grid"):
             axis = getattr(self, name)
             if axis and not (len(axis) == 3 and 0 < axis[0] <= axis[1] < math.inf and axis[2] in range(1, 10**6)):

@@ -54,7 +54,7 @@ class ClassTokens(BlockEdit):
         self._tokens = tokens
 
     def tokens(self, number: int, x: Tensor) -> Tensor:
-        """See BlockEdit; x [C, L, D]."""
+        """Put the classes' tokens in the place of the context in x [C, L, D]; see BlockEdit."""
         if number != self.first_block:
             return x
         return torch.cat([x[:, :1], self._tokens.to(x.dtype), x[:, 1 + self._tokens.shape[1] :]], dim=1)
@@ -96,7 +96,7 @@ class TCPClassifier(PromptClassifier):
     learner: TCPLearner
 
     def encode_texts(self) -> Tensor:
-        """See PromptClassifier."""
+        """Return text features with the classes' tokens inserted; see PromptClassifier."""
         text, learner = self.clip.text, self.learner
         edit = ClassTokens(learner.layer, learner.class_tokens(self.zeroshot))
         return text.suffix(learner.prompts.state(text, learner.ctx), 1, [edit]).float()
@@ -124,7 +124,7 @@ class TCPConfig(MethodConfig):
     dept: DePTKeys = field(default_factory=DePTKeys)
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check the words of REST; see MethodConfig."""
         if self.rest and self.rest.count("{}") != 1:
             raise ValueError(f"Expected {path}.REST to be '' or text with one {{}} but got {self.rest!r}")
 

@@ -49,7 +49,7 @@ class OwnNorms(BlockEdit, nn.ModuleDict):
             self[str(number)] = block
 
     def norm(self, number: int, which: str, norm: nn.LayerNorm) -> tuple[Tensor, Tensor] | None:
-        """See BlockEdit."""
+        """Return the learnt gain and bias of a LayerNorm; None: it keeps its own. See BlockEdit."""
         own = self._at.get((number, which))
         return None if own is None else (own["weight"], own["bias"])
 

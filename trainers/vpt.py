@@ -43,7 +43,7 @@ class VPTLearner(ImageTokenLearner):
         self.image_encoder = IndependentTokens(settings.n_ctx_vision, clip.visual.widths[1], blocks)
 
     def image_tokens(self) -> dict[int, Tensor]:
-        """See ImageTokenLearner."""
+        """Return the image tokens of each block; see ImageTokenLearner."""
         return self.image_encoder.by_block()
 
 

@@ -77,7 +77,7 @@ class Step:
     after: str | None = None
 
     def finished(self) -> bool:
-        """See `finished`."""
+        """Return whether the run is finished; see the function `finished`."""
         return finished(Path(self.folder), None if self.after is None else Path(self.after))
 
 

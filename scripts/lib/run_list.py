@@ -56,7 +56,7 @@ class FinishedRun(NamedTuple):
 
     @property
     def key(self) -> Key:
-        """What tells it from other runs of a comparison."""
+        """The key that tells this run from the others of a comparison."""
         return self.dataset_config, self.method, self.shots, self.seed
 
 

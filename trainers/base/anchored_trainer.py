@@ -43,7 +43,7 @@ class AnchoredConfig(MethodConfig):
     )
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check that gradients can be computed in half precision; see MethodConfig."""
         if self.half and self.prec not in ("fp32", "bf16"):
             raise ValueError(
                 f"Expected {path}.PREC to be fp32 or bf16 where .HALF is True, as gradients in float16 cannot be "

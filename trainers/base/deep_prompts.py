@@ -73,7 +73,7 @@ class MappedConfig(MethodConfig):
     prompt_depth: int = token_depth(9, "both encoders")
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check the first words against N_CTX; see MethodConfig."""
         check_words(self.ctx_init, self.n_ctx, path)
 
 
@@ -89,7 +89,7 @@ class IndependentConfig(MethodConfig):
     prompt_depth_text: int = token_depth(9, "the text encoder")
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check the first words against N_CTX_TEXT; see MethodConfig."""
         check_words(self.ctx_init, self.n_ctx_text, path, "N_CTX_TEXT")
 
 
@@ -203,11 +203,11 @@ class IndependentLearner(DeepPromptLearner):
         return cls(clip, classnames, *numbers, settings.ctx_init, method)
 
     def text_tokens(self) -> dict[int, Tensor]:
-        """See DeepPromptLearner."""
+        """Return the text tokens of each block, which are learnt as they are; see DeepPromptLearner."""
         return self.text_encoder.by_block()
 
     def image_tokens(self) -> dict[int, Tensor]:
-        """See DeepPromptLearner."""
+        """Return the image tokens of each block, which are learnt as they are; see DeepPromptLearner."""
         return self.image_encoder.by_block()
 
 
@@ -230,11 +230,11 @@ class MappedLearner(DeepPromptLearner):
         self.prompt_learner = MappedTokens(context, clip.visual.widths[1], depth)
 
     def text_tokens(self) -> dict[int, Tensor]:
-        """See DeepPromptLearner."""
+        """Return the text tokens of the blocks behind the first; see DeepPromptLearner."""
         return self.prompt_learner.deeper_text()
 
     def image_tokens(self) -> dict[int, Tensor]:
-        """See DeepPromptLearner."""
+        """Return the image tokens that the maps make of text tokens; see DeepPromptLearner."""
         return self.prompt_learner.image()
 
 

@@ -59,7 +59,7 @@ class RepresentationConfig(MethodConfig):
     prec: str = precision("amp")
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check that the last block with tokens does not come before the first; see MethodConfig."""
         check_number(self.rep_end, f"{path}.REP_END", low=self.rep_start)
 
 

@@ -140,7 +140,7 @@ class DLRCLIPConfig(MethodConfig):
     )  # fmt: skip
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check that something is learnt and that the head exists; see MethodConfig."""
         if not (self.cma or self.glr or (self.mixes and self.mixture.proto)):
             raise ValueError(f"Expected {path}.CMA or .GLR to be on but got both off: nothing would be learnt")
         for head, fusion in NEEDED_FUSION.items():

@@ -126,7 +126,7 @@ class IMODINOConfig(AdapterConfig):
     )
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check means, deviations, scales of crops, and names of augmentations; see MethodConfig."""
         for name, values, low in (("CROP_MEAN", self.crop_mean, -math.inf), ("CROP_STD", self.crop_std, 0.0)):
             if len(values) not in (0, 3) or not all(low < value < math.inf for value in values):
                 above = " above 0" if low == 0 else ""

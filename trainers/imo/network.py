@@ -146,7 +146,7 @@ class DINOLearner(AdapterLearner):
         self.save = save
 
     def take_form(self, record: Mapping[str, Any]) -> None:
-        """See AdapterLearner."""
+        """Take over the form of a checkpoint's adapters, in the teacher too; see AdapterLearner."""
         super().take_form(record)
         teacher = self.teacher["adapters"]
         assert isinstance(teacher, IMOAdapters)
@@ -154,7 +154,7 @@ class DINOLearner(AdapterLearner):
 
     @property
     def result(self) -> IMOAdapters:
-        """See AdapterLearner."""
+        """The adapters that are saved, the student's or the teacher's; see AdapterLearner."""
         adapters = self.teacher["adapters"] if self.save == "teacher" else self.adapters
         assert isinstance(adapters, IMOAdapters)
         return adapters

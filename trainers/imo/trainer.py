@@ -214,7 +214,7 @@ class IMO(AdapterTrainer):
     config = IMOConfig
 
     def training_transform(self) -> Any:
-        """See AdapterTrainer."""
+        """Build the transform of the view that the setting VIEW names; see AdapterTrainer."""
         view, names = self.settings.view, self.cfg.INPUT.TRANSFORMS
         if view == "center_crop_unnormalized":
             names = [name for name in ([names] if isinstance(names, str) else names) if name != "normalize"]

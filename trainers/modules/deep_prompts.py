@@ -42,7 +42,7 @@ class FrontTokens(BlockEdit):
         self.leading = 1 if inserted else 1 + len(self._tokens[self.first_block])
 
     def tokens(self, number: int, x: Tensor) -> Tensor:
-        """See BlockEdit; x [B, L, D]."""
+        """Insert or replace a block's tokens behind the first one, in x [B, L, D]; see BlockEdit."""
         if number not in self._tokens:
             return x
         new = self._tokens[number].to(x.dtype).expand(x.shape[0], -1, -1)
@@ -65,7 +65,7 @@ class BackTokens(BlockEdit):
         self._tokens = dict(tokens)
 
     def tokens(self, number: int, x: Tensor) -> Tensor:
-        """See BlockEdit; x [B, L, D]."""
+        """Insert or replace a block's tokens at the end of x [B, L, D]; see BlockEdit."""
         if number not in self._tokens:
             return x
         new = self._tokens[number].to(x.dtype).expand(x.shape[0], -1, -1)

@@ -68,5 +68,5 @@ class LowRankUpdates(BlockEdit, nn.ModuleDict):
         self.generator: torch.Generator | None = None
 
     def project(self, number: int, which: str, x: Tensor) -> Tensor:
-        """See BlockEdit."""
+        """Return what is added to an attention projection's output; see BlockEdit."""
         return self[str(number)][which](x, self.generator)  # type: ignore[index]  # a ModuleDict in a ModuleDict

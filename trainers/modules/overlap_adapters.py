@@ -132,11 +132,11 @@ class IMOAdapters(BlockEdit, nn.Module):
         self.form, self.scale = str(form), float(scale) if form == "beside" else 1.0
 
     def beside_mlp(self, number: int, x: Tensor) -> Tensor | None:
-        """See BlockEdit; None in the form "after"."""
+        """Return what is added beside a block's MLP; None in the form "after". See BlockEdit."""
         return self._made(number, x) if self.form == "beside" else None
 
     def after(self, number: int, h: Tensor) -> Tensor | None:
-        """See BlockEdit; None in the form "beside"."""
+        """Return what is added behind a block; None in the form "beside". See BlockEdit."""
         return self._made(number, h) if self.form == "after" else None
 
     def _made(self, number: int, h: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class TipConfig(MethodConfig):
     search_step: tuple[int, ...] = key((), "numbers of values of (beta, alpha); (): the grid's", source="tip: 200, 20")
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check the search over beta and alpha; see MethodConfig."""
         scale, steps = self.search_scale, self.search_step
         lows = (GRIDS[self.grid].beta.start, GRIDS[self.grid].alpha.start)
         if len(scale) not in (0, 2) or not all(low < end < math.inf for low, end in zip(lows, scale, strict=False)):

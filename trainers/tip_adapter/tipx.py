@@ -176,7 +176,7 @@ class TipXConfig(TipConfig):
     gamma_step: int = key(0, "number of values of gamma; 0: the grid's", low=0, source="50")
 
     def check(self, path: str) -> None:
-        """See MethodConfig."""
+        """Check the search, of gamma too; see MethodConfig."""
         super().check(path)
         end, start = self.gamma_scale, GRIDS[self.grid].gamma.start
         if end and end <= start:
@@ -198,12 +198,12 @@ class TipX(TipAdapterPP):
 
     @property
     def initial(self) -> dict[str, float]:
-        """See TipAdapter."""
+        """The values of alpha, beta and gamma until others are chosen; see TipAdapter."""
         return {**super().initial, "gamma": self.settings.gamma}
 
     @property
     def search(self) -> Grid:
-        """See TipAdapter."""
+        """The grid of alpha, beta and gamma; see TipAdapter."""
         settings = self.settings
         return grid_of(
             settings.grid,
@@ -231,7 +231,7 @@ class TipX(TipAdapterPP):
         return {**super().axes(), "gammas": self.search.gamma.values()}
 
     def grid(self, features: Tensor, labels: Tensor) -> Tensor:
-        """See TipAdapter."""
+        """Return the accuracy at each point of the grid; see TipAdapter."""
         learner: Any = self.network.learner
         return grid_accuracy(
             learner.clip_logits(features),

@@ -28,9 +28,7 @@ Keys of a row of the JSON:
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -44,9 +42,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measure import CPUWatch, Stopwatch, biggest, machine, peak_memory, write_json
+from benchmarks.measure import CPUWatch, Stopwatch, biggest, peak_memory
 from benchmarks.published import METHODS, Published, trainer_of
-from benchmarks.report import write_section
+from benchmarks.side_by_side import add_arguments, chosen_methods, measure_rows
 from benchmarks.steps import FreshStep, Learner, gradients
 from benchmarks.subject import MODELS, build_clip, class_names, make_batch
 from benchmarks.tables import gigabytes, made_by, seconds, table
@@ -246,25 +244,6 @@ def measure(name: str, model: str, classes: int, rounds: int, batch: int | None 
     }
 
 
-def measure_apart(name: str, arguments: Sequence[str], script: str = __file__) -> dict[str, Any] | None:
-    """Measure a method in a process of its own, whose memory is free again when it ends.
-
-    Args:
-        name: of the row.
-        arguments: the command's own.
-        script: the command.
-
-    Returns:
-        The row, or None where the process failed; what it said of that is on stderr.
-    """
-    command = [sys.executable, script, *arguments, "--only", name]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        print(f"{name}: no result; its process ended with {done.returncode}", file=sys.stderr, flush=True)
-        return None
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def markdown(result: dict[str, Any]) -> str:
     """The result as a table."""
 
@@ -301,20 +280,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
+    add_arguments(parser, METHODS)
     parser.add_argument("--model", default="ViT-B/16", choices=MODELS)
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--batch", type=int, help="images in a batch (default: as published)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="medians count")
-    parser.add_argument("--output", type=Path, help="results file to write")
-    parser.add_argument("--document", type=Path, help="document whose table is written anew, docs/PERFORMANCE.md")
-    parser.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)  # measure this one here, and print its row
     args = parser.parse_args(arguments)
-    args.methods = args.methods.split(",")
-    unknown = [name for name in args.methods if name not in METHODS]
-    if unknown:
-        parser.error(f"Expected --methods to be of {', '.join(METHODS)} but got {', '.join(unknown)}")
+    args.methods = chosen_methods(parser, args.methods, METHODS)
     if args.rounds < 1:
         parser.error(f"Expected --rounds to be at least 1 but got {args.rounds}")
     return args
@@ -324,38 +297,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     args = parse_args(given)
     torch.set_num_threads(args.threads)
-
-    def measured(name: str) -> dict[str, Any]:
-        return measure(name, args.model, args.classes, args.rounds, args.batch)
-
-    if args.only:
-        print(json.dumps(measured(args.only)))
-        return 0
-    settings = {name: value for name, value in vars(args).items() if name != "only"}
-    result: dict[str, Any] = {
-        "benchmark": "field",
-        "rows": [],
-        "settings": {**settings, "output": str(args.output), "document": str(args.document)},
-        "machine": machine(torch.device("cpu")),
-    }
-    known = {}
-    if args.output and args.output.is_file():
-        known = {row["method"]: row for row in json.loads(args.output.read_text(encoding="utf-8"))["rows"]}
-    failed = False
-    for name in args.methods:
-        row = measure_apart(name, given) if len(args.methods) > 1 else measured(name)
-        if row is None:
-            failed = True
-            continue
-        known[name] = row
-        result["rows"] = [known[method] for method in METHODS if method in known]
-        write_json(args.output, result)
-        print(markdown({**result, "rows": [row]}).splitlines()[-3], flush=True)
-    if result["rows"]:
-        print(markdown(result))
-    if args.document and not failed:
-        write_section(args.document, markdown(result), BEGIN, END)
-    return int(failed)
+    return measure_rows(
+        args,
+        given,
+        benchmark="field",
+        script=__file__,
+        order=METHODS,
+        measure=lambda name: measure(name, args.model, args.classes, args.rounds, args.batch),
+        markdown=markdown,
+        marks=(BEGIN, END),
+    )
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
     python benchmarks/bench_frozen.py --output out.json
     python benchmarks/bench_frozen.py --methods GDA,TIMO --classes 20 --rows 320 --output out.json
 
-Features are those of frozen_methods.py: no image is encoded by either. Each method has a process of its own, in which
-our real trainer and the published computation (published/frozen/) take the same features, starts and batches. In each
-round both are fitted and tested, in turning order; medians over the rounds count, and a method whose first round takes
-long has one round. Both must come to the same: what is chosen on validation images is equal, and no logit of a test
-image differs by more than a thousandth of the largest one (no probability by more than a hundredth, where a method
+Features are those of frozen_methods.py: no image is encoded by either. Of several methods, each has a process of its
+own. Our real trainer and the published computation (published/frozen/) take the same features, starts and batches. In
+each round both are fitted and tested, in turning order; medians over the rounds count, and a method whose first round
+takes long has one round. Both must come to the same: what is chosen on validation images is equal, and no logit of a
+test image differs by more than a thousandth of the largest one (no probability by more than a hundredth, where a method
 gives such). Else that is an error.
 
 CPU seconds of all threads count. `fit` is training or fitting, with the choice on validation images: of ours, batches,
@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import statistics
 import sys
 import tempfile
@@ -45,11 +44,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_field import measure_apart
-from benchmarks.frozen_methods import make_dataset, make_trainer
-from benchmarks.measure import CPUWatch, biggest, machine, write_json
+from benchmarks.frozen_methods import add_sizes, make_dataset, make_trainer
+from benchmarks.measure import CPUWatch, biggest
 from benchmarks.published.frozen import METHODS, Published
-from benchmarks.report import write_section
+from benchmarks.side_by_side import add_arguments, chosen_methods, measure_rows
 from benchmarks.tables import made_by, seconds, table
 from dassl.utils.cli import run_main
 
@@ -228,26 +226,15 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
-    parser.add_argument("--rows", type=int, default=1600, help="training images, as many of each class (default: 1600)")
-    parser.add_argument("--classes", type=int, default=100, help="at most 1000 (default: 100)")
-    parser.add_argument("--queries", type=int, default=2000, help="test images (default: 2000)")
-    parser.add_argument("--width", type=int, default=512, help="of the features, a multiple of 32 (default: 512)")
-    parser.add_argument("--val", type=int, default=4, help="validation images of each class (default: 4)")
-    parser.add_argument("--views", type=int, default=10, help="at most this many of each image (default: 10)")
+    add_arguments(parser, METHODS)
+    add_sizes(parser, rows=1600, classes=100, queries=2000)
     parser.add_argument("--epochs", type=int, default=5, help="of methods that are trained by batches (default: 5)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5, help="medians count (default: 5)")
     parser.add_argument("--long", type=float, default=10.0, help="CPU seconds of a first round that stays the only one")
     parser.add_argument("--whole", action="store_true", help="cut no search, and train as --epochs says")
-    parser.add_argument("--output", type=Path, help="results file to write; rows of other methods in it stay")
-    parser.add_argument("--document", type=Path, help="document whose table is written anew, docs/PERFORMANCE.md")
-    parser.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)  # measure this one here, and print its row
     args = parser.parse_args(arguments)
-    args.methods, args.opts = args.methods.split(","), []
-    unknown = [name for name in args.methods if name not in METHODS]
-    if unknown:
-        parser.error(f"Expected --methods to be of {', '.join(METHODS)} but got {', '.join(unknown)}")
+    args.methods, args.opts = chosen_methods(parser, args.methods, METHODS), []
     for name, low in (("classes", 3), ("val", 1), ("queries", 8), ("views", 1), ("epochs", 1), ("rounds", 1)):
         if getattr(args, name) < low:
             parser.error(f"Expected --{name} to be at least {low} but got {getattr(args, name)}")
@@ -261,35 +248,17 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     args = parse_args(given)
-    if args.only:
-        print(json.dumps(measure(args, args.only)))
-        return 0
-    torch.set_num_threads(args.threads)  # for the record
-    hidden = ("only", "opts")
-    settings = {name: value for name, value in vars(args).items() if name not in hidden}
-    result: dict[str, Any] = {
-        "benchmark": "frozen",
-        "rows": [],
-        "settings": {**settings, "output": str(args.output), "document": str(args.document)},
-        "machine": machine(torch.device("cpu")),
-    }
-    known, failed = {}, False
-    if args.output and args.output.is_file():
-        known = {row["method"]: row for row in json.loads(args.output.read_text(encoding="utf-8"))["rows"]}
-    for name in args.methods:
-        row = measure_apart(name, given, __file__)
-        if row is None:
-            failed = True
-            continue
-        known[name] = row
-        result["rows"] = [known[method] for method in METHODS if method in known]
-        write_json(args.output, result)
-        print(markdown({**result, "rows": [row]}).splitlines()[-1], flush=True)
-    if result["rows"]:
-        print(markdown(result))
-    if args.document and not failed:
-        write_section(args.document, markdown(result), BEGIN, END)
-    return int(failed)
+    torch.set_num_threads(args.threads)
+    return measure_rows(
+        args,
+        given,
+        benchmark="frozen",
+        script=__file__,
+        order=METHODS,
+        measure=lambda name: measure(args, name),
+        markdown=markdown,
+        marks=(BEGIN, END),
+    )
 
 
 if __name__ == "__main__":

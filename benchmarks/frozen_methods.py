@@ -227,18 +227,23 @@ def markdown(result: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{made_by(result)}"
 
 
+def add_sizes(parser: argparse.ArgumentParser, rows: int, classes: int, queries: int) -> None:
+    """Adds the numbers of images, classes and views, with these defaults."""
+    parser.add_argument("--rows", type=int, default=rows, help=f"training images (default: {rows})")
+    parser.add_argument("--classes", type=int, default=classes, help=f"at most 1000 (default: {classes})")
+    parser.add_argument("--queries", type=int, default=queries, help=f"test images (default: {queries})")
+    parser.add_argument("--width", type=int, default=512, help="of the features, a multiple of 32 (default: 512)")
+    parser.add_argument("--val", type=int, default=4, help="validation images of each class (default: 4)")
+    parser.add_argument("--views", type=int, default=10, help="at most this many of each image (default: 10)")
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", default="", help="names, separated by commas (default: all that need no adapters)")
-    parser.add_argument("--rows", type=int, default=16000, help="training images (default: 16000)")
-    parser.add_argument("--classes", type=int, default=1000, help="at most 1000 (default)")
-    parser.add_argument("--queries", type=int, default=50000, help="test images (default: 50000)")
-    parser.add_argument("--width", type=int, default=512, help="of the features, a multiple of 32 (default: 512)")
-    parser.add_argument("--val", type=int, default=4, help="validation images of each class (default: 4)")
-    parser.add_argument("--views", type=int, default=10, help="at most this many of each image (default: 10)")
+    add_sizes(parser, rows=16000, classes=1000, queries=50000)
     parser.add_argument("--epochs", type=int, default=1, help="of methods that are trained; 0: their own (default: 1)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=float, default=0.0, help="seconds of each method; 0: none (default)")

@@ -50,7 +50,8 @@ def test_prograd_takes_away_what_conflicts(toy_clip):
             step.prepare(images)
             (found[share, step.name],) = gradients(step, labels)
         ours, published = found[share, "fresh"], found[share, "naive"]
-        assert (ours - published).abs().max() <= 2e-4 * published.abs().max()
+        # The bound of `compare`: parts of the gradient cancel, and how far they do depends on the processor's rounding.
+        assert (ours - published).abs().max() <= 1e-3 * published.abs().max()
     assert not torch.allclose(found[1.0, "naive"], found[0.0, "naive"], rtol=0.01)
 
 

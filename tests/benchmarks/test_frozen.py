@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_frozen
+from benchmarks import bench_frozen, side_by_side
 from benchmarks.bench_frozen import BEGIN, END, Run, compare, measure, parse_args
 from benchmarks.published.frozen import LEFT_OUT, METHODS
 from dassl.data.datasets import DATASET_REGISTRY
@@ -61,13 +61,13 @@ def test_each_trainer_on_frozen_features_is_compared_or_left_out_for_a_reason():
 
 
 def test_the_command_writes_a_file_and_a_table(tmp_path, capfd):
-    """Each method has a process of its own; rows of others in the file stay."""
+    """Of several methods, each has a process of its own; rows of others in the file stay."""
     file, document = tmp_path / "frozen.json", tmp_path / "PERFORMANCE.md"
     document.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
     where = [*SMALL, "--output", str(file)]
-    assert bench_frozen.main([*where, "--methods", "StatA"]) == 0
+    assert bench_frozen.main([*where, "--methods", "StatA,GDA"]) == 0
     assert bench_frozen.main([*where, "--methods", "TipAdapter", "--document", str(document)]) == 0
-    tip, stata = json.loads(file.read_text())["rows"]
+    tip, _, stata = json.loads(file.read_text())["rows"]
     assert (tip["method"], tip["cut"], stata["method"], stata["fit"]) == ("TipAdapter", "10 of 200 beta", "StatA", None)
     assert tip["ratio_fit"] == pytest.approx(tip["fit"]["published"] / tip["fit"]["ours"])
     text = document.read_text()
@@ -77,10 +77,10 @@ def test_the_command_writes_a_file_and_a_table(tmp_path, capfd):
 
 
 def test_a_method_that_fails_is_told(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(bench_frozen, "measure_apart", lambda *arguments: None)
+    monkeypatch.setattr(side_by_side, "measure_apart", lambda *arguments: None)
     document = tmp_path / "PERFORMANCE.md"
     document.write_text("untouched")
-    assert bench_frozen.main([*SMALL, "--methods", "GDA", "--document", str(document)]) == 1
+    assert bench_frozen.main([*SMALL, "--methods", "GDA,TIMO", "--document", str(document)]) == 1
     assert document.read_text() == "untouched"
 
 

@@ -62,9 +62,9 @@ def finite_gradients(optimizers: Iterable[Optimizer]) -> Tensor | None:
     if not grads:
         return None
     if all(grad.device.type == "cpu" for grad in grads):  # there the norm below takes ten times as long
-        ends = (float(end) for grad in grads for end in torch.aminmax(grad))  # NaN stays NaN
-        return torch.tensor(all(map(math.isfinite, ends)))
-    largest = list(torch._foreach_norm(grads, math.inf))  # a few kernels for all of them; NaN stays NaN
+        largest = [end for grad in grads for end in torch.aminmax(grad)]  # NaN stays NaN
+    else:
+        largest = list(torch._foreach_norm(grads, math.inf))  # a few kernels for all of them; NaN stays NaN
     if len({(grad.dtype, grad.device) for grad in grads}) > 1:
         largest = [value.to(grads[0].device, torch.float64) for value in largest]
     return torch.isfinite(torch.stack(largest)).all()
@@ -126,10 +126,7 @@ class StepGuard:
         self._waiting.clear()
         if not flags:
             return True
-        if all(flag.device.type == "cpu" for flag in flags):
-            *losses, last = map(bool, flags)
-        else:
-            *losses, last = torch.stack([flag.to(flags[-1].device) for flag in flags]).tolist()  # one transfer
+        *losses, last = torch.stack([flag.to(flags[-1].device) for flag in flags]).tolist()  # one transfer
         if gradients is None:
             losses, last = [*losses, last], True
         if not all(losses):

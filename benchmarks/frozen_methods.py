@@ -37,10 +37,10 @@ from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.utils import set_random_seed
 from dassl.utils.cli import run_main
+from scripts.lib.methods import methods_with
 from trainers.app.configuration import default_cfg
 from trainers.base import FeatureTrainer
 from trainers.clip.tiny import save_tiny
-from trainers.configs import CONFIGS
 from trainers.features.encoder import FeatureSet
 
 SPLITS = ("train", "val", "test")
@@ -52,17 +52,8 @@ def default_methods() -> list[str]:
     found = []
     for name in TRAINER_REGISTRY.registered_names():
         trainer = TRAINER_REGISTRY.get(name)
-        if issubclass(trainer, FeatureTrainer) and trainer.adapters != "needed" and name in _configs():
+        if issubclass(trainer, FeatureTrainer) and trainer.adapters != "needed" and name in methods_with("vit_b16"):
             found.append(name)
-    return found
-
-
-def _configs() -> dict[str, Path]:
-    found = {}
-    for path in sorted((CONFIGS / "trainers").glob("*/vit_b16.yaml")):
-        cfg = default_cfg()
-        cfg.merge_from_file(str(path))
-        found[cfg.TRAINER.NAME] = path
     return found
 
 
@@ -117,7 +108,7 @@ def make_trainer(args: argparse.Namespace, name: str, folder: Path) -> Any:
     set_random_seed(0)
     save_tiny(*make_clip(args.width, args.classes), {"weights": "random"}, folder)
     cfg = default_cfg()
-    cfg.merge_from_file(str(_configs()[name]))
+    cfg.merge_from_file(str(methods_with("vit_b16")[name]))
     node = cfg.TRAINER[TRAINER_REGISTRY.get(name).config_node()]
     node.PREC = "fp32"
     if node.get("VIEWS", 0) > args.views:

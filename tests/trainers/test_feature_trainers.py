@@ -61,7 +61,7 @@ def make_cfg(tmp_path, random_tiny, random_adapters):
         cfg.merge_from_list(["OPTIM.MAX_EPOCH", 2, "TEST.NO_TEST", True])
         cfg.merge_from_list(["OPTIM.WARMUP_EPOCH", 0, "FEATURE_CACHE.USE", False])  # every run here encodes its images
         node = TRAINER_REGISTRY.get(name).node_name
-        for key, value in (("VIEWS", 2), ("STEPS", 3)):
+        for key, value in (("VIEWS", 2), ("STEPS", 3), ("ITER_MM", 20)):
             if cfg.TRAINER[node].get(key, 0) > value:
                 cfg.TRAINER[node][key] = value
         if TRAINER_REGISTRY.get(name).adapters == "needed":

@@ -52,6 +52,7 @@ from dassl.engine import TRAINER_REGISTRY
 from dassl.engine.step import Steps
 from dassl.utils.cli import run_main
 from trainers.app.configuration import default_cfg
+from trainers.base.losses import total
 from trainers.configs import configs_of
 from trainers.features import FrozenPart
 
@@ -79,7 +80,7 @@ class MethodStep(FreshStep):
 
     def loss(self, labels: Tensor, **inputs: Any) -> Tensor:
         (given,) = inputs.values()
-        return torch.stack(list(self.trainer.loss(self.trainer.run(given, labels), labels).values())).sum()
+        return total(self.trainer.loss(self.trainer.run(given, labels), labels))
 
     def backward(self, loss: Tensor) -> None:
         self.trainer.model_backward(loss)

@@ -190,7 +190,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     if not kind.fits:
         rounds["fit"] = {}
     medians = {what: {side: statistics.median(x) for side, x in sides.items()} for what, sides in rounds.items()}
-    steps = sum(map(len, getattr(published, "epochs", [])))
+    steps = sum(map(len, published.epochs))
     return {
         "method": name,
         "cut": "" if args.whole else kind.cut,

@@ -9,7 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,20 @@ Row = dict[str, Any]
 HIDDEN = ("only", "opts")  # arguments that are no settings
 
 
-def add_arguments(parser: argparse.ArgumentParser, methods: Iterable[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, methods: Collection[str]) -> None:
     """Adds the arguments that `measure_rows` reads."""
-    known = list(methods)
-    parser.add_argument("--methods", default=",".join(known), help="comma-separated")
+    parser.add_argument("--methods", default=",".join(methods), help="comma-separated")
     parser.add_argument("--output", type=Path, help="results file to write; rows of other methods in it stay")
     parser.add_argument("--document", type=Path, help="document whose table is written anew, docs/PERFORMANCE.md")
-    parser.add_argument("--only", choices=known, help=argparse.SUPPRESS)  # measure this one here, and print its row
+    parser.add_argument("--only", choices=methods, help=argparse.SUPPRESS)  # measure this one here, and print its row
 
 
-def chosen_methods(parser: argparse.ArgumentParser, text: str, methods: Iterable[str]) -> list[str]:
+def chosen_methods(parser: argparse.ArgumentParser, text: str, methods: Collection[str]) -> list[str]:
     """Returns the methods that --methods names; ends the program where one is not known."""
-    known, asked = list(methods), text.split(",")
-    unknown = [name for name in asked if name not in known]
+    asked = text.split(",")
+    unknown = [name for name in asked if name not in methods]
     if unknown:
-        parser.error(f"Expected --methods to be of {', '.join(known)} but got {', '.join(unknown)}")
+        parser.error(f"Expected --methods to be of {', '.join(methods)} but got {', '.join(unknown)}")
     return asked
 
 
@@ -66,7 +65,7 @@ def measure_rows(
     *,
     benchmark: str,
     script: str,
-    order: Iterable[str],
+    order: Collection[str],
     measure: Callable[[str], Row],
     markdown: Callable[[Row], str],
     marks: tuple[str, str],

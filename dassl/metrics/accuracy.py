@@ -28,5 +28,4 @@ def compute_accuracy(output: Tensor | Sequence[Tensor], target: Tensor, topk: Se
         raise ValueError(f"Expected each k of topk to be in [1, {scores.shape[1]}] but got {tuple(topk)}")
     best = scores.topk(max(topk), dim=1).indices  # [B, K], best first
     hit = best == target.unsqueeze(1)
-    right = [hit[:, 0] if k == 1 else hit[:, :k].any(dim=1) for k in topk]
-    return [rows.float().mean().mul(100.0).reshape(1) for rows in right]
+    return [hit[:, :k].any(dim=1).float().mean().mul(100.0).reshape(1) for k in topk]

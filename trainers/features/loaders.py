@@ -10,7 +10,7 @@ Legend: V views, N images, B images in a batch, E width of the joint embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -111,9 +111,8 @@ class FeatureLoader:
         size = getattr(self.loader, "batch_size", None) or len(known)
         indices, paths = torch.arange(len(known), device=known.labels.device), known.paths
         for start in range(0, len(known), size):
-            rows = slice(start, start + size)
-            batch: Batch = {"feature": known.values[0, rows], "label": known.labels[rows], "index": indices[rows]}
-            yield {**batch, "impath": paths[rows]} if paths else batch
+            rows = slice(start, start + size)  # a view, no copy
+            yield _batch(known.values[0, rows], known.labels[rows], indices[rows], paths[rows])
 
 
 class KnownFeatures:
@@ -251,5 +250,10 @@ def _pick(known: FeatureSet, rows: Tensor, view: Tensor | int = 0, listed: Tenso
     """Pick these rows as a batch; `listed` are the same rows on the CPU, so that nothing waits for the device."""
     paths = [known.paths[row] for row in (rows if listed is None else listed).tolist()] if known.paths else []
     features = known.values[view, rows] if isinstance(view, Tensor) else known.values[view].index_select(0, rows)
-    batch: Batch = {"feature": features, "label": known.labels[rows], "index": rows}
+    return _batch(features, known.labels[rows], rows, paths)
+
+
+def _batch(features: Tensor, labels: Tensor, index: Tensor, paths: Sequence[str]) -> Batch:
+    """Return a batch; without paths, it has no "impath"."""
+    batch: Batch = {"feature": features, "label": labels, "index": index}
     return {**batch, "impath": paths} if paths else batch

@@ -42,7 +42,7 @@ class Dropout:
         self.generator: torch.Generator | None = None  # None: torch's own
 
     def seed(self, seed: int, device: torch.device, rank: int, world: int) -> None:
-        """Seed what is dropped from now on; of `world` processes, this one, `rank`, has every world-th image."""
+        """Seed the dropout from now on, for process `rank` of `world`, which has every world-th image."""
         if self.generator is None or self.generator.device != device:
             self.generator = torch.Generator(device)
         self.generator.manual_seed(seed)

@@ -59,6 +59,7 @@ class Published:
         fits: whether there is anything to compute before the test.
         probabilities: whether `logits` returns probabilities.
         chosen: what was chosen on validation images, after `fit`.
+        epochs: rows of each batch of each epoch; empty where nothing is trained by batches.
 
     Args:
         trainer: ours, before it is trained. Nothing is shared with it but its configuration.
@@ -81,6 +82,7 @@ class Published:
         if trainer.val_loader is not None:
             self.val, self.val_labels = (x.clone() for x in (trainer.val_loader.all().values[0], _val_labels(trainer)))
         self.chosen: dict[str, float] = {}
+        self.epochs: list[list[Tensor]] = []
 
     def fit(self) -> None:
         """Train or fit, and choose on validation images."""

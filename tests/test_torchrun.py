@@ -127,9 +127,9 @@ def test_two_processes_have_the_numbers_of_one(runs, folder, number, method):
 def test_two_processes_mix_the_branches_as_one(runs, folder):
     one, two = (json.loads((folder / name / "dlr" / "metrics.json").read_text()) for name in ("one", "two"))
     weights = [metrics["selected"]["mixture"]["value"] for metrics in (one, two)]
-    assert set(weights[0]) == {"clip", "cma", "glr", "proto", "proto_cma"}
+    assert set(weights[0]) == {"clip", "cma", "glr", "proto", "proto_patch", "proto_cma"}
     assert weights[1] == pytest.approx(weights[0], abs=0.02)
-    for head in ("proto", "proto_cma", "mixed"):
+    for head in ("proto", "proto_patch", "proto_cma", "mixed"):
         assert two["test"]["heads"][head]["accuracy"] == one["test"]["heads"][head]["accuracy"]
 
 

@@ -32,7 +32,7 @@ from scripts.lib.runs import find_runs
 from trainers.dlrclip.mixture import Mixture
 
 MIXED = "mixed"
-BRANCHES = ("clip", "cma", "glr", "proto", "proto_cma")
+BRANCHES = ("clip", "cma", "glr", "proto", "proto_patch", "proto_cma")
 
 
 def ceiling(predictions: Predictions) -> tuple[float, float, float]:

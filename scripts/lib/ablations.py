@@ -62,6 +62,7 @@ VARIANTS: dict[str, list[Variant]] = {
         Variant("fusion", "robust", "FUSION robust", ("TRAINER.DLRCLIP.FUSION", "robust")),
         _mixture("mixture"),
         _mixture("no-proto", ", no prototypes of frozen features", "MIXTURE.PROTO"),
+        _mixture("no-proto-patch", ", no prototypes of patches", "MIXTURE.PROTO_PATCH"),
         _mixture("no-proto-cma", ", no prototypes of adapted features", "MIXTURE.PROTO_CMA"),
         _mixture("no-glr", ", no GLR", "GLR"),
         _mixture("no-cma", ", no CMA", "CMA"),

@@ -209,6 +209,9 @@ class OpaqueVision(VisionTower):
     def _project(self, pooled: Tensor) -> Tensor:
         return pooled
 
+    def mean_patch(self, hidden: Tensor) -> Tensor:
+        _refuse("the patches of images")
+
     def pooled(self, images: Tensor) -> Tensor:
         _refuse("features before the projection")
 

@@ -67,6 +67,14 @@ class VisionTower(nn.Module):
         """Return image features [B, E] for what ``_pool`` returned."""
 
     @abstractmethod
+    def mean_patch(self, hidden: Tensor) -> Tensor:
+        """Return the mean over an image's patches, [B, D] or [B, C], of what leaves a block (see ``through``).
+
+        Raises:
+            ValueError: the tower's blocks cannot be run.
+        """
+
+    @abstractmethod
     def projection(self) -> tuple[Tensor, Tensor | None]:
         """Return the matrix [P, E] that gives image features, and what is added to them, [E]; None: nothing."""
 
@@ -194,9 +202,25 @@ class VisionTower(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"Expected images to have shape [B, {expected}] but got {tuple(images.shape)}")
         planned = self.check_edits(edits)
-        hidden = self._stem(images.to(self.dtype), planned)
-        for number in range(1, stop + 1):
-            hidden = self._block(number, hidden, planned, 0)
+        return self._through(self._stem(images.to(self.dtype), planned), 1, stop, planned)
+
+    def through(self, hidden: Tensor, start: int, stop: int, edits: Sequence[BlockEdit] = ()) -> Tensor:
+        """Run blocks ``start``..``stop`` for every token, and return what leaves block ``stop``.
+
+        Args:
+            hidden: from ``prefix(images, start - 1)``, [B, N, D] or [B, C, H, W]; the result is alike.
+            start: 1..depth.
+            stop: start - 1 (no block is run)..depth.
+            edits: as for ``suffix``.
+        """
+        self._check_start(start, self.depth)
+        if not start - 1 <= stop <= self.depth:
+            raise ValueError(f"Expected stop to be in {start - 1}..{self.depth} but got {stop}")
+        return self._through(hidden, start, stop, self.check_edits(edits))
+
+    def _through(self, hidden: Tensor, start: int, stop: int, edits: Edits) -> Tensor:
+        for number in range(start, stop + 1):
+            hidden = self._block(number, hidden, edits, 0)
         return hidden
 
     def _block(self, number: int, hidden: Tensor, edits: Edits, read: int) -> Tensor:
@@ -282,6 +306,9 @@ class ViTTower(VisionTower):
     def normalize_tokens(self, x: Tensor) -> Tensor:
         return layer_norm(self.visual.ln_pre, x)
 
+    def mean_patch(self, hidden: Tensor) -> Tensor:
+        return hidden[:, 1:].mean(dim=1)
+
     def _project(self, pooled: Tensor) -> Tensor:
         return pooled @ self.visual.proj
 
@@ -354,6 +381,9 @@ class ResNetTower(VisionTower):
         )
         out = F.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).flatten(2).squeeze(1)
+
+    def mean_patch(self, hidden: Tensor) -> Tensor:
+        return hidden.mean(dim=(2, 3))
 
     def _project(self, pooled: Tensor) -> Tensor:
         return self.visual.attnpool.c_proj(pooled)

@@ -1,6 +1,6 @@
 """Collect what the parts that are fitted after training need: features and logits of images, in order.
 
-Legend: V views, N images, E width of the joint embedding.
+Legend: V views, N images, E width of the features.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import PROTO_CMA_HEAD, PROTO_HEAD
+from .config import PROTO_CMA_HEAD, PROTO_HEAD, PROTO_PATCH_HEAD
 from .learner import DLRCLIPLearner
 
 Report = Mapping[str, Mapping[str, Tensor]]  # what DLRCLIPNetwork.report returns
-Branches = Mapping[str, Tensor]  # "clip", and "cma" where CMA is on -> normalized features [N, E] or [V, N, E]
+# Features [N, E] or [V, N, E] by branch: "clip", and where there are such "cma" and "patches"; see ImageFeatures.
+Branches = Mapping[str, Tensor]
 
-SOURCE = {PROTO_HEAD: "clip", PROTO_CMA_HEAD: "cma"}  # whose features a prototype classifier compares
+SOURCE = {
+    PROTO_HEAD: "clip",
+    PROTO_PATCH_HEAD: "patches",
+    PROTO_CMA_HEAD: "cma",
+}  # what a prototype classifier compares
 
 
 @torch.no_grad()
@@ -76,13 +81,13 @@ def fit_mixture(
     """Fit the prototype classifiers, then the mixture of all branches.
 
     Without validation images, what the adapted branch knows by heart cannot be weighed: zero-shot CLIP and the
-    prototypes on frozen features are, by leaving out each training image in turn. The prototypes on adapted features
-    then get the weight of those on frozen features, shared half and half, and the other branches none.
+    prototypes on frozen features and patches are, by leaving out each training image in turn. The prototypes on adapted
+    features then get the weight of those on frozen features, shared half and half, and the other branches none.
 
     Args:
         learner: whose `prototypes` and `mixture` are fitted.
         training: features [V, N, E] of the training images by branch, and labels [N].
-        texts: text features [C, E] by branch.
+        texts: text features [C, E] of those branches that have texts.
         validation: what `all_reports` returns for the validation images; None: there are none.
         clip_logits: gives the zero-shot logits of normalized features.
     """
@@ -92,11 +97,14 @@ def fit_mixture(
     for head, classifier in learner.prototypes.items():
         branch = SOURCE[head]
         seen = None if validation is None else (validation[0]["features"][branch], validation[1])
-        left_out[head] = classifier.fit(features[branch], labels, texts[branch], seen)
+        left_out[head] = classifier.fit(features[branch], labels, texts.get(branch), seen)
     if validation is not None:
         report, known = validation
         proto = {head: one(report["features"][SOURCE[head]]) for head, one in learner.prototypes.items()}
         mixture.fit({**{name: report["heads"][name] for name in mixture.branches if name not in proto}, **proto}, known)
-    elif PROTO_HEAD in left_out:
-        mixture.fit({"clip": clip_logits(features["clip"][0]), PROTO_HEAD: left_out[PROTO_HEAD]}, labels, True)
-        mixture.share(PROTO_HEAD, PROTO_CMA_HEAD)
+        return
+    frozen = {head: logits for head, logits in left_out.items() if SOURCE[head] != "cma" and logits is not None}
+    if frozen:
+        mixture.fit({"clip": clip_logits(features["clip"][0]), **frozen}, labels, left_out=True)
+        if PROTO_HEAD in frozen:
+            mixture.share(PROTO_HEAD, PROTO_CMA_HEAD)

@@ -6,16 +6,16 @@ value is called a guess, the source may differ.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..base import MethodConfig, key, precision
 
 HEADS = ("clip", "cma", "glr", "final", "fused")
 ROBUST_HEAD = "robust"  # the sixth, where TRAINER.DLRCLIP.FUSION is robust
-# Further heads where TRAINER.DLRCLIP.FUSION is mixture: prototype classifiers on frozen and on adapted features, and
-# the mixture of all branches.
-PROTO_HEAD, PROTO_CMA_HEAD, MIXED_HEAD = "proto", "proto_cma", "mixed"
-ALL_HEADS = (*HEADS, ROBUST_HEAD, PROTO_HEAD, PROTO_CMA_HEAD, MIXED_HEAD)
+# Further heads where TRAINER.DLRCLIP.FUSION is mixture: prototype classifiers on frozen features, on patches and on
+# adapted features, and the mixture of all branches.
+PROTO_HEAD, PROTO_PATCH_HEAD, PROTO_CMA_HEAD, MIXED_HEAD = "proto", "proto_patch", "proto_cma", "mixed"
+ALL_HEADS = (*HEADS, ROBUST_HEAD, PROTO_HEAD, PROTO_PATCH_HEAD, PROTO_CMA_HEAD, MIXED_HEAD)
 NEEDED_FUSION = {ROBUST_HEAD: "robust", MIXED_HEAD: "mixture"}
 
 
@@ -35,6 +35,11 @@ class MixtureKeys:
     """Hold the settings of the third level (ours), which count where FUSION is mixture."""
 
     proto: bool = key(True, "a prototype classifier on frozen features takes part: head proto")
+    proto_patch: bool = key(
+        True,
+        "one on the mean patches of two blocks of the frozen image encoder takes part: head proto_patch; absent for a "
+        "backbone that is taken as a whole, such as SigLIP",
+    )
     proto_cma: bool = key(True, "one on adapted features takes part: head proto_cma; absent when CMA is off")
     views: int = key(
         4,
@@ -141,7 +146,7 @@ class DLRCLIPConfig(MethodConfig):
 
     def check(self, path: str) -> None:
         """Check that something is learnt and that the head exists; see MethodConfig."""
-        if not (self.cma or self.glr or (self.mixes and self.mixture.proto)):
+        if not (self.cma or self.glr or (self.mixes and (self.mixture.proto or self.mixture.proto_patch))):
             raise ValueError(f"Expected {path}.CMA or .GLR to be on but got both off: nothing would be learnt")
         for head, fusion in NEEDED_FUSION.items():
             if self.head == head and self.fusion != fusion:
@@ -159,6 +164,15 @@ class DLRCLIPConfig(MethodConfig):
         if self.grad_scaling and self.scale == 0:
             raise ValueError(f"Expected {path}.SCALE not to be 0 where .GRAD_SCALING is True but got 0")
 
+    def without_patches(self) -> DLRCLIPConfig:
+        """Return the settings for an image encoder that is taken as a whole, whose patches cannot be read."""
+        return replace(self, mixture=replace(self.mixture, proto_patch=False))
+
+    @property
+    def reads_patches(self) -> bool:
+        """Say whether the patches of the frozen image encoder are read."""
+        return PROTO_PATCH_HEAD in self.prototypes()
+
     @property
     def mixes(self) -> bool:
         """Say whether branches are mixed after training; prototype classifiers may be among them."""
@@ -171,7 +185,11 @@ class DLRCLIPConfig(MethodConfig):
 
     def prototypes(self) -> list[str]:
         """Return the heads of the prototype classifiers that take part."""
-        wanted = {PROTO_HEAD: self.mixture.proto, PROTO_CMA_HEAD: self.mixture.proto_cma and self.cma}
+        wanted = {
+            PROTO_HEAD: self.mixture.proto,
+            PROTO_PATCH_HEAD: self.mixture.proto_patch,
+            PROTO_CMA_HEAD: self.mixture.proto_cma and self.cma,
+        }
         return [head for head, on in wanted.items() if on and self.mixes]
 
     def branches(self) -> list[str]:

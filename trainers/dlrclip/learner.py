@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..base import Learner, unpack_record
 from ..clip import CLIP
+from ..features import read_blocks
 from ..modules.cross_modal_adapter import CrossModalAdapter
-from .config import DLRCLIPConfig
+from .config import PROTO_PATCH_HEAD, DLRCLIPConfig
 from .glr import FusionGate, GateLogitRefiner
 from .mixture import Mixture
-from .prototypes import Prototypes
+from .prototypes import PatchPrototypes, Prototypes
 from .robust import RobustMixture
 from .shared import SharedFusion, SharedRefiner
 
@@ -58,6 +59,8 @@ class DLRCLIPLearner(Learner):
         self.mixture = Mixture(settings.branches(), settings.mixture.ridge) if settings.mixes else None
         self.prototypes: Any = torch.nn.ModuleDict()  # head -> Prototypes
         self._width = clip.embed_dim
+        self.patch_blocks = read_blocks(clip.visual) if settings.reads_patches else ()
+        self._patch_widths = [clip.visual.widths[number] for number in self.patch_blocks]
         self.glr: GateLogitRefiner | SharedRefiner | None = None
         self.fusion: FusionGate | SharedFusion | None = None
         self.shared = settings.glr_mode == "shared"
@@ -77,7 +80,12 @@ class DLRCLIPLearner(Learner):
         device, dense = self.beta.device, () if self.shared else (len(classnames),)
         settings = self.settings
         for head in settings.prototypes():
-            self.prototypes[head] = Prototypes(len(classnames), self._width).to(device)
+            patches = head == PROTO_PATCH_HEAD
+            self.prototypes[head] = (
+                PatchPrototypes(len(classnames), self._patch_widths)
+                if patches
+                else Prototypes(len(classnames), self._width)
+            ).to(device)
         if self.shared and old:
             return
         if settings.glr:

@@ -1,6 +1,7 @@
 """The network of DLR-CLIP: a frozen CLIP, what is learnt beside it, its five heads and its named losses.
 
-Legend: B images, C classes, E width of the joint embedding. Logits are fp32, [B, C], and multiplied by CLIP's scale.
+Legend: B images, C classes, E width of the joint embedding, T of mean patches. Logits are fp32, [B, C], and multiplied
+by CLIP's scale.
 
     clip   zero-shot CLIP with the dataset's templates, frozen
     cma    CLIP with the cross-modal adapter in both encoders, one prompt per class
@@ -8,8 +9,9 @@ Legend: B images, C classes, E width of the joint embedding. Logits are fp32, [B
     final  w * cma + (1 - w) * glr, w [B, 1] learnt per image
     fused  beta * cma + (1 - beta) * glr, beta one number chosen on validation images after training
     robust r * final + (1 - r) * clip, where asked for; see robust.py
-    proto, proto_cma, mixed: classifiers that compare images with images, on frozen and on adapted features, and the
-           mixture of all branches, where asked for; see prototypes.py and mixture.py
+    proto, proto_patch, proto_cma, mixed: classifiers that compare images with images, on frozen features, on mean
+           patches and on adapted features, and the mixture of all branches, where asked for; see prototypes.py and
+           mixture.py
 
 Blocks before the first adapted one see no adapter, and the first adapted one differs only by what its adapter adds. So
 images run through these blocks once for both branches, without autograd. Callers may keep what does not depend on what
@@ -21,17 +23,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base.learner import TextCache
-from ..clip import CLIP, clean_classname, zeroshot_weights
-from ..features import FrozenPart
+from ..clip import CLIP, BlockEdit, clean_classname, zeroshot_weights
+from ..features import FrozenPart, PatchReader, features_and_patches
 from ..modules.cross_modal_adapter import CrossModalAdapter, build_adapter
-from .config import ALL_HEADS, MIXED_HEAD, PROTO_HEAD, ROBUST_HEAD, DLRCLIPConfig
+from .calibration import SOURCE
+from .config import ALL_HEADS, MIXED_HEAD, ROBUST_HEAD, DLRCLIPConfig
 from .glr import fuse
 from .learner import DLRCLIPLearner
 from .shared import neighbor_weights
@@ -41,9 +44,26 @@ from .text_branch import AdaptedText
 logger = logging.getLogger(__name__)
 
 
-def by_branch(frozen: Tensor, adapted: Tensor | None) -> dict[str, Tensor]:
-    """Return the features that `DLRCLIPNetwork.image_features` gives, by the name of their branch."""
-    return {"clip": frozen} if adapted is None else {"clip": frozen, "cma": adapted}
+class ImageFeatures(NamedTuple):
+    """Hold the features of images, fp32; only those of the adapted branch have gradients.
+
+    Attributes:
+        clip: normalized features [B, E] of the frozen branch.
+        cma: those of the adapted branch; None: CMA is off.
+        patches: mean patches [B, T] of the frozen image encoder; None: they are not read, as in training.
+    """
+
+    clip: Tensor
+    cma: Tensor | None = None
+    patches: Tensor | None = None
+
+    def by_branch(self) -> dict[str, Tensor]:
+        """Return those that are there, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def frozen(self) -> Tensor:
+        """Return what does not depend on what is learnt, [B, E] or, with patches, [B, E + T]."""
+        return self.clip if self.patches is None else torch.cat([self.clip, self.patches], dim=-1)
 
 
 class DLRCLIPNetwork(nn.Module):
@@ -67,6 +87,8 @@ class DLRCLIPNetwork(nn.Module):
         self, clip: CLIP, classnames: Sequence[str], templates: Sequence[str], settings: DLRCLIPConfig
     ) -> None:
         super().__init__()
+        if clip.visual.kind == "opaque":
+            settings = settings.without_patches()
         settings.check("TRAINER.DLRCLIP")
         self.clip = clip
         self.templates = templates
@@ -199,38 +221,58 @@ class DLRCLIPNetwork(nn.Module):
 
     def image_features(
         self, images: Tensor | None, features: Tensor | None = None, hidden: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return normalized features [B, E] of the frozen and of the adapted branch (None: CMA is off), fp32.
-
-        Only those of the adapted branch have gradients. The arguments are those of `forward`.
+    ) -> ImageFeatures:
+        """Return the features of all branches. The arguments are those of `forward`.
 
         Raises:
-            ValueError: neither images nor all that is needed of them is given.
+            ValueError: neither images nor all that is needed of them is given, or known features lack the patches.
         """
-        visual, cma, training = self.clip.visual, self.learner.cma, self.learner.training
+        cma, training = self.learner.cma, self.learner.training
+        blocks = () if training else self.learner.patch_blocks
         seen = out = None
         with torch.no_grad():
+            if features is None and blocks:
+                hidden, features = self._read(images, blocks)
             if cma is not None or features is None:
-                if hidden is None:
-                    if images is None:
-                        raise ValueError("Expected images, or all that is needed of them, but got neither")
-                    hidden = visual.prefix(images, self._visual_start - 1)
+                hidden = self._prefix(images) if hidden is None else hidden
                 run = self._train_frozen if training else self._run_frozen
                 seen, out, computed = run(hidden, features is None)
                 features = computed if features is None else features
         assert features is not None
+        frozen = self.split(features) if blocks else ImageFeatures(features)
         if cma is None or seen is None or out is None:
-            return features, None
-        return features, (self._train_adapted if training else self._run_adapted)(cma, seen, out)
+            return frozen
+        return frozen._replace(cma=(self._train_adapted if training else self._run_adapted)(cma, seen, out))
 
-    def branches(self, frozen: Tensor, adapted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return clip_logits and cma_logits, [B, C] each, for the features that `image_features` returns.
+    def split(self, frozen: Tensor) -> ImageFeatures:
+        """Return features [..., E], or [..., E + T] where patches are read, by branch.
 
-        Only cma_logits have gradients; without adapted features (None) they are clip_logits, and have none.
+        Raises:
+            ValueError: patches are read, and none is there.
         """
-        with torch.no_grad():
-            clip_logits = self._logits(frozen, self.zeroshot)
-        return clip_logits, clip_logits if adapted is None else self._logits(adapted, self.text_features())
+        if not self.learner.patch_blocks:
+            return ImageFeatures(frozen)
+        features, patches = frozen.tensor_split([self.clip.embed_dim], dim=-1)
+        if not patches.shape[-1]:
+            raise ValueError("Expected known features with mean patches beside them but got none of those")
+        return ImageFeatures(features, patches=patches)
+
+    def _prefix(self, images: Tensor | None, edits: Sequence[BlockEdit] = ()) -> Tensor:
+        """Return what enters the first adapted block."""
+        if images is None:
+            raise ValueError("Expected images, or all that is needed of them, but got neither")
+        return self.clip.visual.prefix(images, self._visual_start - 1, edits)
+
+    def _read(self, images: Tensor | None, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return what enters the first adapted block, and zero-shot features beside mean patches [B, E + T]."""
+        reader = PatchReader(self.clip.visual, blocks)
+        hidden = self._prefix(images, [reader])
+        return hidden, features_and_patches(self.clip.visual, hidden, self._visual_start, reader)
+
+    @torch.no_grad()
+    def clip_logits(self, features: Tensor) -> Tensor:
+        """Return clip_logits [B, C] for normalized features [B, E] of the frozen branch."""
+        return self._logits(features, self.zeroshot)
 
     def forward(
         self, images: Tensor | None = None, *, features: Tensor | None = None, hidden: Tensor | None = None
@@ -240,24 +282,26 @@ class DLRCLIPNetwork(nn.Module):
         Args:
             images: [B, 3, H, W]; not needed where the other two are given.
             features: normalized features [B, E] of zero-shot CLIP, fp32, where they are known: then the blocks
-                that only the zero-shot branch needs are not run.
+                that only the zero-shot branch needs are not run. Where patches are read, and the learner is in
+                evaluation mode, [B, E + T], as PatchEncoder gives them.
             hidden: what enters the first adapted block, where it is known; see `frozen_part`.
 
         Returns:
             clip, cma, glr, final [B, C], weight [B, 1] and, where GLR is applied, alpha [B, 1]. While the learner is in
             evaluation mode, also fused and, where there are such, robust [B, C] with trust [B, 1], and proto,
-            proto_cma and mixed [B, C].
+            proto_patch, proto_cma and mixed [B, C].
 
         Raises:
             ValueError: the learner is in training mode, and the class list is not the training class list.
         """
         if self.learner.training and self.classnames != self.learner.classnames:
             raise ValueError("Expected to train on the class list that the learner was made for but got another one")
-        return self._outputs(*self.image_features(images, features, hidden))
+        return self._outputs(self.image_features(images, features, hidden))
 
-    def _outputs(self, frozen: Tensor, adapted: Tensor | None) -> dict[str, Tensor]:
+    def _outputs(self, found: ImageFeatures) -> dict[str, Tensor]:
         learner = self.learner
-        clip_logits, cma_logits = self.branches(frozen, adapted)
+        clip_logits = self.clip_logits(found.clip)
+        cma_logits = clip_logits if found.cma is None else self._logits(found.cma, self.text_features())
         glr_logits, alpha = clip_logits, None
         if self.refines:
             if learner.glr is not None:
@@ -271,14 +315,14 @@ class DLRCLIPNetwork(nn.Module):
         if not learner.training:
             logits["fused"] = fuse(cma_logits, glr_logits, learner.coefficient())
             if learner.robust is not None:
-                logits[ROBUST_HEAD], values["trust"] = learner.robust(frozen, clip_logits, logits["final"])
+                logits[ROBUST_HEAD], values["trust"] = learner.robust(found.clip, clip_logits, logits["final"])
             if learner.mixture is not None:
-                logits |= self._mixed(logits, frozen, adapted)
+                logits |= self._mixed(logits, found)
         if self.columns is not None:
             logits = {name: value[:, self.columns] for name, value in logits.items()}
         return {**logits, **values}
 
-    def _mixed(self, logits: Mapping[str, Tensor], frozen: Tensor, adapted: Tensor | None) -> dict[str, Tensor]:
+    def _mixed(self, logits: Mapping[str, Tensor], features: ImageFeatures) -> dict[str, Tensor]:
         """Return the logits [B, C] of the prototype classifiers and of the mixture, which are for trained classes.
 
         For another class list the mixture is zero-shot CLIP: the images of other classes say nothing about it, and
@@ -286,10 +330,8 @@ class DLRCLIPNetwork(nn.Module):
         """
         if not self.seen:
             return {MIXED_HEAD: logits["clip"]}
-        found = {
-            head: classifier(frozen if head == PROTO_HEAD else adapted)
-            for head, classifier in self.learner.prototypes.items()
-        }
+        compared = features.by_branch()
+        found = {head: classifier(compared[SOURCE[head]]) for head, classifier in self.learner.prototypes.items()}
         assert self.learner.mixture is not None
         return {**found, MIXED_HEAD: self.learner.mixture({**logits, **found})}
 
@@ -303,13 +345,13 @@ class DLRCLIPNetwork(nn.Module):
 
     @torch.no_grad()
     def report(self, images: Tensor | None, features: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
-        """Return `heads`, `values` (alpha, weight, trust, [B, 1]) and `features` (clip, cma, [B, E]); see `forward`."""
-        frozen, adapted = self.image_features(images, features)
-        outputs = self._outputs(frozen, adapted)
+        """Return `heads`, `values` (alpha, weight, trust, [B, 1]) and `features` (see ImageFeatures); see `forward`."""
+        found = self.image_features(images, features)
+        outputs = self._outputs(found)
         return {
             "heads": {head: outputs[head] for head in ALL_HEADS if head in outputs},
             "values": {name: outputs[name] for name in ("alpha", "weight", "trust") if name in outputs},
-            "features": by_branch(frozen, adapted),
+            "features": found.by_branch(),
         }
 
     def losses(

@@ -13,12 +13,16 @@ are shrunk, because a class has few images:
 (kappa, rho) are not chosen but averaged over: the classifiers of a grid, each at its best temperature, are weighted by
 their likelihood on validation images. The average of linear classifiers is one linear classifier.
 
-Legend: V views, N images, B images in a batch, C classes, E width of the joint embedding, G points of the grid.
+The same classifier compares the mean patches of two blocks of the image encoder, of which no text says anything: its
+p_k is c for each class. Each block's are centered on the training images, and normalized.
+
+Legend: V views, N images, B images in a batch, C classes, E width of the joint embedding (of what is compared), G
+points of the grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -177,14 +181,14 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def fit(
-        self, features: Tensor, labels: Tensor, text: Tensor, validation: tuple[Tensor, Tensor] | None
+        self, features: Tensor, labels: Tensor, text: Tensor | None, validation: tuple[Tensor, Tensor] | None
     ) -> Tensor | None:
         """Fit the classifier to training images.
 
         Args:
             features: [V, N, E], normalized, of V views of the images.
             labels: [N].
-            text: text features [C, E].
+            text: text features [C, E]; None: no text says anything, p_k is c.
             validation: features [n, E] and labels [n] of validation images, which weigh the points of the grid; None:
                 all count the same, at the temperatures that are best for leave-one-out logits.
 
@@ -194,7 +198,7 @@ class Prototypes(nn.Module):
         Raises:
             ValueError: there is no training image.
         """
-        gaussians = Gaussians(features, labels, text)
+        gaussians = Gaussians(features, labels, self.weight.new_zeros(self.weight.shape) if text is None else text)
         scores, kappas, rhos, weights, biases, left_out = [], [], [], [], [], None
         for point in gaussians.grid():
             weight, bias = point.linear()
@@ -210,10 +214,52 @@ class Prototypes(nn.Module):
             rhos.append(point.rho)
             if validation is None:  # all points count the same
                 left_out = factor * logits if left_out is None else left_out + factor * logits
-        share = torch.softmax(torch.tensor(scores, dtype=torch.float64, device=text.device), dim=0)
+        share = torch.softmax(torch.tensor(scores, dtype=torch.float64, device=labels.device), dim=0)
         self.weight.copy_(torch.einsum("g,gce->ce", share, torch.stack(weights)))
         self.bias.copy_(torch.einsum("g,gc->c", share, torch.stack(biases)))
         self.kappa.fill_(float(share @ share.new_tensor(kappas)))
         self.rho.fill_(float(share @ share.new_tensor(rhos)))
         self.count.fill_(0 if validation is None else len(validation[1]))
         return None if left_out is None else left_out / len(scores)
+
+
+class PatchPrototypes(Prototypes):
+    """The averaged prototype classifier of the mean patches of several blocks; see the head of this file.
+
+    Args:
+        classes: C.
+        widths: of the blocks; together they are E.
+    """
+
+    center: Tensor  # [E], mean of the training images
+
+    def __init__(self, classes: int, widths: Sequence[int]) -> None:
+        super().__init__(classes, sum(widths))
+        self.widths = list(widths)
+        self.register_buffer("center", torch.zeros(sum(widths)))
+
+    def centered(self, patches: Tensor) -> Tensor:
+        """Return mean patches [..., E] minus the center, those of each block normalized, in fp32."""
+        parts = (patches.float() - self.center).split(self.widths, dim=-1)
+        return torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits [B, C] for mean patches [B, E], in fp32."""
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            return super().forward(self.centered(features))
+
+    @torch.no_grad()
+    def fit(
+        self, features: Tensor, labels: Tensor, text: Tensor | None, validation: tuple[Tensor, Tensor] | None
+    ) -> Tensor | None:
+        """Fit the classifier to the mean patches [V, N, E] of training images; see Prototypes.
+
+        Args:
+            features, labels: of the training images.
+            text: None: no text says anything of patches.
+            validation: mean patches [n, E] and labels [n]; None: there are none.
+        """
+        if len(labels):
+            self.center.copy_(features.mean(dim=(0, 1), dtype=torch.float64))
+        seen = None if validation is None else (self.centered(validation[0]), validation[1])
+        return super().fit(self.centered(features), labels, text, seen)

@@ -27,6 +27,7 @@ from ..features import (
     ImageEncoder,
     KnownFeatures,
     OneStep,
+    PatchEncoder,
     SeededViews,
     collect_features,
     feature_slot,
@@ -36,7 +37,7 @@ from ..portable import class_indices
 from .calibration import Branches, all_features, all_reports, fit_mixture
 from .config import DLRCLIPConfig
 from .glr import best_beta
-from .network import DLRCLIPNetwork, by_branch
+from .network import DLRCLIPNetwork, ImageFeatures
 from .pseudo_shifts import SHIFTS, shifted
 from .robust import Evidence
 
@@ -50,7 +51,7 @@ class GivenImages(NamedTuple):
 
     Attributes:
         images: [B, 3, H, W], or None where their features suffice.
-        features: [B, E], or None where they are not known.
+        features: [B, E], or [B, E + T] where patches are read; None where they are not known.
         place: where features are not known but wanted, which they are: see KnownFeatures; else None.
     """
 
@@ -119,7 +120,8 @@ class DLRCLIP(ViewsTrainer):
 
         Without an adapted branch, and unless corruptions of the images are wanted, features are all that is needed.
         """
-        encoder = self._encoder = ImageEncoder(clip, self.settings.prec, self._autocast)
+        kind = PatchEncoder if self.network.learner.patch_blocks else ImageEncoder
+        encoder = self._encoder = kind(clip, self.settings.prec, self._autocast)
         self._known: dict[str, KnownFeatures] = {}  # loaders that want features, by their names
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return  # each process then has only a part of the images
@@ -193,12 +195,18 @@ class DLRCLIP(ViewsTrainer):
 
     def model_report(self, input: Tensor | GivenImages) -> dict[str, dict[str, Tensor]]:
         """Return the heads, and what figures show beside them: alpha, w, trust, image features of each branch."""
+        report = self._report(input)
+        features = {name: value for name, value in report["features"].items() if name != "patches"}
+        return {**report, "features": features}
+
+    def _report(self, input: Tensor | GivenImages) -> dict[str, dict[str, Tensor]]:
+        """Return what `DLRCLIPNetwork.report` does, and keep features that are wanted."""
         given = GivenImages(input) if isinstance(input, Tensor) else input
         with self._autocast():
             report = self.network.report(given.images, given.features)
         if given.place is not None:
             split, start = given.place
-            self._known[split].keep(start, report["features"]["clip"])
+            self._known[split].keep(start, ImageFeatures(**report["features"]).frozen())
         return report
 
     def bind_classes(self, classnames: Sequence[str], class_indices: Sequence[int] | None = None) -> bool:
@@ -271,7 +279,7 @@ class DLRCLIP(ViewsTrainer):
             if network.learner.cma is not None:
                 texts["cma"] = network.text_features()
         validation = None if self.no_validation() else all_reports(self.val_loader, self._report_and_labels)
-        fit_mixture(network.learner, training, texts, validation, lambda known: network.branches(known, None)[0])
+        fit_mixture(network.learner, training, texts, validation, network.clip_logits)
         self.selected["mixture"] = self._mixture_choice()
         logger.info("Mixture: %s", self.selected["mixture"], extra=DETAIL)
 
@@ -284,14 +292,14 @@ class DLRCLIP(ViewsTrainer):
             collect_features(loader, self._encoder, views, slot)
             for (loader, views), slot in zip(loaders, slots, strict=True)
         ]
-        return {"clip": torch.cat([part.values for part in known])}, known[0].labels
+        return self.network.split(torch.cat([part.values for part in known])).by_branch(), known[0].labels
 
     def _branch_features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        return by_branch(*self.network.image_features(batch["img"].to(self.device)))
+        return self.network.image_features(batch["img"].to(self.device)).by_branch()
 
     def _report_and_labels(self, batch: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
         given, labels = self.parse_batch_test(batch)
-        return self.model_report(given), labels
+        return self._report(given), labels
 
     def _mixture_choice(self) -> dict[str, Any]:
         """Return the entry of `selected` for the mixture: the weight of each branch."""

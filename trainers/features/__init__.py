@@ -5,6 +5,7 @@ from .encoder import Batch, FeatureSet, ImageEncoder
 from .kept_views import FrozenPart, ViewLoader
 from .loaders import FeatureLoader, KnownFeatures, OneStep, TrainingFeatures, collect_features
 from .memory import remembered_features
+from .patches import PatchEncoder, PatchReader, features_and_patches, read_blocks
 from .views import Mirror, SeededViews
 
 __all__ = [
@@ -16,10 +17,14 @@ __all__ = [
     "KnownFeatures",
     "Mirror",
     "OneStep",
+    "PatchEncoder",
+    "PatchReader",
     "SeededViews",
     "TrainingFeatures",
     "ViewLoader",
     "collect_features",
     "feature_slot",
+    "features_and_patches",
+    "read_blocks",
     "remembered_features",
 ]

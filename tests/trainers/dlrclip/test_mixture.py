@@ -24,6 +24,7 @@ from .conftest import NAMES, gone_on_after_one_epoch, heads_on_test
 
 MIXTURE = ("TRAINER.DLRCLIP.FUSION", "mixture")
 NO_TEST = ("TEST.NO_TEST", True)
+NO_PROTO = tuple(x for end in ("", "_PATCH", "_CMA") for x in (f"TRAINER.DLRCLIP.MIXTURE.PROTO{end}", False))
 V, C, E = 3, 4, 6
 
 
@@ -245,7 +246,7 @@ class TestMixture:
 
 
 class TestRuns:
-    HEADS = ("clip", "cma", "glr", "final", "fused", "proto", "proto_cma", "mixed")
+    HEADS = ("clip", "cma", "glr", "final", "fused", "proto", "proto_patch", "proto_cma", "mixed")
 
     def test_the_published_heads_stay_and_the_checkpoint_holds_the_others(self, make, tmp_path):
         plain = make("SEED", 1, out="plain")
@@ -260,7 +261,7 @@ class TestRuns:
         assert {head: results["test"]["heads"][head] for head in published} == published
         assert results["accuracy"] == results["test"]["heads"]["mixed"]["accuracy"]
         chosen = results["selected"]["mixture"]
-        assert set(chosen["value"]) == {"clip", "cma", "glr", "proto", "proto_cma"}
+        assert set(chosen["value"]) == {"clip", "cma", "glr", "proto", "proto_patch", "proto_cma"}
         assert (chosen["on"], chosen["n"]) == ("val", 10)
         heads = heads_on_test(trainer)
         mixed = sum(weight * heads[name] for name, weight in chosen["value"].items())
@@ -290,15 +291,18 @@ class TestRuns:
         chosen = trainer.selected["mixture"]
         assert chosen["on"] == "training images, each left out in turn (no validation set)" and chosen["n"] == 20
         assert chosen["value"]["cma"] == chosen["value"]["glr"] == 0
-        assert chosen["value"]["proto"] == chosen["value"]["proto_cma"] > 0
-        assert set(make(*MIXTURE, "TRAINER.DLRCLIP.MIXTURE.PROTO", False, out="b").network.learner.prototypes) == {
-            "proto_cma"
-        }
+        assert chosen["value"]["proto"] == chosen["value"]["proto_cma"] > 0 and chosen["value"]["proto_patch"] > 0
+
+    def test_switches(self, make):
+        off = {"PROTO": "proto", "PROTO_PATCH": "proto_patch", "PROTO_CMA": "proto_cma"}
+        for key, head in off.items():
+            learner = make(*MIXTURE, f"TRAINER.DLRCLIP.MIXTURE.{key}", False, out=key).network.learner
+            assert set(learner.prototypes) == set(off.values()) - {head}
+            assert bool(learner.patch_blocks) == (head != "proto_patch")
 
     def test_without_validation_images_and_prototypes_it_is_zero_shot(self, make, dataset):
         dataset(val=0)
-        off = ("TRAINER.DLRCLIP.MIXTURE.PROTO", False, "TRAINER.DLRCLIP.MIXTURE.PROTO_CMA", False)
-        trainer = make(*MIXTURE, *off, *NO_TEST, "OPTIM.MAX_EPOCH", 1)
+        trainer = make(*MIXTURE, *NO_PROTO, *NO_TEST, "OPTIM.MAX_EPOCH", 1)
         trainer.train()
         assert "zero-shot" in trainer.selected["mixture"]["on"]
         heads = heads_on_test(trainer)
@@ -321,7 +325,7 @@ class TestRuns:
         part.load_model(str(tmp_path / "run"))
         part.set_model_mode("eval")
         cut = part.model_report(seen)["heads"]
-        for head in ("proto", "proto_cma", "mixed"):
+        for head in ("proto", "proto_patch", "proto_cma", "mixed"):
             torch.testing.assert_close(cut[head], full[head][:, [1, 3]])
         part.bind_classes(["airport", "bridge", "desert"])
         new = part.model_report(seen)["heads"]
@@ -334,7 +338,7 @@ class TestRuns:
         trainer.train()
         assert trainer.max_epoch == 1 and not list(trainer.network.learner.parameters())
         results = json.loads((tmp_path / "run" / "metrics.json").read_text())
-        assert set(results["selected"]["mixture"]["value"]) == {"clip", "proto"}
+        assert set(results["selected"]["mixture"]["value"]) == {"clip", "proto", "proto_patch"}
         loaded = make(*MIXTURE, *off, out="again")
         loaded.load_model(str(tmp_path / "run"))
         a, b = heads_on_test(trainer), heads_on_test(loaded)
@@ -356,6 +360,6 @@ class TestRuns:
         with pytest.raises(ValueError, match="nothing would be learnt"):
             make(*off)
         with pytest.raises(ValueError, match="nothing would be learnt"):
-            make(*off, *MIXTURE, "TRAINER.DLRCLIP.MIXTURE.PROTO", False)
+            make(*off, *MIXTURE, *NO_PROTO)
         with pytest.raises(ValueError, match="needs FUSION mixture"):
             make("TRAINER.DLRCLIP.HEAD", "mixed")

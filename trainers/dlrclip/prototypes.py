@@ -113,21 +113,24 @@ class Gaussians:
     def left_out(self, point: Point) -> Tensor:
         """Return the logits [N, C] that each training image gets from the classifier without it.
 
-        Its class's prototype and the covariance leave the image out (Sherman and Morrison's formula); what the text
-        says of the classes, and the scatter of views, do not.
+        Its class's prototype leaves the image out. The covariance leaves out all images of its class (Woodbury's
+        formula): how far these lie from their prototypes depends on the image, and of a class of two, either image
+        alone tells the direction of the other. What the text says of the classes, and the scatter of views, stay.
         """
         _, rho, means, away, precision = point
         share = (1 - rho) / len(away)
-        moved = away @ precision
-        own = (moved * away).sum(dim=1)
-        weight = means @ precision
-        distance = (self.images @ precision * self.images).sum(dim=1, keepdim=True) - 2 * self.images @ weight.t()
-        distance = distance + (weight * means).sum(dim=1)
-        along = (moved * self.images).sum(dim=1, keepdim=True) - moved @ means.t()
-        rows = torch.arange(len(away), device=away.device)
-        distance[rows, self.labels], along[rows, self.labels] = own, own
-        gain = share / (1 - share * own).clamp(min=1e-6)
-        return -0.5 * (distance + gain.unsqueeze(1) * along.square())
+        logits = away.new_empty(len(away), len(means))
+        for label in self.labels.unique().tolist():
+            rows = (self.labels == label).nonzero().squeeze(1)
+            moved = away[rows] @ precision  # [n, E]
+            inner = torch.eye(len(rows)).to(away) / max(share, 1e-12) - moved @ away[rows].t()
+            without = precision + moved.t() @ torch.linalg.solve(inner, moved)
+            weight = means @ without
+            squared = (self.images[rows] @ without * self.images[rows]).sum(dim=1, keepdim=True)
+            distance = squared - 2 * self.images[rows] @ weight.t() + (weight * means).sum(dim=1)
+            distance[:, label] = (away[rows] @ without * away[rows]).sum(dim=1)
+            logits[rows] = -0.5 * distance
+        return logits
 
 
 def doubtful_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class DLRCLIP(ViewsTrainer):
     """
 
     network: DLRCLIPNetwork
-    recipe = 2
+    recipe = 3
     node_name = "DLRCLIP"
     paper = "DLR-CLIP"
     learns = "adapters shared by both encoders, a logit refiner, a fusion gate"

@@ -16,6 +16,7 @@ from trainers.dlrclip.prototypes import (
     TEMPERATURES,
     UNKNOWN,
     Gaussians,
+    PatchPrototypes,
     Prototypes,
     best_temperature,
 )
@@ -51,7 +52,7 @@ def naive_said(x, labels, text):
 
 
 def naive(features, labels, text, kappa, rho, left_out=None):
-    """The classifier (prototypes, precision) by loops; or that without the image `left_out`."""
+    """The classifier (prototypes, precision) by loops; or that without the image `left_out` and its class's scatter."""
     features, labels, text = features.numpy(), labels.numpy(), text.numpy()
     x, said = features.mean(0), naive_said(features.mean(0), labels, text)
 
@@ -67,7 +68,7 @@ def naive(features, labels, text, kappa, rho, left_out=None):
     for i in range(len(x)):
         away = x[i] - prototype(labels[i], {i})
         full += np.outer(away, away) / len(x)
-        if i != left_out:
+        if left_out is None or labels[i] != labels[left_out]:
             scatter += np.outer(away, away) / len(x)
     covariance = (1 - rho) * scatter + rho * np.trace(full) / E * np.eye(E)
     gone = set() if left_out is None else {left_out}
@@ -153,6 +154,37 @@ def test_without_validation_images_all_points_count_the_same():
     torch.testing.assert_close(classifier(features[0].float()), want.float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(left_out, want_left)
     assert int(classifier.count) == 0 and float(classifier.kappa) == pytest.approx(sum(KAPPAS) / len(KAPPAS))
+
+
+def test_patches_are_centered_and_normalized_block_by_block():
+    torch.manual_seed(6)
+    features, labels, _ = images()
+    seen, known, query = 3 * torch.randn(7, E), torch.randint(C, (7,)), 3 * torch.randn(5, E)
+    features = 2 + 3 * features
+    mean = features.numpy().mean((0, 1))
+
+    def prepared(x):
+        parts = np.split(x.numpy() - mean, [2], axis=-1)
+        return torch.tensor(np.concatenate([p / np.linalg.norm(p, axis=-1, keepdims=True) for p in parts], axis=-1))
+
+    classifier = PatchPrototypes(C, [2, E - 2])
+    assert classifier.fit(features.float(), labels, None, (seen, known)) is None
+    plain = Prototypes(C, E)
+    plain.fit(prepared(features), labels, torch.zeros(C, E), (prepared(seen), known))
+    torch.testing.assert_close(classifier(query), plain(prepared(query)), rtol=1e-3, atol=1e-3)
+    means = torch.stack([prepared(features).mean(0)[labels == k].mean(0) for k in range(C)])
+    said = Gaussians(prepared(features), labels, torch.zeros(C, E)).said
+    torch.testing.assert_close(said, means.mean(0).expand(C, E).double())
+
+
+def test_no_image_of_a_pair_tells_the_direction_of_the_other():
+    """By leaving one image out, classes of two that are told apart by chance alone look no better than chance."""
+    torch.manual_seed(7)
+    labels = torch.arange(20).repeat(2)
+    features = F.normalize(torch.randn(1, 40, 64, dtype=torch.float64), dim=-1)
+    classifier = Prototypes(20, 64)
+    left_out = classifier.fit(features, labels, torch.zeros(20, 64), None)
+    assert float((left_out.argmax(1) == labels).double().mean()) < 0.2
 
 
 def test_prototypes_need_an_image():

@@ -114,11 +114,11 @@ def draw_method() -> Figure:
     # The third level, fitted after training.
     axes.plot((0, 100), (0, 0), color="#999999", linewidth=0.8, linestyle="--")
     axes.text(1, -3, "third level (FUSION mixture), fitted after training", fontsize=7, color="#444444")
-    box(17, -14, 17, 9, "image features,\nfrozen and adapted", GRAY)
-    box(42, -14, 18, 9, "two prototype\nclassifiers", ORANGE)
+    box(17, -14, 17, 9, "image features (frozen,\nadapted), mean patches", GRAY)
+    box(42, -14, 18, 9, "three prototype\nclassifiers", ORANGE)
     box(73, -14, 25, 9, "mixture with clip, cma, glr,\nfitted to validation images\n→ mixed logits", ORANGE)
     arrow((34.6, -9.5), (41.4, -9.5))
-    arrow((60.6, -9.5), (72.4, -9.5), "proto, proto_cma")
+    arrow((60.6, -9.5), (72.4, -9.5), "3 heads")
     return figure
 
 

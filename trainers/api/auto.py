@@ -23,7 +23,8 @@ from .folds import draw_folds, held_out_logits, numbers_of
 from .runs import Choice, Parts, Runner, draw_validation
 
 FREE = ("TRAINER.DLRCLIP.CMA", False), ("TRAINER.DLRCLIP.GLR", False)
-# The simplest first. All of them learn on features of the images as they are, so that each image is encoded once.
+# The simplest first. All of them learn on features of the images as they are, so that each image is encoded once, and
+# once more for the patches that DLR-CLIP compares.
 CANDIDATES = (
     Choice("ZeroshotCLIP"),
     Choice("TipAdapter", settings=(("TRAINER.TIPADAPTER.VIEWS", 0),)),

@@ -395,3 +395,34 @@ class TestRuns:
             make(*off, *MIXTURE, *NO_PROTO)
         with pytest.raises(ValueError, match="needs FUSION mixture"):
             make("TRAINER.DLRCLIP.HEAD", "mixed")
+
+    @pytest.mark.parametrize("free", [False, True])
+    def test_what_the_cache_gives_is_what_images_give(self, make, tmp_path, free):
+        off = ("TRAINER.DLRCLIP.CMA", False, "TRAINER.DLRCLIP.GLR", False) if free else ()
+        pairs = (*MIXTURE, *off, "OPTIM.MAX_EPOCH", 1, "SEED", 1)
+        cache = ("FEATURE_CACHE.USE", True, "FEATURE_CACHE.DIR", str(tmp_path / "features"))
+        heads = []
+        for number, more in enumerate((("FEATURE_CACHE.USE", False), cache, cache)):
+            trainer = make(*pairs, *more, out=f"run{number}")
+            trainer.train()
+            heads.append(heads_on_test(trainer))
+        assert "proto_patch" in heads[0]
+        for head in heads[0]:
+            assert torch.equal(heads[0][head], heads[1][head]) and torch.equal(heads[0][head], heads[2][head])
+
+    def test_known_features_need_their_patches(self, make):
+        network = make(*MIXTURE).network
+        network.eval()
+        seen = torch.rand(2, 3, 32, 32)
+        found = network.image_features(seen)
+        known = network.report(seen, found.frozen())["heads"]
+        assert all(torch.equal(known[head], value) for head, value in network.report(seen)["heads"].items())
+        with pytest.raises(ValueError, match="mean patches beside them"):
+            network.report(seen, found.clip)
+        with pytest.raises(ValueError, match="Expected images"):
+            network.report(None)
+
+    def test_a_report_for_figures_has_no_patches(self, make):
+        trainer = make(*MIXTURE)
+        trainer.set_model_mode("eval")
+        assert set(trainer.model_report(torch.rand(2, 3, 32, 32))["features"]) == {"clip", "cma"}

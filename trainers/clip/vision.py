@@ -175,12 +175,14 @@ class VisionTower(nn.Module):
         self, hidden: Tensor, start: int, edits: Sequence[BlockEdit] = (), checkpointing: bool = False
     ) -> Tensor:
         planned = self.check_edits(edits)
-        return self._pool(self._to_the_end(hidden, start, planned, 1, checkpointing), planned)
+        return self._pool(self._run(hidden, start, self.depth, planned, 1, checkpointing), planned)
 
-    def _to_the_end(self, hidden: Tensor, start: int, edits: Edits, read: int, checkpointing: bool = False) -> Tensor:
-        """Run blocks ``start``..depth, a ViT's last one for the first ``read`` tokens alone."""
+    def _run(
+        self, hidden: Tensor, start: int, stop: int, edits: Edits, read: int = 0, checkpointing: bool = False
+    ) -> Tensor:
+        """Run blocks ``start``..``stop``, a ViT's last one for the first ``read`` tokens alone; 0: for all."""
         self._check_start(start, self.depth + 1)
-        for number in range(start, self.depth + 1):
+        for number in range(start, stop + 1):
             arguments = (number, hidden, edits, read if number == self.depth else 0)
             hidden = recompute(self._block, *arguments) if checkpointing else self._block(*arguments)
         return hidden
@@ -202,26 +204,13 @@ class VisionTower(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"Expected images to have shape [B, {expected}] but got {tuple(images.shape)}")
         planned = self.check_edits(edits)
-        return self._through(self._stem(images.to(self.dtype), planned), 1, stop, planned)
+        return self._run(self._stem(images.to(self.dtype), planned), 1, stop, planned)
 
     def through(self, hidden: Tensor, start: int, stop: int, edits: Sequence[BlockEdit] = ()) -> Tensor:
-        """Run blocks ``start``..``stop`` for every token, and return what leaves block ``stop``.
-
-        Args:
-            hidden: from ``prefix(images, start - 1)``, [B, N, D] or [B, C, H, W]; the result is alike.
-            start: 1..depth.
-            stop: start - 1 (no block is run)..depth.
-            edits: as for ``suffix``.
-        """
-        self._check_start(start, self.depth)
+        """Run blocks ``start``..``stop`` (start - 1: none) for every token of what ``prefix(images, start - 1)`` gave."""
         if not start - 1 <= stop <= self.depth:
             raise ValueError(f"Expected stop to be in {start - 1}..{self.depth} but got {stop}")
-        return self._through(hidden, start, stop, self.check_edits(edits))
-
-    def _through(self, hidden: Tensor, start: int, stop: int, edits: Edits) -> Tensor:
-        for number in range(start, stop + 1):
-            hidden = self._block(number, hidden, edits, 0)
-        return hidden
+        return self._run(hidden, start, stop, self.check_edits(edits))
 
     def _block(self, number: int, hidden: Tensor, edits: Edits, read: int) -> Tensor:
         seen, out = self._plain(number, hidden, edits, read)
@@ -300,7 +289,7 @@ class ViTTower(VisionTower):
 
     def first_tokens(self, hidden: Tensor, start: int, edits: Sequence[BlockEdit], count: int) -> Tensor:
         planned = self.check_edits(edits)
-        hidden = self._to_the_end(hidden, start, planned, count)
+        hidden = self._run(hidden, start, self.depth, planned, count)
         return planned.normalize(self.visual.ln_post, hidden[:, :count], self.depth + 1, "ln_post")
 
     def normalize_tokens(self, x: Tensor) -> Tensor:

@@ -76,9 +76,8 @@ def test_the_blocks_are_at_two_thirds_and_last(depth, expected):
 def test_wrong_blocks(build_model, images):
     visual = CLIP(build_model("vit")).visual
     hidden = visual.prefix(images, 0)
-    for start, stop, message in ((0, 1, "start to be in 1..4 but got 0"), (5, 5, "start to be in 1..4 but got 5")):
-        with pytest.raises(ValueError, match=message):
-            visual.through(hidden, start, stop)
+    with pytest.raises(ValueError, match=r"start to be in 1\.\.5 but got 0"):
+        visual.through(hidden, 0, 1)
     for stop in (0, 5):
         with pytest.raises(ValueError, match=rf"stop to be in 1\.\.4 but got {stop}"):
             visual.through(hidden, 2, stop)

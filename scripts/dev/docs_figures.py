@@ -19,7 +19,8 @@ from matplotlib.patches import FancyBboxPatch
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "docs" / "images"
 SHOTS = (1, 2, 4, 8, 16)
-DRAWN = ("DLRCLIP", "LinearProbe", "CLIPLoRA", "CrossModalProbe", "TipAdapterF", "TaskRes", "ZeroshotCLIP")
+LEAD = "DLRCLIP:tiny_plus"
+DRAWN = (LEAD, "TIMO", "GDA", "DAC", "TransCLIP", "LPPlusPlus", "APE", "ZeroshotCLIP")
 ORANGE, GRAY = "#d9822b", "#777777"
 
 
@@ -38,7 +39,8 @@ def read_results(text: str) -> dict[str, dict[str, list[float]]]:
     """Return dataset -> method -> mean accuracy (percent) at each number of shots.
 
     Args:
-        text: docs/RESULTS.md, whose first tables have a method per row and a number of shots per column.
+        text: docs/RESULTS.md, whose first tables have a method per row and a number of shots per column. Later tables
+            of the same dataset do not count.
     """
     found: dict[str, dict[str, list[float]]] = {}
     for title, table in re.findall(r"^#+ (Digits|Shapes)\b[^\n]*\n(.*?)(?=^#|\Z)", text, re.DOTALL | re.MULTILINE):
@@ -56,9 +58,9 @@ def draw_accuracy(results: dict[str, dict[str, list[float]]]) -> Figure:
     panels = figure.subplots(1, len(results), sharey=True)
     for axes, (dataset, methods) in zip(panels, results.items(), strict=True):
         for name in DRAWN:
-            first = name == "DLRCLIP"
+            first = name == LEAD
             style: dict[str, Any] = {"color": "black", "linewidth": 2.4, "zorder": 3} if first else {"linewidth": 1.2}
-            axes.plot(SHOTS, methods[name], marker="o", markersize=3, label=name, **style)
+            axes.plot(SHOTS, methods[name], marker="o", markersize=3, label=name.partition(":")[0], **style)
         axes.set_xscale("log", base=2)
         axes.set_xticks(SHOTS, [str(shots) for shots in SHOTS])
         axes.set(title=dataset, xlabel="labeled images per class")

@@ -207,7 +207,7 @@ class VisionTower(nn.Module):
         return self._run(self._stem(images.to(self.dtype), planned), 1, stop, planned)
 
     def through(self, hidden: Tensor, start: int, stop: int, edits: Sequence[BlockEdit] = ()) -> Tensor:
-        """Run blocks ``start``..``stop`` (start - 1: none) for every token of what ``prefix(images, start - 1)`` gave."""
+        """Run blocks ``start``..``stop`` (start - 1: none) for every token of ``prefix(images, start - 1)``."""
         if not start - 1 <= stop <= self.depth:
             raise ValueError(f"Expected stop to be in {start - 1}..{self.depth} but got {stop}")
         return self._run(hidden, start, stop, self.check_edits(edits))

@@ -18,11 +18,11 @@ Report = Mapping[str, Mapping[str, Tensor]]  # what DLRCLIPNetwork.report return
 # Features [N, E] or [V, N, E] by branch: "clip", and where there are such "cma" and "patches"; see ImageFeatures.
 Branches = Mapping[str, Tensor]
 
-SOURCE = {
+SOURCE = {  # what a prototype classifier compares
     PROTO_HEAD: "clip",
     PROTO_PATCH_HEAD: "patches",
     PROTO_CMA_HEAD: "cma",
-}  # what a prototype classifier compares
+}
 
 
 @torch.no_grad()

@@ -80,12 +80,11 @@ class DLRCLIPLearner(Learner):
         device, dense = self.beta.device, () if self.shared else (len(classnames),)
         settings = self.settings
         for head in settings.prototypes():
-            patches = head == PROTO_PATCH_HEAD
-            self.prototypes[head] = (
-                PatchPrototypes(len(classnames), self._patch_widths)
-                if patches
-                else Prototypes(len(classnames), self._width)
-            ).to(device)
+            if head == PROTO_PATCH_HEAD:
+                classifier: Prototypes = PatchPrototypes(len(classnames), self._patch_widths)
+            else:
+                classifier = Prototypes(len(classnames), self._width)
+            self.prototypes[head] = classifier.to(device)
         if self.shared and old:
             return
         if settings.glr:

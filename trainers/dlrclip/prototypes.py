@@ -118,19 +118,23 @@ class Gaussians:
         alone tells the direction of the other. What the text says of the classes, and the scatter of views, stay.
         """
         _, rho, means, away, precision = point
-        share = (1 - rho) / len(away)
-        logits = away.new_empty(len(away), len(means))
+        moved, weight = away @ precision, means @ precision
+        distance = (self.images @ precision * self.images).sum(dim=1, keepdim=True) - 2 * self.images @ weight.t()
+        distance += (weight * means).sum(dim=1)
+        rows = torch.arange(len(away), device=away.device)
+        distance[rows, self.labels] = (moved * away).sum(dim=1)
         for label in self.labels.unique().tolist():
-            rows = (self.labels == label).nonzero().squeeze(1)
-            moved = away[rows] @ precision  # [n, E]
-            inner = torch.eye(len(rows)).to(away) / max(share, 1e-12) - moved @ away[rows].t()
-            without = precision + moved.t() @ torch.linalg.solve(inner, moved)
-            weight = means @ without
-            squared = (self.images[rows] @ without * self.images[rows]).sum(dim=1, keepdim=True)
-            distance = squared - 2 * self.images[rows] @ weight.t() + (weight * means).sum(dim=1)
-            distance[:, label] = (away[rows] @ without * away[rows]).sum(dim=1)
-            logits[rows] = -0.5 * distance
-        return logits
+            own = (self.labels == label).nonzero().squeeze(1)
+            # Without the n images of the class, S^-1 is precision + moved' inner^-1 moved.
+            mine, n = moved[own], len(own)
+            inner = torch.eye(n, dtype=away.dtype, device=away.device) * len(away) / (1 - rho) - mine @ away[own].t()
+            seen = torch.cat([self.images[own], away[own], means]) @ mine.t()  # [2 n + C, n]
+            solved = torch.linalg.solve(inner, seen.t()).t()
+            lengths = (seen * solved).sum(dim=1)
+            added = lengths[:n].unsqueeze(1) - 2 * seen[:n] @ solved[2 * n :].t() + lengths[2 * n :]
+            added[:, label] = lengths[n : 2 * n]
+            distance[own] += added
+        return -0.5 * distance
 
 
 def doubtful_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from scripts.figures.plot_shots import shots_figure
 from scripts.figures.style import save
 from scripts.lib.grid import Run, few_shot_run, run_missing
 from scripts.lib.lead import lead_table
-from scripts.lib.methods import check_datasets, choose_methods, whole_numbers
+from scripts.lib.methods import check_datasets, choose_methods, name_parts, whole_numbers
 from scripts.lib.published import Ours, ours_of, pair_table, pairs, read_published
 from scripts.lib.run_list import METRICS, FinishedRun, Key, check_same_images, read_lists, write_list
 from scripts.lib.tables import SPREAD, Record, collect, comma_separated, latex, markdown
@@ -98,7 +98,7 @@ def read_runs(
         head = run.head or results["main"]
         if head not in results["heads"]:
             raise InputError(f"Expected {run.method} to have one of the heads {', '.join(results['heads'])}")
-        variant = run.method.partition("@")[2].partition("/")[0]
+        variant = name_parts(run.method).variant
         ours += ours_of(found, run.dataset, variant)
         finished.append(
             FinishedRun(

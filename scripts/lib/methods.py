@@ -43,6 +43,23 @@ class Method(NamedTuple):
         return find_variant(self.trainer, self.variant).options if self.variant else ()
 
 
+class NameParts(NamedTuple):
+    """The parts of `TRAINER[:CONFIG][@VARIANT][/HEAD]`; those that are not there are ""."""
+
+    trainer: str
+    config: str
+    variant: str
+    head: str
+
+
+def name_parts(name: str) -> NameParts:
+    """Return the parts of a method's name; nothing is checked."""
+    run, _, head = name.strip().partition("/")
+    rest, _, variant = run.partition("@")
+    trainer, _, config = rest.partition(":")
+    return NameParts(trainer, config, variant, head)
+
+
 def find_variant(trainer: str, name: str) -> Variant:
     """Return the variant of a trainer that has this name.
 
@@ -88,11 +105,9 @@ def choose_methods(asked: str, config: str, heads: bool = False) -> list[Method]
         return [Method(name, name, path) for name, path in methods_with(config).items()]
     chosen = []
     for item in asked.split(","):
-        run, _, head = item.strip().partition("/")
+        name, own, variant, head = name_parts(item)
         if head and not heads:
             raise InputError(f"Expected a method without a head but got {item!r}: --heads all shows every head")
-        rest, _, variant = run.partition("@")
-        name, _, own = rest.partition(":")
         known = TRAINER_REGISTRY.registered_names()
         if name not in known:
             raise InputError(f"Expected a trainer but got {name!r}{did_you_mean(name, known, trainers.ALIASES)}")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError, atomic_write
+from scripts.lib.methods import name_parts
 
 METRICS = ("accuracy", "top5", "macro_f1", "ece")
 NUMBERS: dict[str, Callable[[str], float]] = {
@@ -109,7 +110,7 @@ def _run_of(row: dict[str, str], where: str) -> FinishedRun:
         except ValueError as error:
             raise InputError(f"Expected {name} in {where} to be a number but got {row[name]!r}") from error
     run = FinishedRun(**values)
-    trainer = run.method.split("/")[0].split("@")[0].split(":")[0]
+    trainer = name_parts(run.method).trainer
     if trainer in TRAINER_REGISTRY.registered_names():
         here = int(TRAINER_REGISTRY.get(trainer).recipe)
         if run.recipe != here:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -14,6 +16,10 @@ from small_clip import write_small_clip
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores: one thread each, or they spin
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A script that starts these tests in the background has Ctrl-C ignored in them, and in all runs that tests start. Then
+# no run could be told to stop by it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")  # scripts/dev/mark_slow.py writes it
 

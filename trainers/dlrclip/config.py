@@ -146,7 +146,7 @@ class DLRCLIPConfig(MethodConfig):
 
     def check(self, path: str) -> None:
         """Check that something is learnt and that the head exists; see MethodConfig."""
-        if not (self.cma or self.glr or (self.mixes and (self.mixture.proto or self.mixture.proto_patch))):
+        if not (self.cma or self.glr or self.prototypes()):
             raise ValueError(f"Expected {path}.CMA or .GLR to be on but got both off: nothing would be learnt")
         for head, fusion in NEEDED_FUSION.items():
             if self.head == head and self.fusion != fusion:

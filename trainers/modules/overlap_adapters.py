@@ -42,7 +42,10 @@ class Dropout:
         self.generator: torch.Generator | None = None  # None: torch's own
 
     def seed(self, seed: int, device: torch.device, rank: int, world: int) -> None:
-        """Seed the dropout from now on, for process `rank` of `world`, which has every world-th image."""
+        """Seed the dropout of process `rank`, one of `world` processes.
+
+        Each process has every world-th image, and drops the entries that one process would drop of them.
+        """
         if self.generator is None or self.generator.device != device:
             self.generator = torch.Generator(device)
         self.generator.manual_seed(seed)

@@ -14,13 +14,15 @@ from trainers.dlrclip.config import DLRCLIPConfig
 from trainers.dlrclip.network import DLRCLIPNetwork
 
 # A CLIP for trying the benchmarks out: 64 pixels, 17 tokens, four blocks.
-_TOY = {
+_TOY: dict[str, Any] = {
     "embed_dim": 48,
     "quick_gelu": True,
     "vision_cfg": {"layers": 4, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 64},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 4},
 }
-MODELS = ("toy", *(name for name in BACKBONES if not name.startswith("RN")))
+_NARROW = {**_TOY, **{part: {**_TOY[part], "layers": 12} for part in ("vision_cfg", "text_cfg")}}  # as deep as ViT-B/16
+_SMALL: dict[str, Any] = {"toy": _TOY, "narrow": _NARROW}
+MODELS = (*_SMALL, *(name for name in BACKBONES if not name.startswith("RN")))
 
 # Words of one token each.
 _FIRST = ("red", "green", "blue", "white", "black", "brown", "pink", "gray", "orange", "purple")
@@ -51,7 +53,7 @@ def build_clip(name: str, precision: str = "fp32", device: str = "cpu", seed: in
     if name == "tiny":
         return load_clip(name, precision=precision, device=device)
     torch.manual_seed(seed)
-    arch: Any = _TOY if name == "toy" else resolve_backbone(name).arch
+    arch: Any = _SMALL[name] if name in _SMALL else resolve_backbone(name).arch
     model = open_clip.CLIP(**arch)
     with torch.no_grad():
         model.logit_scale.fill_(4.6052)  # exp = 100, as in OpenAI's weights

@@ -16,6 +16,7 @@ from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from trainers.app import predict, prediction
 from trainers.base.encoder_trainer import EncoderTrainer
+from trainers.clip import text
 
 ROOT = Path(__file__).parents[2]
 TRAINERS = [n for n in TRAINER_REGISTRY.registered_names() if issubclass(TRAINER_REGISTRY.get(n), EncoderTrainer)]
@@ -280,6 +281,26 @@ def test_a_list_of_templates(name, make):
         rows = torch.stack([clip.encode_text([t.format(n) for n in names]) for t in ("a {}", "{} texture.")])
     want = torch.nn.functional.normalize(torch.nn.functional.normalize(rows, dim=-1).mean(0), dim=-1)
     torch.testing.assert_close(trainer.network.zeroshot, want, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_computing_the_beginning_of_prompts_once_changes_no_loss_and_no_gradient(name, make, monkeypatch):
+    """On a GPU, prompts are computed whole where sharing saves too little (SHARING_COST)."""
+    found = []
+    for cost in (0, 10**6):
+        monkeypatch.setitem(text.SHARING_COST, "cpu", cost)
+        trainer = make(name, "INPUT.TRANSFORMS", ("normalize",))
+        trainer.set_model_mode("train")
+        trainer.batch_idx, trainer.num_batches = 0, 10
+        trainer.guard.begin()
+        torch.manual_seed(2)
+        summary = trainer.forward_backward(next(iter(trainer.train_loader_x)))
+        grads = [p.grad for p in trainer.network.learner.parameters() if p.grad is not None]
+        found.append((summary["loss"], grads))
+    (loss, grads), (loss_whole, grads_whole) = found
+    assert loss_whole == pytest.approx(loss, rel=1e-5) and len(grads) == len(grads_whole) > 0
+    for one, other in zip(grads, grads_whole, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
 
 
 def test_who_can_keep_views():

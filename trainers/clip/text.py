@@ -3,7 +3,8 @@
 Two savings are exact, because attention is causal and only the end-of-text token is read:
 * tokens after a prompt's end-of-text token change nothing, so the matrix is cut at the longest prompt;
 * tokens that all prompts begin with ("<start> a photo of a") have the same activations for every prompt at every
-  block, edits included, so they are computed once and each prompt's own tokens attend to their keys and values.
+  block, edits included, so they are computed once and each prompt's own tokens attend to their keys and values; on a
+  GPU only where that saves enough tokens (``SHARING_COST``).
 
 Edits of tokens end the sharing: the first block whose tokens change, and all blocks behind it, are computed for whole
 prompts. An edit that changes only leading tokens, in the same way in every prompt (``BlockEdit.leading``), keeps the
@@ -28,6 +29,21 @@ from .edits import INSIDE, BlockEdit, Edits, edit_tokens, layer_norms, norms_of_
 
 logger = logging.getLogger(__name__)
 
+# Tokens that sharing must save, by type of device; 0 where it is not listed. Sharing needs a second set of kernels in
+# each block. On a GPU, launching these takes longer than computing some hundred tokens more.
+SHARING_COST = {"cuda": 1024}
+
+
+def count_shared(shared: int, prompts: int, device: torch.device) -> int:
+    """Return how many leading tokens to compute once: those that all prompts have in common, or 0 if it saves too few.
+
+    Args:
+        shared: P, leading tokens that are the same in all prompts.
+        prompts: N.
+        device: where they are encoded.
+    """
+    return shared if (prompts - 1) * shared >= SHARING_COST.get(device.type, 0) else 0
+
 
 @dataclass(frozen=True)
 class PromptTokens:
@@ -36,9 +52,9 @@ class PromptTokens:
     Attributes:
         ids: token ids [N, L], zero after each prompt's end-of-text token.
         eot: position of each prompt's end-of-text token [N].
-        shared: P, how many leading tokens are the same in all prompts; at least 1 (start-of-text) and never reaching
-            an end-of-text token, so that every prompt keeps a token of its own to read (also when there is one prompt).
-            A caller may replace P by a smaller number: 0 shares nothing.
+        shared: P, how many leading tokens are the same in all prompts, start-of-text among them, and never reaching an
+            end-of-text token, so that every prompt keeps a token of its own to read (also when there is one prompt).
+            0 shares nothing: where it saves too little (``count_shared``), or where a caller replaces P.
     """
 
     ids: Tensor
@@ -144,7 +160,7 @@ class TextTower(nn.Module):
         same = (ids == ids[:1]).all(dim=0).long().cumprod(dim=0)  # [L], 1 up to the first column that differs
         shared = min(int(same.sum()), int(eot.min()))
         device = self.positional_embedding.device
-        return PromptTokens(ids.to(device), eot.to(device), shared)
+        return PromptTokens(ids.to(device), eot.to(device), count_shared(shared, len(ids), device))
 
     def embed(self, tokens: PromptTokens) -> TextState:
         """Return the token embeddings plus position embeddings, which enter block 1."""
@@ -263,28 +279,35 @@ class TextTower(nn.Module):
         Edits of tokens are not applied here. With ``read_out`` the block is computed for the end-of-text tokens alone,
         which are then ``own`` [N, 1, D]: only keys and values need the other tokens.
         """
-        number, shared, own, eot = state.next_block, state.shared, state.own, state.eot
+        number, own, eot = state.next_block, state.own, state.eot
         block = self.transformer.resblocks[number - 1]
-        attn, p, length = block.attn, shared.shape[1], own.shape[1]
-        common = edits if p else Edits()  # an edit is never called without tokens
-        normed_shared = common.normalize(block.ln_1, shared, number, "ln_1")
+        attn, p, length = block.attn, state.shared.shape[1], own.shape[1]
+        normed_shared = shared = state.shared
+        if p:
+            normed_shared = edits.normalize(block.ln_1, shared, number, "ln_1")
+            if read_out:
+                k_shared, v_shared = project_kv(attn, normed_shared, number, edits)
+                shared, normed_shared = shared[:, :0], normed_shared[:, :0]
+            else:
+                q_shared, k_shared, v_shared = project_qkv(attn, normed_shared, number, edits)
+                attended = mix(attn, q_shared, k_shared, v_shared, causal=True)
+                shared = finish_block(block, shared, attended, number, edits)
         normed = edits.normalize(block.ln_1, own, number, "ln_1")
-        position = torch.arange(p + length, device=own.device)
+        mask = None  # causal
         if read_out:
-            k_shared, v_shared = project_kv(attn, normed_shared, number, common)
             k, v = project_kv(attn, normed, number, edits)
-            shared, normed_shared = shared[:, :0], normed_shared[:, :0]
             own, normed = pick_tokens(own, eot), pick_tokens(normed, eot)
             q = project_q(attn, normed, number, edits)
-            mask = position <= (eot + p).view(-1, 1, 1, 1)  # [N, 1, 1, L]
+            mask = torch.arange(p + length, device=own.device) <= (eot + p).view(-1, 1, 1, 1)  # [N, 1, 1, L]
             eot = torch.zeros_like(eot)
         else:
-            q_shared, k_shared, v_shared = project_qkv(attn, normed_shared, number, common)
-            attended = mix(attn, q_shared, k_shared, v_shared, causal=True)
-            shared = finish_block(block, shared, attended, number, common)
             q, k, v = project_qkv(attn, normed, number, edits)
-            mask = position <= position[p:].unsqueeze(1)  # [L - P, L]: own token j sees what stands up to j
-        attended = mix(attn, q, _prepend(k_shared, k), _prepend(v_shared, v), mask=mask)
+            if p:
+                position = torch.arange(p + length, device=own.device)
+                mask = position <= position[p:].unsqueeze(1)  # [L - P, L]: own token j sees what stands up to j
+        if p:
+            k, v = _prepend(k_shared, k), _prepend(v_shared, v)
+        attended = mix(attn, q, k, v, mask=mask, causal=mask is None)
         own = finish_block(block, own, attended, number, edits)
         return TextState(normed_shared, normed, eot, number), TextState(shared, own, eot, number + 1)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..clip.templates import clean_classname
-from ..clip.text import TextState, TextTower, count_tokens
+from ..clip.text import TextState, TextTower, count_shared, count_tokens
 
 POSITIONS = ("end", "middle", "front")
 
@@ -119,6 +119,7 @@ class ContextPrompts(nn.Module):
         # The leading tokens that all prompts have in common are computed once: with one context for all classes, the
         # start of text, the vectors before the name and further words.
         shared = 1 + (self.before + self.further if context.ndim == 2 else 0)
+        shared = count_shared(shared, len(self.prefix), self.prefix.device)
         x = torch.cat([self.prefix, context.expand(len(self.prefix), -1, -1), self.suffix], dim=1)  # [C, L, D]
         if self.before < self.n_ctx:
             x = x.gather(1, self.order.unsqueeze(-1).expand_as(x))

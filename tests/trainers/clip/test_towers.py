@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainers.clip import CLIP, BlockEdit, TextTower, VisionTower
 from trainers.clip.blocks import feed_forward
+from trainers.clip.text import SHARING_COST
 from trainers.clip.vision import build_vision_tower
 
 
@@ -105,6 +106,17 @@ def test_sharing_nothing_changes_nothing(build_model, prompts):
     with torch.no_grad():
         apart = text.suffix(text.prefix(dataclasses.replace(tokens, shared=0), 0), 1)
         assert_close(apart, text(prompts))
+
+
+@pytest.mark.parametrize(("cost", "shared"), [(0, 4), (12, 4), (13, 0)])
+def test_the_beginning_is_shared_where_it_saves_enough(build_model, monkeypatch, cost, shared):
+    text = CLIP(build_model("vit")).text
+    some = [f"a photo of {name}." for name in ("cat", "the dog", "snow", "two boats")]
+    whole = text(some)
+    monkeypatch.setitem(SHARING_COST, "cpu", cost)
+    tokens = text.tokenise(some)  # three prompts more than one, of which 4 tokens could be shared
+    assert tokens.shared == shared
+    assert_close(text.suffix(text.prefix(tokens, 0), 1), whole)
 
 
 def test_too_long_prompt_is_reported(build_model, caplog):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sharded_text_worker import CLASSES, gradients
 
+from trainers.clip.text import SHARING_COST
 from trainers.dlrclip.config import DLRCLIPConfig
 from trainers.dlrclip.network import DLRCLIPNetwork
 from trainers.dlrclip.text_branch import group_by_length
@@ -72,6 +73,15 @@ def test_chunks_and_checkpointing_are_exact_and_hold_less(make_clip, images, lab
     difference = torch.cat([(got[name] - grad).flatten() for name, grad in grads.items()])
     assert difference.norm() <= 5e-6 * everything.norm()  # sums in another order, or by other threads, round otherwise
     assert got_held < 0.7 * held
+
+
+def test_prompts_that_share_nothing_give_the_same_gradients(make_clip, images, labels, monkeypatch):
+    loss, grads, _ = run(make_clip, images, labels)
+    monkeypatch.setitem(SHARING_COST, "cpu", 10**6)
+    loss_whole, grads_whole, _ = run(make_clip, images, labels)
+    assert loss_whole == pytest.approx(loss, rel=1e-6)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grads_whole[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()) + 1e-9)
 
 
 def test_the_activations_of_one_chunk_are_alive_at_a_time(make_clip, images, labels, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from dassl.utils import InputError
 
-from .reliability.finite import finite_gradients
+from .reliability.finite import largest_gradient
 
 PRECISIONS = ("fp32", "fp16", "amp", "bf16")
 
@@ -70,9 +71,9 @@ class Precision:
 
         Args:
             optimizers: all of them step, or none.
-            look: used with scaling only; None: only the gradients are checked. It is given a bool tensor that says
-                whether the gradients are finite (None: there are no gradients). It returns whether the loss is finite
-                (if not, the loss scale stays, too) and whether the gradients are.
+            look: used with scaling only; None: only the gradients are checked. It is given the largest gradient, a
+                number that is finite just when all are (None: there are no gradients). It returns whether the loss is
+                finite (if not, the loss scale stays, too) and whether the gradients are.
 
         Returns:
             Whether the step was made.
@@ -87,8 +88,11 @@ class Precision:
         ]
         for optimizer in involved:
             self._unscale(optimizer)
-        finite = finite_gradients(involved)
-        sound, made = (True, finite is None or bool(finite)) if look is None else look(finite)
+        largest = largest_gradient(involved)
+        if look is None:
+            sound, made = True, largest is None or math.isfinite(float(largest))
+        else:
+            sound, made = look(largest)
         if not involved:
             return sound
         if not sound:

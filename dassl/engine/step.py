@@ -119,9 +119,9 @@ class Steps(RegisteredModels):
             self.after_update()
         return self.stepped
 
-    def _look(self, gradients: Tensor | None) -> tuple[bool, bool]:
+    def _look(self, gradient: Tensor | None) -> tuple[bool, bool]:
         """Return whether the loss is finite, and whether the gradients are; an overflow is no fault of the step."""
-        finite = self.guard.look(gradients)
+        finite = self.guard.look(gradient)
         return not self.guard.fault, finite
 
     def model_backward_and_update(self, loss: Tensor, names: Names = None) -> bool:

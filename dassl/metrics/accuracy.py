@@ -28,4 +28,6 @@ def compute_accuracy(output: Tensor | Sequence[Tensor], target: Tensor, topk: Se
         raise ValueError(f"Expected each k of topk to be in [1, {scores.shape[1]}] but got {tuple(topk)}")
     best = scores.topk(max(topk), dim=1).indices  # [B, K], best first
     hit = best == target.unsqueeze(1)
+    if hit.shape[1] == 1:  # the usual case, in every training step
+        return [hit.float().mean().mul(100.0).reshape(1) for _ in topk]
     return [hit[:, :k].any(dim=1).float().mean().mul(100.0).reshape(1) for k in topk]

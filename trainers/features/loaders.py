@@ -219,11 +219,12 @@ class TrainingFeatures:
         done = 0
         while done < len(self):
             order = torch.randperm(len(self.dataset), generator=generator)[: self._used]
-            there = order.to(known.labels.device).split(self.batch_size)
-            for listed, rows in zip(order.split(self.batch_size), there, strict=True):
+            views, order = order // len(known), order % len(known)  # of a whole pass at once
+            device = known.labels.device
+            parts = (part.split(self.batch_size) for part in (order, order.to(device), views.to(device)))
+            for listed, rows, view in zip(*parts, strict=True):
                 if skipped <= done < len(self):
-                    views = rows // len(known) if self.every_view else self.epoch % len(known.values)
-                    yield _pick(known, rows % len(known), views, listed % len(known))
+                    yield _pick(known, rows, view if self.every_view else self.epoch % len(known.values), listed)
                 done += 1
 
 

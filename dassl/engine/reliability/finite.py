@@ -36,7 +36,7 @@ __all__ = [
     "KeptBuffers",
     "NotFiniteError",
     "StepGuard",
-    "finite_gradients",
+    "largest_gradient",
     "last_checkpoint",
     "lost_terms",
     "report",
@@ -50,8 +50,11 @@ class NotFiniteError(FloatingPointError):
     """A run stopped because numbers were lost; ``str`` of it is several lines for the screen."""
 
 
-def finite_gradients(optimizers: Iterable[Optimizer]) -> Tensor | None:
-    """Return whether all gradients of optimizers are finite, as a bool tensor on their device; None: there are none."""
+def largest_gradient(optimizers: Iterable[Optimizer]) -> Tensor | None:
+    """Return the largest absolute value of all gradients of optimizers, [], on their device; None: there are none.
+
+    It is finite just when all of them are: NaN among them makes it NaN.
+    """
     grads = [
         p.grad
         for optimizer in optimizers
@@ -62,12 +65,17 @@ def finite_gradients(optimizers: Iterable[Optimizer]) -> Tensor | None:
     if not grads:
         return None
     if all(grad.device.type == "cpu" for grad in grads):  # there the norm below takes ten times as long
-        largest = [end for grad in grads for end in torch.aminmax(grad)]  # NaN stays NaN
+        largest = [end for grad in grads for end in torch.aminmax(grad)]
     else:
-        largest = list(torch._foreach_norm(grads, math.inf))  # a few kernels for all of them; NaN stays NaN
-    if len({(grad.dtype, grad.device) for grad in grads}) > 1:
-        largest = [value.to(grads[0].device, torch.float64) for value in largest]
-    return torch.isfinite(torch.stack(largest)).all()
+        largest = list(torch._foreach_norm(grads, math.inf))  # a few kernels for all of them
+    return torch.stack(_alike(largest)).abs().amax()
+
+
+def _alike(numbers: list[Tensor]) -> list[Tensor]:
+    """Return numbers on one device and in one dtype, so that they can be stacked; without a copy where they are so."""
+    if len({(number.dtype, number.device) for number in numbers}) == 1:
+        return numbers
+    return [number.to(numbers[-1].device, torch.float64) for number in numbers]
 
 
 class StepGuard:
@@ -85,7 +93,7 @@ class StepGuard:
         self.fault = ""
         self.checked = False
         self._later = False  # whether losses wait for the look at the gradients
-        self._waiting: list[Tensor] = []  # whether each of those losses is finite
+        self._waiting: list[Tensor] = []  # those losses, []
 
     def begin(self) -> None:
         """Begin a step, without any fault."""
@@ -111,36 +119,37 @@ class StepGuard:
             if self._waiting:  # nothing has asked for a look at the gradients
                 self.look(None)
 
-    def look(self, gradients: Tensor | None) -> bool:
+    def look(self, gradient: Tensor | None) -> bool:
         """Read whether the losses that wait, and the gradients, are finite.
 
         A loss that is not finite becomes the ``fault``.
 
         Args:
-            gradients: the answer of ``finite_gradients``; None: there is none to read.
+            gradient: the answer of ``largest_gradient``; None: there is none to read.
 
         Returns:
             Whether the gradients are finite; True if there is nothing to read.
         """
-        flags = [*self._waiting, *([] if gradients is None else [gradients])]
+        numbers = [*self._waiting, *([] if gradient is None else [gradient])]
+        count = len(self._waiting)
         self._waiting.clear()
-        if not flags:
+        if not numbers:
             return True
-        *losses, last = torch.stack([flag.to(flags[-1].device) for flag in flags]).tolist()  # one transfer
-        if gradients is None:
-            losses, last = [*losses, last], True
-        if not all(losses):
+        values = torch.stack(_alike(numbers)).tolist()  # one transfer
+        if not all(map(math.isfinite, values[:count])):
             self.fault = self.fault or "the loss"
-        return last
+        return all(map(math.isfinite, values[count:]))
 
     def admits_loss(self, loss: Tensor) -> bool:
         """Return whether a loss may be back-propagated."""
-        finite = torch.isfinite(loss.detach()).all()
         self.checked = True
+        loss = loss.detach()
+        if loss.ndim:
+            loss = loss.abs().amax()
         if self._later:
-            self._waiting.append(finite)
+            self._waiting.append(loss)
             return True
-        if distributed.any_rank(not bool(finite)):
+        if distributed.any_rank(not math.isfinite(float(loss))):
             self.fault = self.fault or "the loss"
         return not self.fault
 
@@ -148,7 +157,7 @@ class StepGuard:
         """Return whether optimizers may follow their gradients, which are the same in all processes."""
         if self.fault:
             return False
-        if not self.look(finite_gradients(optimizers)):
+        if not self.look(largest_gradient(optimizers)):
             self.fault = self.fault or "a gradient"
         return not self.fault
 

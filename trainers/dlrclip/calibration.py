@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config import PROTO_CMA_HEAD, PROTO_HEAD, PROTO_PATCH_HEAD
 from .learner import DLRCLIPLearner
+from .prototypes import with_another
 
 Report = Mapping[str, Mapping[str, Tensor]]  # what DLRCLIPNetwork.report returns
 # Features [N, E] or [V, N, E] by branch: "clip", and where there are such "cma" and "patches"; see ImageFeatures.
@@ -81,8 +82,10 @@ def fit_mixture(
     """Fit the prototype classifiers, then the mixture of all branches.
 
     Without validation images, what the adapted branch knows by heart cannot be weighed: zero-shot CLIP and the
-    prototypes on frozen features and patches are, by leaving out each training image in turn. The prototypes on adapted
-    features then get the weight of those on frozen features, shared half and half, and the other branches none.
+    prototypes on frozen features and patches are, by leaving out each training image in turn whose class has another.
+    The prototypes on adapted features then get the weight of those on frozen features, shared half and half, and the
+    other branches none. Where no class has two images, each is left out, its class is known by its text alone, and
+    patches, of which no text says anything, get no weight.
 
     Args:
         learner: whose `prototypes` and `mixture` are fitted.
@@ -103,8 +106,11 @@ def fit_mixture(
         proto = {head: one(report["features"][SOURCE[head]]) for head, one in learner.prototypes.items()}
         mixture.fit({**{name: report["heads"][name] for name in mixture.branches if name not in proto}, **proto}, known)
         return
-    frozen = {head: logits for head, logits in left_out.items() if SOURCE[head] != "cma" and logits is not None}
+    tested = with_another(labels)
+    kinds = ("clip", "patches") if tested.any() else ("clip",)
+    tested = tested if tested.any() else torch.ones_like(tested)
+    frozen = {head: logits[tested] for head, logits in left_out.items() if SOURCE[head] in kinds and logits is not None}
     if frozen:
-        mixture.fit({"clip": clip_logits(features["clip"][0]), **frozen}, labels, left_out=True)
+        mixture.fit({"clip": clip_logits(features["clip"][0][tested]), **frozen}, labels[tested], left_out=True)
         if PROTO_HEAD in frozen:
             mixture.share(PROTO_HEAD, PROTO_CMA_HEAD)

@@ -137,6 +137,14 @@ class Gaussians:
         return -0.5 * distance
 
 
+def with_another(labels: Tensor) -> Tensor:
+    """Return a mask [N] of the images whose class has another image.
+
+    The others say nothing when they are left out: their class is the one without any image, which tells which it is.
+    """
+    return torch.bincount(labels)[labels] > 1
+
+
 def doubtful_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the sum of the cross-entropy over images, plus UNKNOWN times that of an image of any class.
 
@@ -197,7 +205,8 @@ class Prototypes(nn.Module):
             labels: [N].
             text: text features [C, E]; None: no text says anything, p_k is c.
             validation: features [n, E] and labels [n] of validation images, which weigh the points of the grid; None:
-                all count the same, at the temperatures that are best for leave-one-out logits.
+                all count the same, at the temperatures that are best for leave-one-out logits of images whose class has
+                another image (of all, where no class has).
 
         Returns:
             Without validation images, the leave-one-out logits [N, C] of the training images; else None.
@@ -206,11 +215,14 @@ class Prototypes(nn.Module):
             ValueError: there is no training image.
         """
         gaussians = Gaussians(features, labels, self.weight.new_zeros(self.weight.shape) if text is None else text)
+        tested = with_another(labels)
+        tested = tested if tested.any() else torch.ones_like(tested)
         scores, kappas, rhos, weights, biases, left_out = [], [], [], [], [], None
         for point in gaussians.grid():
             weight, bias = point.linear()
             if validation is None:
-                logits, known = gaussians.left_out(point), labels
+                every = gaussians.left_out(point)
+                logits, known = every[tested], labels[tested]
             else:
                 logits, known = validation[0].double() @ weight.t() + bias, validation[1]
             factor, entropy = best_temperature(logits, known)
@@ -220,7 +232,7 @@ class Prototypes(nn.Module):
             kappas.append(point.kappa)
             rhos.append(point.rho)
             if validation is None:  # all points count the same
-                left_out = factor * logits if left_out is None else left_out + factor * logits
+                left_out = factor * every if left_out is None else left_out + factor * every
         share = torch.softmax(torch.tensor(scores, dtype=torch.float64, device=labels.device), dim=0)
         self.weight.copy_(torch.einsum("g,gce->ce", share, torch.stack(weights)))
         self.bias.copy_(torch.einsum("g,gc->c", share, torch.stack(biases)))

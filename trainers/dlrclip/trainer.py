@@ -68,7 +68,7 @@ class DLRCLIP(ViewsTrainer):
     """
 
     network: DLRCLIPNetwork
-    recipe = 3
+    recipe = 4
     node_name = "DLRCLIP"
     paper = "DLR-CLIP"
     learns = "adapters shared by both encoders, a logit refiner, a fusion gate"
@@ -308,7 +308,7 @@ class DLRCLIP(ViewsTrainer):
         n = int(mixture.count)
         on = "val"
         if not n:
-            on = "nothing (no validation set, no prototypes): zero-shot CLIP"
+            on = "nothing (no validation set, no prototypes to weigh): zero-shot CLIP"
         elif bool(mixture.left_out):
             on = "training images, each left out in turn (no validation set)"
         return {"value": mixture.chosen(), "on": on, "n": n}

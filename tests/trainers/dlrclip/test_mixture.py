@@ -19,6 +19,7 @@ from trainers.dlrclip.prototypes import (
     PatchPrototypes,
     Prototypes,
     best_temperature,
+    with_another,
 )
 
 from .conftest import NAMES, gone_on_after_one_epoch, heads_on_test
@@ -154,6 +155,21 @@ def test_without_validation_images_all_points_count_the_same():
     torch.testing.assert_close(classifier(features[0].float()), want.float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(left_out, want_left)
     assert int(classifier.count) == 0 and float(classifier.kappa) == pytest.approx(sum(KAPPAS) / len(KAPPAS))
+
+
+def test_an_image_alone_in_its_class_tells_it_by_its_absence_and_is_not_asked():
+    torch.manual_seed(2)
+    features, labels, text = images((3, 1, 4, 1))
+    tested = (labels == 0) | (labels == 2)
+    assert torch.equal(with_another(labels), tested)
+    classifier = Prototypes(C, E)
+    classifier.fit(features, labels, text, None)
+    gaussians, want = Gaussians(features, labels, text), 0.0
+    for point in gaussians.grid():
+        factor, _ = best_temperature(gaussians.left_out(point)[tested], labels[tested])
+        weight, bias = point.linear()
+        want = want + factor * (features[0] @ weight.t() + bias) / (len(KAPPAS) * len(RHOS))
+    torch.testing.assert_close(classifier(features[0].float()), want.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_patches_are_centered_and_normalized_block_by_block():
@@ -324,6 +340,14 @@ class TestRuns:
         assert chosen["on"] == "training images, each left out in turn (no validation set)" and chosen["n"] == 20
         assert chosen["value"]["cma"] == chosen["value"]["glr"] == 0
         assert chosen["value"]["proto"] == chosen["value"]["proto_cma"] > 0 and chosen["value"]["proto_patch"] > 0
+
+    def test_without_validation_images_and_a_second_image_patches_get_no_weight(self, make, dataset):
+        """Left out, an image's class is the one without an image: patches would seem to know it."""
+        dataset(val=0, train=1)
+        trainer = make(*MIXTURE, *NO_TEST, "OPTIM.MAX_EPOCH", 1)
+        trainer.train()
+        chosen = trainer.selected["mixture"]
+        assert chosen["n"] == len(NAMES) and chosen["value"]["proto_patch"] == 0 < chosen["value"]["proto"]
 
     def test_switches(self, make):
         off = {"PROTO": "proto", "PROTO_PATCH": "proto_patch", "PROTO_CMA": "proto_cma"}

@@ -138,11 +138,12 @@ class Gaussians:
 
 
 def with_another(labels: Tensor) -> Tensor:
-    """Return a mask [N] of the images whose class has another image.
+    """Return a mask [N] of the images whose class has another image; of all images where no class has two.
 
     The others say nothing when they are left out: their class is the one without any image, which tells which it is.
     """
-    return torch.bincount(labels)[labels] > 1
+    mask = torch.bincount(labels)[labels] > 1
+    return mask if mask.any() else torch.ones_like(mask)
 
 
 def doubtful_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -216,7 +217,6 @@ class Prototypes(nn.Module):
         """
         gaussians = Gaussians(features, labels, self.weight.new_zeros(self.weight.shape) if text is None else text)
         tested = with_another(labels)
-        tested = tested if tested.any() else torch.ones_like(tested)
         scores, kappas, rhos, weights, biases, left_out = [], [], [], [], [], None
         for point in gaussians.grid():
             weight, bias = point.linear()

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from ..modules.gaussian import class_sums, pooled_scatter
 
 KAPPAS = (0.1, 0.3, 1.0, 3.0, 10.0)  # how many images the text counts for
-RHOS = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9)  # how far the covariance goes toward a multiple of the identity
+RHOS = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # how far the covariance goes toward a multiple of the identity
 TEMPERATURES = tuple(2 ** (i / 2) for i in range(-16, 9))  # factors of logits
 UNKNOWN = 0.05  # how many images of any class count beside the validation images
 
@@ -125,11 +125,12 @@ class Gaussians:
         distance[rows, self.labels] = (moved * away).sum(dim=1)
         for label in self.labels.unique().tolist():
             own = (self.labels == label).nonzero().squeeze(1)
-            # Without the n images of the class, S^-1 is precision + moved' inner^-1 moved.
+            # Without the n images of the class, S^-1 is precision + (1 - rho) moved' inner^-1 moved.
             mine, n = moved[own], len(own)
-            inner = torch.eye(n, dtype=away.dtype, device=away.device) * len(away) / (1 - rho) - mine @ away[own].t()
+            identity = torch.eye(n, dtype=away.dtype, device=away.device)
+            inner = len(away) * identity - (1 - rho) * mine @ away[own].t()
             seen = torch.cat([self.images[own], away[own], means]) @ mine.t()  # [2 n + C, n]
-            solved = torch.linalg.solve(inner, seen.t()).t()
+            solved = (1 - rho) * torch.linalg.solve(inner, seen.t()).t()
             lengths = (seen * solved).sum(dim=1)
             added = lengths[:n].unsqueeze(1) - 2 * seen[:n] @ solved[2 * n :].t() + lengths[2 * n :]
             added[:, label] = lengths[n : 2 * n]

@@ -61,13 +61,12 @@ def measure_memory(
     found: dict[str, Any] = {}
     for step in steps:
         step.prepare(images)
-        inputs = getattr(step, "inputs", {"images": images})
-        names = list(inputs)
+        names = list(step.inputs)
 
         def loss(labels: Tensor, *values: Tensor, step: Any = step, names: list[str] = names) -> Tensor:
             return step.loss(labels, **dict(zip(names, values, strict=True)))
 
-        memory = count_step(loss, (labels, *inputs.values()), step.learner.parameters, parts["there"])
+        memory = count_step(loss, (labels, *step.inputs.values()), step.learner.parameters, parts["there"])
         found[step.name] = {
             "activations": memory.activations,
             "peak": memory.peak,

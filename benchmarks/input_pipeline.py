@@ -185,12 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure(args, size, Path(folder))
     found = {"machine": machine(torch.device("cpu")), "appetite": args.appetite, "rows": rows}
-    if args.output:
-        write_json(args.output, found)
+    write_json(args.output, found)
     text = report(found)
     print(text)
-    if args.document:
-        write_section(args.document, text, BEGIN, END)
+    write_section(args.document, text, BEGIN, END)
     return 0
 
 

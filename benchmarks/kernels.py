@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import machine, write_json
+from benchmarks.memory import constants
 from benchmarks.naive import Naive
 from benchmarks.report import write_section
 from benchmarks.steps import FreshStep, Learner, NaiveStep, ViewsStep
@@ -60,9 +61,8 @@ class KernelCount(TorchDispatchMode):
 def count_kernels(step: Any, images: Tensor, labels: Tensor) -> tuple[int, int]:
     """Return the kernels of a step's forward pass and of its backward pass."""
     step.prepare(images)
-    inputs = getattr(step, "inputs", {"images": images})
     with KernelCount() as forward:
-        loss = step.loss(labels, **inputs)
+        loss = step.loss(labels, **step.inputs)
     with KernelCount() as backward:
         torch.autograd.grad(loss, step.learner.parameters, allow_unused=True)
     return forward.count, backward.count
@@ -82,9 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 if not always:
                     steps = [NaiveStep(Naive(network), learner), *steps, ViewsStep(network, learner)]
                 images, labels = make_batch(network, args.batch, seed=0)
-                with torch.no_grad():
-                    network.eval().text_features()  # makes the class list's constants, which no step computes again
-                network.train()
+                constants(network)  # makes them: no step computes them again
                 for step in steps:
                     forward, backward = count_kernels(step, images, labels)
                     title = ALWAYS if always else TITLES[step.name]
@@ -119,8 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_json(args.output, result)
     shown = markdown(result)
     print(shown)
-    if args.document:
-        write_section(args.document, shown, BEGIN, END)
+    write_section(args.document, shown, BEGIN, END)
     return 0
 
 

@@ -229,8 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text = report(args)
         print(text)
-        if args.document:
-            write_section(args.document, text, BEGIN, END)
+        write_section(args.document, text, BEGIN, END)
     except (InputError, OSError, ValueError, KeyError) as error:
         return fail(error)
     return 0

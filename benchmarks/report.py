@@ -129,14 +129,15 @@ def replace_section(document: str, new: str, begin: str = BEGIN, end: str = END)
     return before + new + after
 
 
-def write_section(document: Path, text: str, begin: str, end: str) -> None:
-    """Write a text between two marker lines of a document.
+def write_section(document: Path | None, text: str, begin: str, end: str) -> None:
+    """Write a text between two marker lines of a document; None: write nothing.
 
     Raises:
         ValueError: it has no such lines.
     """
-    new = replace_section(document.read_text(encoding="utf-8"), f"{begin}\n\n{text}\n\n{end}", begin, end)
-    document.write_text(new, encoding="utf-8")
+    if document is not None:
+        new = replace_section(document.read_text(encoding="utf-8"), f"{begin}\n\n{text}\n\n{end}", begin, end)
+        document.write_text(new, encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

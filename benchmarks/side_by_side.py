@@ -111,6 +111,6 @@ def measure_rows(
         print(table[-1], flush=True)
     if result["rows"]:
         print(markdown(result))
-    if args.document and not failed:
+    if not failed:
         write_section(args.document, markdown(result), *marks)
     return int(failed)

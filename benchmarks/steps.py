@@ -104,7 +104,7 @@ class NaiveStep:
         self.naive, self.learner, self.chunk = naive, learner, chunk
 
     def prepare(self, images: Tensor) -> None:
-        self.images = images
+        self.inputs: dict[str, Any] = {"images": images}
 
     def loss(self, labels: Tensor, images: Tensor) -> Tensor:
         return self.naive.loss(images, labels)
@@ -114,7 +114,7 @@ class NaiveStep:
         if not self.chunk:
             with watch:
                 optimizer.zero_grad(set_to_none=True)
-                loss = self.naive.loss(self.images, labels)
+                loss = self.loss(labels, **self.inputs)
                 loss.backward()
                 optimizer.step()
             return float(loss.detach())
@@ -124,7 +124,7 @@ class NaiveStep:
         features.requires_grad_()
         with watch:
             optimizer.zero_grad(set_to_none=True)
-            loss = self.naive.loss(self.images, labels, features)
+            loss = self.naive.loss(self.inputs["images"], labels, features)
             loss.backward()
             assert features.grad is not None
             for ids, grad in zip(chunks, features.grad.split(self.chunk), strict=True):

@@ -107,8 +107,7 @@ def fit_mixture(
         mixture.fit({**{name: report["heads"][name] for name in mixture.branches if name not in proto}, **proto}, known)
         return
     tested = with_another(labels)
-    kinds = ("clip", "patches") if len(labels.unique()) < len(labels) else ("clip",)
-    frozen = {head: logits[tested] for head, logits in left_out.items() if SOURCE[head] in kinds and logits is not None}
+    frozen = {head: logits[tested] for head, logits in left_out.items() if SOURCE[head] != "cma" and logits is not None}
     if frozen:
         mixture.fit({"clip": clip_logits(features["clip"][0][tested]), **frozen}, labels[tested], left_out=True)
         if PROTO_HEAD in frozen:

@@ -211,7 +211,9 @@ class Prototypes(nn.Module):
                 another image (of all, where no class has).
 
         Returns:
-            Without validation images, the leave-one-out logits [N, C] of the training images; else None.
+            Without validation images, the leave-one-out logits [N, C] of the training images; None where they say
+            nothing, as no text speaks for a class without images and no class has two.
+            With validation images, None.
 
         Raises:
             ValueError: there is no training image.
@@ -240,7 +242,9 @@ class Prototypes(nn.Module):
         self.kappa.fill_(float(share @ share.new_tensor(kappas)))
         self.rho.fill_(float(share @ share.new_tensor(rhos)))
         self.count.fill_(0 if validation is None else len(validation[1]))
-        return None if left_out is None else left_out / len(scores)
+        if left_out is None or (text is None and gaussians.counts.max() < 2):
+            return None
+        return left_out / len(scores)
 
 
 class PatchPrototypes(Prototypes):

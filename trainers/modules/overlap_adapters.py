@@ -42,9 +42,9 @@ class Dropout:
         self.generator: torch.Generator | None = None  # None: torch's own
 
     def seed(self, seed: int, device: torch.device, rank: int, world: int) -> None:
-        """Seed the dropout of process `rank`, one of `world` processes.
+        """Seed the dropout of a process.
 
-        Each process has every world-th image, and drops the entries that one process would drop of them.
+        Process `rank` of `world` has every world-th image, and drops the entries that one process would drop of them.
         """
         if self.generator is None or self.generator.device != device:
             self.generator = torch.Generator(device)

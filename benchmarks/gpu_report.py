@@ -70,7 +70,7 @@ def _compiled(rows: Rows) -> str:
     cells = [
         [
             WAYS[r["way"]],
-            "compiled" if r["compiled"] else "eager",
+            f"compiled, {r['compiled']}" if r["compiled"] else "eager",
             seconds(r["seconds"]),
             _share(r),
             seconds(r["first"]),

@@ -2,13 +2,18 @@
 
     python benchmarks/bench_field.py --classes 10 --rounds 1 --output out/field_10.json
     python benchmarks/bench_field.py --classes 100 --output out/field_100.json
-    python benchmarks/protocol_hours.py out/field_10.json out/field_100.json --document docs/PERFORMANCE.md
+    python benchmarks/bench_step.py --classes 10 --json out/step_10.json
+    python benchmarks/bench_step.py --classes 100 --json out/step_100.json
+    python benchmarks/protocol_hours.py out/field_*.json out/step_*.json --document docs/PERFORMANCE.md
 
-The time of a step is taken to be linear in the number of classes, between and beyond two measured numbers. CPU seconds
-of all threads are shared out evenly among the cores. Epochs, batches and steps are those of vit_b16.yaml, with what the
-sources set otherwise (published/settings.csv). Test images are those of the datasets, each encoded once by a whole
-ViT-B/16, whose time is measured here. With kept views, ten views of each training image are encoded once. Reading
-images is left out; input_pipeline.py measures it.
+The time of a step is taken to be linear in the number of classes, between and beyond two measured numbers. Where a
+source has another batch for a dataset, what does not grow with the classes is taken to grow with the batch. CPU seconds
+of all threads are shared out evenly among the cores (bench_step.py gives wall seconds). Epochs, batches and steps are
+those of vit_b16.yaml, with what the sources set otherwise (published/settings.csv). Each training is followed by the
+encoding of the dataset's test images by a whole ViT-B/16, whose time is measured here. With kept views, ten views of
+each training image are encoded once. Reading images is left out; input_pipeline.py measures it. The last row is what
+methods on frozen features have in common: the encoding of each dataset's test images and of ten views of each training
+image.
 
     --gpu FILE   gpu_day.json of benchmarks/gpu_day.py: a column for its steps in bf16, where the method was measured
 """
@@ -34,6 +39,7 @@ from benchmarks.published import METHODS, trainer_of
 from benchmarks.report import write_section
 from benchmarks.subject import build_clip
 from benchmarks.tables import made_by, table
+from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import InputError
 from dassl.utils.cli import fail, run_main
 from scripts.lib.dataset_sources import SOURCES
@@ -48,6 +54,8 @@ SHOTS, SEEDS, VIEWS = (1, 2, 4, 8, 16), 3, 10
 STAGES = {"TwoStageFS-1": 0.6, "TwoStageFS-2": 0.4}  # shares of the steps of one method, in rows of their own
 BEGIN = "<!-- protocol hours: begin (written by benchmarks/protocol_hours.py) -->"
 END = "<!-- protocol hours: end -->"
+DLR = "DLRCLIP"
+ENCODING = "frozen features, encoding"
 
 
 class Part(NamedTuple):
@@ -96,38 +104,54 @@ class Step:
         self.slope = max(least, (seconds[high] - seconds[low]) / (high - low))
         self.base = max(0.0, seconds[low] - self.slope * low)
 
-    def __call__(self, classes: float) -> float:
-        return self.base + self.slope * classes
+    def __call__(self, classes: float, times: float = 1.0) -> float:
+        """Return the seconds of a step.
+
+        Args:
+            classes: their number.
+            times: the batch over the measured one; what does not grow with the classes grows with the batch.
+        """
+        return self.base * times + self.slope * classes
 
 
 class Length(NamedTuple):
-    """Hold how long a method trains: steps for each shot, or where these are 0 epochs of batches."""
+    """Hold how long a method trains: steps for each shot, or where these are 0 epochs of batches.
+
+    `drop_last`: whether an epoch leaves out its last, smaller batch.
+    """
 
     per_shot: int
     epochs: int
     batch: int
+    drop_last: bool
+
+
+def _trainer(name: str) -> str:
+    return trainer_of(name) if name in METHODS else name
 
 
 @functools.cache
 def length_of(name: str, pairs: tuple[str, ...]) -> Length:
-    """Return how long a row of METHODS trains with vit_b16.yaml and KEY VALUE pairs."""
+    """Return how long DLR-CLIP or a row of METHODS trains with vit_b16.yaml and KEY VALUE pairs."""
     cfg = default_cfg()
-    cfg.merge_from_file(str(configs_of(trainer_of(name))["vit_b16"]))
-    cfg.merge_from_list([*METHODS[name].keys, *pairs])
+    cfg.merge_from_file(str(configs_of(_trainer(name))["vit_b16"]))
+    cfg.merge_from_list([*(METHODS[name].keys if name in METHODS else ()), *pairs])
     own = cfg.TRAINER.get(cfg.TRAINER.NAME.upper(), {})
-    return Length(int(own.get("N_ITERS", 0)), int(cfg.OPTIM.MAX_EPOCH), int(cfg.DATALOADER.TRAIN_X.BATCH_SIZE))
+    drop_last = bool(TRAINER_REGISTRY.get(cfg.TRAINER.NAME).drop_last)
+    return Length(int(own.get("N_ITERS", 0)), int(cfg.OPTIM.MAX_EPOCH), cfg.DATALOADER.TRAIN_X.BATCH_SIZE, drop_last)
 
 
 def steps_of(length: Length, images: int, shots: int) -> int:
-    """Return the steps of a training; a last, smaller batch of an epoch is dropped."""
-    return length.per_shot * shots if length.per_shot else length.epochs * max(1, images // length.batch)
+    """Return the steps of a training on that many images, `shots` of each class."""
+    batches = images // length.batch if length.drop_last else -(-images // length.batch)
+    return length.per_shot * shots if length.per_shot else length.epochs * max(1, batches)
 
 
 def hours(name: str, parts: Sequence[Part], step: Step, image: float, views: bool) -> float:
     """Return the hours of a protocol.
 
     Args:
-        name: row of METHODS.
+        name: DLRCLIP, or a row of METHODS.
         parts: its trainings.
         step: seconds by number of classes.
         image: seconds that encoding an image takes.
@@ -135,14 +159,28 @@ def hours(name: str, parts: Sequence[Part], step: Step, image: float, views: boo
     """
     settings, total = read_settings(), 0.0
     for part in parts:
-        length = length_of(name, pairs_for(settings, trainer_of(name), part.protocol, part.shots, part.dataset))
+        length = length_of(name, pairs_for(settings, _trainer(name), part.protocol, part.shots, part.dataset))
         all_classes, _, _, tests = SOURCES[registered_name(part.dataset)].counts
         classes = all_classes * part.share
         images = int(classes * part.shots)
-        seconds = steps_of(length, images, part.shots) * step(classes) * STAGES.get(name, 1.0)
+        one = step(classes, length.batch / length_of(name, ()).batch)
+        seconds = steps_of(length, images, part.shots) * one * STAGES.get(name, 1.0)
         seconds += tests * image + (VIEWS * images * image if views else 0.0)
         total += part.times * seconds
     return total / 3600
+
+
+def encoding_hours(parts: Sequence[Part], image: float) -> float:
+    """Return the hours that encoding takes: test images once, and VIEWS views of the training images of each training.
+
+    Args:
+        parts: the trainings of a protocol.
+        image: seconds that encoding an image takes.
+    """
+    counts = {part.dataset: SOURCES[registered_name(part.dataset)].counts for part in parts}
+    images = sum(tests for *_, tests in counts.values())
+    images += sum(part.times * VIEWS * int(counts[part.dataset][0] * part.share * part.shots) for part in parts)
+    return images * image / 3600
 
 
 def image_seconds(threads: int, images: int = 16, rounds: int = 3) -> float:
@@ -158,17 +196,19 @@ def image_seconds(threads: int, images: int = 16, rounds: int = 3) -> float:
 
 
 def read_steps(paths: Sequence[Path]) -> tuple[dict[tuple[str, str], dict[int, float]], int]:
-    """Return (row, kind) -> number of classes -> seconds of bench_field.py's files, and their number of threads."""
+    """Return (row, kind) -> number of classes -> seconds of the benchmarks' files, and their number of threads."""
     found: dict[tuple[str, str], dict[int, float]] = {}
     threads = set()
     for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
-        threads.add(int(result["settings"]["threads"]))
-        for row in result["rows"]:
+        cores, classes = int(result["settings"]["threads"]), int(result["settings"]["classes"])
+        threads.add(cores)
+        own = {"method": DLR, "seconds": result.get("seconds"), "cores": 1}  # bench_step.py: wall seconds
+        for row in result.get("rows", [own]):
             for kind in ("fresh", "views"):
                 if kind in row["seconds"]:
-                    share = row["seconds"][kind] / result["settings"]["threads"]
-                    found.setdefault((row["method"], kind), {})[int(result["settings"]["classes"])] = share
+                    share = row["seconds"][kind] / row.get("cores", cores)
+                    found.setdefault((row["method"], kind), {})[classes] = share
     if len(threads) != 1:
         raise InputError(f"Expected files that were measured with one number of threads but got {sorted(threads)}")
     return found, threads.pop()
@@ -180,9 +220,10 @@ def read_gpu(path: Path | None) -> tuple[dict[str, dict[int, float]], float, str
         return {}, 0.0, ""
     day = json.loads(path.read_text(encoding="utf-8"))
     found: dict[str, dict[int, float]] = {}
-    for row in day["parts"]["methods"]["rows"]:
-        if row["mode"] == "bf16" and row["batch"] <= 32:  # the smallest that was measured
-            found.setdefault(row["trainer"], {})[int(row["classes"])] = float(row["seconds"])
+    for row in [*day["parts"]["methods"]["rows"], *day["parts"]["steps"]["rows"]]:
+        small = row["mode"] == "bf16" and row["batch"] <= 32 and "seconds" in row  # the smallest that was measured
+        if small and row.get("way", "fresh") == "fresh":
+            found.setdefault(row.get("trainer", DLR), {})[int(row["classes"])] = float(row["seconds"])
     rates = [row["images_per_second"]["features"] for row in day["parts"]["evaluation"]["rows"]]
     return found, 1 / min(rates), str(day["machine"]["gpu"])
 
@@ -200,7 +241,7 @@ def report(args: argparse.Namespace) -> str:
     for protocol in PROTOCOLS:
         head += [f"{protocol}: {threads} cores", "kept views", *([gpu_name] if gpu else [])]
     rows = []
-    for name in METHODS:
+    for name in (DLR, *METHODS):
         if (name, "fresh") not in found or "+" in name:  # an option's recipe has other epochs than the method's
             continue
         row = [name]
@@ -212,6 +253,11 @@ def report(args: argparse.Namespace) -> str:
             if gpu:
                 row.append(f"{hours(name, parts, Step(gpu[name]), gpu_image, False):,.1f}" if name in gpu else "-")
         rows.append(row)
+    encoding = [ENCODING]
+    for parts in PROTOCOLS.values():
+        encoding += ["-", f"{encoding_hours(parts, image):,.1f}"]
+        encoding += [f"{encoding_hours(parts, gpu_image):,.1f}"] if gpu else []
+    rows.append(encoding)
     told = f"Encoding an image: {1000 * image:.0f} ms" + (f", on the GPU {1000 * gpu_image:.2f} ms." if gpu else ".")
     return "\n".join([made_by({"machine": machine(torch.device("cpu"))}), "", table(head, rows), "", told])
 

@@ -31,7 +31,9 @@ else
     "$python" benchmarks/bench_field.py "${common[@]}" --classes 100 --rounds 3 --output "$out/field_100.json" \
         --document docs/PERFORMANCE.md
     "$python" benchmarks/bench_field.py "${common[@]}" --classes 10 --rounds 1 --output "$out/field_10.json"
-    "$python" benchmarks/protocol_hours.py "$out/field_10.json" "$out/field_100.json" --document docs/PERFORMANCE.md
+    "$python" benchmarks/bench_step.py "${common[@]}" --classes 10 --batch 16 --steps 3 --json "$out/step_10.json"
+    "$python" benchmarks/protocol_hours.py "$out"/field_10*.json "$out"/step_10.json "$out"/step_100.json \
+        --document docs/PERFORMANCE.md
     "$python" benchmarks/input_pipeline.py --document docs/PERFORMANCE.md
     "$python" benchmarks/bench_frozen.py --output "$out/frozen.json" --document docs/PERFORMANCE.md
 fi

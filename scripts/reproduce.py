@@ -34,7 +34,7 @@ from dassl.utils.cli import SETUP_ERRORS, Parser, fail, run_main
 from scripts.lib.grid import Run, few_shot_run, missing_runs
 from scripts.lib.launch import add_launch_flags, run_them
 from scripts.lib.methods import Method, choose_methods, whole_numbers
-from scripts.lib.protocol_plan import Asked, base2new
+from scripts.lib.protocol_plan import SOURCE_OF, Asked, base2new, transfer
 from scripts.lib.published import (
     AVERAGES,
     Ours,
@@ -129,9 +129,15 @@ def runs_for(
     args: argparse.Namespace, method: Method, protocol: str, dataset: str, shots: int, seeds: Sequence[int],
     pairs_of_source: Sequence[str] = (),
 ) -> list[Planned]:  # fmt: skip
-    """Return the runs of a protocol on a dataset; of base-to-new, an evaluation stands behind what it evaluates."""
+    """Return the runs of a protocol on a dataset; an evaluation stands behind the run that it evaluates.
+
+    A shifted test set has no training images: the method is trained on the set's source, and evaluated on it.
+    """
     flags = ("--root", args.root) if args.root else ()
     options = (*pairs_of_source, *args.opts)
+    if dataset in SOURCE_OF:
+        cells = transfer(Asked([method], [SOURCE_OF[dataset]], [shots], seeds, args.output, flags, options, [dataset]))
+        return [Planned(cell.run, "all") for cell in cells if cell.column == dataset]
     if protocol == "few-shot":
         return [
             Planned(few_shot_run(method, dataset, shots, seed, output=args.output, flags=flags, options=options), "all")
@@ -149,7 +155,7 @@ def plan(
     for one in known:
         for dataset in AVERAGES.get(one.dataset, (one.dataset,)):
             protocol, shots = protocol_of(one), max(one.shots, 1)
-            theirs = pairs_for(settings, one.method, protocol, one.shots, dataset)
+            theirs = pairs_for(settings, one.method, protocol, one.shots, SOURCE_OF.get(dataset, dataset))
             for planned in runs_for(args, method, protocol, dataset, shots, args.seeds or one.seeds or SEEDS, theirs):
                 found.setdefault(planned.run.folder, planned)
     return list(found.values())
@@ -157,11 +163,12 @@ def plan(
 
 def tell_settings(plans: Sequence[Planned], known: Sequence[Published], settings: Sequence[Settings]) -> None:
     """Print the settings of the source that differ from the configuration."""
+    trained_on = {(run.after or run).dataset for run, _ in plans}
     told = {
-        (one.protocol, one.shots, one.dataset): one
+        (one.method, one.protocol, one.shots, one.dataset): one
         for one in settings
-        if any(one.method == number.method and one.protocol == protocol_of(number) for number in known)
-        and one.dataset in ("", *(planned.run.dataset for planned in plans))
+        if any(one.holds_for(number.method, protocol_of(number)) for number in known)
+        and one.dataset in ("", *trained_on)
         and one.shots in (None, *(number.shots for number in known))
     }
     for one in told.values():
@@ -237,6 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"{pair.values[0]:.1f} %: weights, images or prompts are others",
                     file=sys.stderr,
                 )
+            agreeing = sorted({run.dataset for run, _ in plans} - {pair.known.dataset for pair in others})
+            if others and agreeing:
+                print(f"To go on without: --datasets {','.join(agreeing)}", file=sys.stderr)
             return 1
         bad = run_them(runs, args)
         table = pair_table(pairs(numbers(plans, method.variant), known))

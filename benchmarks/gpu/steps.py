@@ -24,6 +24,7 @@ MODES: dict[str, tuple[str, bool]] = {
     "bf16 without tf32": ("bf16", False),
     "fp32": ("fp32", False),
 }
+COMPILING = (None, "reduce-overhead", "default")  # TRAINER.DLRCLIP.COMPILE_MODE; None: the eager step
 _RATE = {"tf32": "tf32", "fp32": "fp32"}  # what share of which rate is shown beside that of bf16
 
 
@@ -105,16 +106,16 @@ def steps(session: Session) -> None:
 
 
 def compiled(session: Session) -> None:
-    """Rows: the eager and the compiled step (TRAINER.DLRCLIP.COMPILE) on the same batches; how long compiling took."""
+    """Rows: the eager step, and the compiled one in each mode, on the same batches; how long compiling took."""
     mode, classes, batch = "bf16", session.sizes.classes[0], session.sizes.batches[0]
     precision, tf32 = MODES[mode]
     with matrix_precision(tf32):
         batches = _batches(session, batch, classes, session.sizes.rounds + 1)
         losses: dict[str, list[float]] = {}
-        for compile in (False, True):
-            trainer = trainer_of(
-                session, "DLRCLIP", precision, classes, "TRAINER.DLRCLIP.COMPILE", compile, batch=batch
-            )
+        for compile in COMPILING:
+            node = "TRAINER.DLRCLIP.COMPILE"
+            keys = (node, True, f"{node}_MODE", compile) if compile else ()
+            trainer = trainer_of(session, "DLRCLIP", precision, classes, *keys, batch=batch)
             for way in (Fresh(trainer), Views(trainer)):
                 start = time.perf_counter()
                 way.prepare(*batches[0])

@@ -35,6 +35,7 @@ SHIFTED = {
     "imagenet": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
     "shapes": ("shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"),
 }
+SOURCE_OF = {target: source for source, targets in SHIFTED.items() for target in targets}
 # The other ten of the few-shot benchmarks.
 BENCHMARKS = (
     *("caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101"),

@@ -22,7 +22,7 @@ class Settings(NamedTuple):
     """Hold settings of the runs behind published numbers.
 
     Attributes:
-        method: a registered trainer, perhaps with @VARIANT.
+        method: a registered trainer, whose settings hold for its variants, too; or TRAINER@VARIANT.
         protocol: one of PROTOCOLS.
         shots: labeled images of each class; None: any number.
         dataset: stem of a file in configs/datasets; "": any.
@@ -36,6 +36,10 @@ class Settings(NamedTuple):
     dataset: str
     pairs: tuple[str, ...]
     source: str
+
+    def holds_for(self, method: str, protocol: str) -> bool:
+        """Return whether these are settings of TRAINER or TRAINER@VARIANT in a protocol."""
+        return self.protocol == protocol and self.method in (method, method.partition("@")[0])
 
 
 def read_settings(folder: Path | None = None) -> list[Settings]:
@@ -76,6 +80,6 @@ def pairs_for(known: Iterable[Settings], method: str, protocol: str, shots: int,
     pairs: dict[str, str] = {}
     for one in known:
         here = one.shots in (None, shots) and one.dataset in ("", dataset)
-        if here and (one.method, one.protocol) == (method, protocol):
+        if here and one.holds_for(method, protocol):
             pairs.update(zip(one.pairs[::2], one.pairs[1::2], strict=True))
     return tuple(part for pair in pairs.items() for part in pair)

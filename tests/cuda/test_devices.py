@@ -139,6 +139,15 @@ def test_a_single_lost_gradient_is_seen(device, bad):
     assert largest_gradient([]) is None
 
 
+@pytest.mark.parametrize("pairs", [(), ("INPUT.VIEWS", 2), ("TRAINER.DLRCLIP.TEXT_CHUNK", 2)], ids=str)
+@pytest.mark.parametrize("device", [CUDA])
+def test_captured_graphs_make_the_steps_of_the_eager_network(make, device, pairs):
+    keys = ("TRAINER.DLRCLIP.COMPILE", True, "TRAINER.DLRCLIP.COMPILE_MODE", "reduce-overhead")
+    eager = first_losses(make("DLRCLIP", *pairs, device=device), 12)  # the first steps warm up and capture
+    captured = first_losses(make("DLRCLIP", *pairs, *keys, device=device, out="other"), 12)
+    assert captured == pytest.approx(eager, rel=1e-4)
+
+
 @pytest.mark.parametrize("prec", ["fp32", "amp"])
 @pytest.mark.parametrize("name", STEPPING)
 def test_a_step_waits_for_the_device_once_at_most(make, device, name, prec):

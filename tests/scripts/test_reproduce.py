@@ -138,7 +138,8 @@ def test_the_last_setting_of_a_key_counts(tmp_path):
     assert pairs_for(found, "GDA", "few-shot", 2, "digits")[:2] == ("SEED", "4")
     assert pairs_for(found, "GDA", "few-shot", 2, "dtd")[:2] == ("SEED", "5")
     assert pairs_for(found, "GDA", "base2new", 2, "dtd") == ("SEED", "6")
-    assert pairs_for(found, "GDA@x", "base2new", 2, "dtd") == ()
+    assert pairs_for(found, "GDA@x", "base2new", 2, "dtd") == ("SEED", "6")  # variants have them, too
+    assert pairs_for(found, "GD", "base2new", 2, "dtd") == ()
     for wrong in ("GDA,few-shot,,,SEED,x", "GDA,some,,,SEED 3,x", "GDA,few-shot,two,,SEED 3,x"):
         path.write_text(f"method,protocol,shots,dataset,settings,source\n{wrong}\n")
         with pytest.raises(InputError, match="Expected"):
@@ -233,6 +234,34 @@ def test_base_to_new_goes_the_whole_way_with_the_settings_of_the_source(tmp_path
     write(table, *rows, strange)
     assert main(["GDA", *flags, "--published", str(table), "--protocol", "base2new"]) == 1
     assert "(new classes) but got" in capsys.readouterr().err
+
+
+def test_a_shifted_set_is_met_by_what_was_trained_on_its_source(tmp_path, capsys):
+    rows = [{**gda(50), "dataset": name} for name in ("shapes", "shapes_v2")]
+    table, runs = write(tmp_path / "p", *rows, {**zero_shot(0.0), "dataset": "shapes_v2"}), tmp_path / "runs"
+    (table / SETTINGS).write_text(
+        "method,protocol,shots,dataset,settings,source\nGDA,few-shot,,shapes,TRAINER.GDA.VIEWS 1,its authors\n"
+    )
+    command = ["GDA", "--config", "tiny", "--output", str(runs), "--published", str(table), "--seeds", "1"]
+    assert main(command) == 1  # zero-shot CLIP is better than 0 % on it
+    assert "To go on without: --datasets shapes\n" in capsys.readouterr().err
+    write(table, *rows)
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "as in its authors: few-shot, shapes: TRAINER.GDA.VIEWS 1" in out
+    folders = {
+        "shapes": runs / "shapes/GDA/tiny_2shots/seed1",
+        "shapes_v2": runs / "evaluation/GDA/tiny_2shots/shapes_v2_from_shapes/seed1",
+    }
+    accuracy = {}
+    for name, folder in folders.items():
+        accuracy[name] = json.loads((folder / "metrics.json").read_text())["accuracy"]
+        assert "VIEWS: 1" in (folder / "config.yaml").read_text()
+    lines = [line for line in out.splitlines() if line.startswith("| shapes")]
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    of_gda = {row[0]: float(row[4].split()[0]) for row in told if row[1] == "GDA"}
+    assert of_gda == pytest.approx(accuracy, abs=0.051) and accuracy["shapes_v2"] < accuracy["shapes"]
+    assert not list(runs.rglob("shapes_v2/GDA"))
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,11 @@ class DLRCLIPConfig(MethodConfig):
     compile: bool = key(
         False, "training: the encoders run through torch.compile (minutes at the start; needs a compiler)"
     )
+    compile_mode: str = key(
+        "default",
+        "mode of torch.compile; reduce-overhead: on a GPU it also captures CUDA graphs, which keep more memory",
+        choices=("default", "reduce-overhead"),
+    )
 
     # CMA
     text_ctx_init: str = key("a photo of a", "prompt of the adapted text branch: '<this> <class>.'")

@@ -21,6 +21,7 @@ what enters the first adapted block.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -75,7 +76,8 @@ class DLRCLIPNetwork(nn.Module):
         clip: a frozen CLIP, on its device.
         classnames: class names in the order of their labels.
         templates: zero-shot prompt templates, each with one "{}".
-        settings: see DLRCLIPConfig; of them, TEXT_CHUNK, CHECKPOINTING and COMPILE count in training only.
+        settings: see DLRCLIPConfig; of them, TEXT_CHUNK, CHECKPOINTING, COMPILE and COMPILE_MODE count in
+            training only.
 
     Raises:
         ValueError: CMA and GLR are both off, no loss is left, or the blocks do not exist in this CLIP.
@@ -110,7 +112,9 @@ class DLRCLIPNetwork(nn.Module):
         self._text_start = adapter.text_edit.first_block if adapter else 1
         self._visual_start = adapter.visual_edit.first_block if adapter else 1
         self._text_chunk, self._checkpointing = settings.text_chunk, settings.checkpointing
-        self._wrap: Callable[[Any], Any] | None = torch.compile if settings.compile else None
+        self._wrap: Callable[[Any], Any] | None = None
+        if settings.compile:
+            self._wrap = functools.partial(torch.compile, mode=settings.compile_mode)
         self._train_frozen, self._train_adapted = self._run_frozen, self._run_adapted
         if self._wrap is not None:
             self._train_frozen, self._train_adapted = self._wrap(self._run_frozen), self._wrap(self._run_adapted)
@@ -296,6 +300,9 @@ class DLRCLIPNetwork(nn.Module):
         """
         if self.learner.training and self.classnames != self.learner.classnames:
             raise ValueError("Expected to train on the class list that the learner was made for but got another one")
+        if self.learner.training and self._wrap is not None:
+            # A step runs several captured graphs. Without this, each would take the memory of those before it.
+            torch.compiler.cudagraph_mark_step_begin()
         return self._outputs(self.image_features(images, features, hidden))
 
     def _outputs(self, found: ImageFeatures) -> dict[str, Tensor]:

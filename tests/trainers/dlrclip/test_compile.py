@@ -11,17 +11,18 @@ from trainers.dlrclip.config import DLRCLIPConfig
 from trainers.dlrclip.network import DLRCLIPNetwork
 
 
-@pytest.mark.parametrize("grad_scaling", [False, True])
-def test_compiled_training_step_is_the_plain_one(make_clip, images, labels, monkeypatch, grad_scaling):
+@pytest.mark.parametrize(("mode", "grad_scaling"), [("default", False), ("reduce-overhead", True)])
+def test_compiled_training_step_is_the_plain_one(make_clip, images, labels, monkeypatch, mode, grad_scaling):
     if not any(map(shutil.which, ("g++", "clang++", "cl"))):  # then all but the code generator
         compile = torch.compile
-        monkeypatch.setattr(network.torch, "compile", lambda function: compile(function, backend="aot_eager"))
+        monkeypatch.setattr(network.torch, "compile", lambda function, mode: compile(function, backend="aot_eager"))
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)
         clip = make_clip(vision_layers=1, text_layers=1)
         settings = {"start": 1, "end": 1, "dim": 8, "scale": 0.5, "glr_dim": 8, "grad_scaling": grad_scaling}
-        net = DLRCLIPNetwork(clip, NAMES, ["a photo of a {}."], DLRCLIPConfig(**settings, compile=compiled)).train()
+        settings |= {"compile": compiled, "compile_mode": mode}
+        net = DLRCLIPNetwork(clip, NAMES, ["a photo of a {}."], DLRCLIPConfig(**settings)).train()
         loss = sum(net.losses(net(images), labels).values())
         loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in net.learner.named_parameters()}))

@@ -153,7 +153,7 @@ def trainer_of(
 def random_batch(session: Session, size: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
     """Random normalized images [B, 3, S, S] and labels [B] on the CPU; on a machine with a GPU in pinned memory."""
     generator = torch.Generator().manual_seed(seed)
-    side = next(iter(session.clips.values())).image_size
+    side = clip_of(session, "bf16", session.device).image_size
     images = torch.randn(size, 3, side, side, generator=generator)
     labels = torch.randint(classes, (size,), generator=generator)
     return (images.pin_memory(), labels.pin_memory()) if session.cuda else (images, labels)

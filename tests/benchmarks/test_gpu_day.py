@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import gpu_day, gpu_report
 from benchmarks.gpu.session import OutOfTime, Session, Sizes, alarm
+from benchmarks.gpu.subjects import clip_of, random_batch
 from benchmarks.gpu.syncs import counted
 from benchmarks.gpu.where import covered, kind_of
 
@@ -107,6 +108,13 @@ def test_rows_are_saved_as_they_come():
     session.add(a=1)
     session.add(a=2)
     assert saved == [1, 2]
+
+
+def test_a_part_may_be_the_first_to_ask_for_a_batch():
+    session = Session(torch.device("cpu"), "toy", Sizes(), Path(), lambda: None)
+    images, labels = random_batch(session, 3, 5, seed=0)
+    side = clip_of(session, "fp32", session.device).image_size
+    assert images.shape == (3, 3, side, side) and labels.shape == (3,) and int(labels.max()) < 5
 
 
 def test_reads_of_values_are_counted_by_their_line():

@@ -12,11 +12,13 @@ from dassl.utils import InputError
 from dlr_clip_cli.train import parse_args
 from scripts.figures.plot_shots import shots_figure
 from scripts.lib import published
-from scripts.lib.methods import choose_methods, methods_with
+from scripts.lib.dataset_sources import SOURCES
+from scripts.lib.methods import choose_methods, methods_with, registered_name
 from scripts.lib.published import AVERAGES, Ours, Published, pair_table, pairs, read_published
 from scripts.lib.published_settings import SETTINGS, pairs_for, read_settings
 from scripts.lib.tables import harmonic
-from scripts.reproduce import main
+from scripts.reproduce import main, plan, wanted
+from scripts.reproduce import parse_args as reproduce_args
 from trainers.app.configuration import setup_cfg
 
 HEAD = list(Published._fields)
@@ -125,6 +127,25 @@ def _value(args, key):
     for name in key.split("."):
         node = node[name]
     return node
+
+
+def test_every_published_number_has_runs_that_have_training_images():
+    numbers, settings = read_published(), read_settings()
+    for name, backbone in sorted({(one.method, one.backbone) for one in numbers} - {("ZeroshotCLIP", "ViT-B/16")}):
+        args = reproduce_args([name, "--config", "rn50" if backbone == "RN50" else "vit_b16"])
+        (method,) = choose_methods(args.method, args.config)
+        plans = plan(args, method, wanted(args, method, numbers), settings)
+        trained = {(run.after or run).dataset for run, _ in plans}
+        assert plans and all(SOURCES[registered_name(dataset)].counts[1] > 0 for dataset in trained), (name, trained)
+        assert name != "DLRCLIP" or {"imagenetv2", "imagenet_sketch"} <= {run.dataset for run, _ in plans}
+
+
+def test_batches_of_imagenet_are_those_of_dlr_clip_s_logs():
+    for name, dataset, size in (("DLRCLIP", "imagenetv2", 32), ("DLRCLIP@cma", "imagenet", 32), ("DLRCLIP", "dtd", 16)):
+        args = reproduce_args([name, "--shots", "16", "--datasets", dataset])
+        (method,) = choose_methods(args.method, args.config)
+        planned = plan(args, method, wanted(args, method, read_published()), read_settings())
+        assert {(run.after or run).cfg().DATALOADER.TRAIN_X.BATCH_SIZE for run, _ in planned} == {size}, name
 
 
 def test_the_last_setting_of_a_key_counts(tmp_path):

@@ -172,7 +172,7 @@ def tell_settings(plans: Sequence[Planned], known: Sequence[Published], settings
         and one.shots in (None, *(number.shots for number in known))
     }
     for one in told.values():
-        where = [one.protocol, one.dataset, "" if one.shots is None else f"{one.shots} shots"]
+        where = [one.method, one.protocol, one.dataset, "" if one.shots is None else f"{one.shots} shots"]
         print(f"as in {one.source}: {', '.join(filter(None, where))}: {shlex.join(one.pairs)}", flush=True)
 
 
@@ -188,12 +188,16 @@ def numbers(plans: Sequence[Planned], variant: str = "") -> list[Ours]:
 
 
 def zero_shot(
-    args: argparse.Namespace, plans: Sequence[Planned], published: Sequence[Published]
+    args: argparse.Namespace, plans: Sequence[Planned], published: Sequence[Published], settings: Sequence[Settings]
 ) -> tuple[list[Pair], int]:
     """Run zero-shot CLIP on the datasets of the runs; return its numbers beside published ones, and how many failed."""
     (method,) = choose_methods(ZEROSHOT, args.config)
-    places = dict.fromkeys((run.dataset, "few-shot" if classes == "all" else "base2new") for run, classes in plans)
-    mine = [one for dataset, protocol in places for one in runs_for(args, method, protocol, dataset, 1, [1])]
+    mine = []
+    for dataset, protocol in dict.fromkeys(
+        (run.dataset, "few-shot" if classes == "all" else "base2new") for run, classes in plans
+    ):
+        theirs = pairs_for(settings, ZEROSHOT, protocol, 0, SOURCE_OF.get(dataset, dataset))
+        mine += runs_for(args, method, protocol, dataset, 1, [1], theirs)
     failed = run_them([one.run for one in mine], args)
     return pairs(numbers(mine), [one for one in published if one.method == ZEROSHOT]), len(failed)
 
@@ -226,13 +230,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = list({run.folder: run for run in runs}.values())
         for line in check_ready(runs, args.root):
             print(line, flush=True)
-        tell_settings(plans, known, settings)
+        tell_settings(plans, [*known, *(one for one in published if one.method == ZEROSHOT)], settings)
         missing = [run for run in missing_runs(runs) if run.after is None]
         if missing:
             tell_estimate(seconds_of_runs(missing), missing)
         if args.check_only:
             return 0
-        first, failed = zero_shot(args, plans, published)
+        first, failed = zero_shot(args, plans, published, settings)
         others = [pair for pair in first if abs(pair.difference) > TOLERANCE]
         if first:
             print(pair_table(first), flush=True)

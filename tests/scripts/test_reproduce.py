@@ -14,12 +14,15 @@ from scripts.figures.plot_shots import shots_figure
 from scripts.lib import published
 from scripts.lib.dataset_sources import SOURCES
 from scripts.lib.methods import choose_methods, methods_with, registered_name
+from scripts.lib.protocol_plan import SOURCE_OF
 from scripts.lib.published import AVERAGES, Ours, Published, pair_table, pairs, read_published
 from scripts.lib.published_settings import SETTINGS, pairs_for, read_settings
 from scripts.lib.tables import harmonic
 from scripts.reproduce import main, plan, wanted
 from scripts.reproduce import parse_args as reproduce_args
 from trainers.app.configuration import setup_cfg
+from trainers.clip import IMAGENET_TEMPLATES_SELECT
+from trainers.clip.templates import parse_templates
 
 HEAD = list(Published._fields)
 
@@ -223,6 +226,28 @@ def test_a_strange_zero_shot_stops_before_anything_is_trained(world, capsys):
     assert not list((folder / "runs").glob("digits/GDA/tiny_1shots/*/metrics.json"))
 
 
+def test_zero_shot_has_the_settings_of_its_source_too(world, tmp_path, capsys):
+    _, _, accuracy = world
+    table = write(tmp_path / "p", zero_shot(accuracy["ZeroshotCLIP", 1]), gda(50))
+    (table / SETTINGS).write_text(
+        "method,protocol,shots,dataset,settings,source\n"
+        'ZeroshotCLIP,few-shot,,digits,"DATASET.TEMPLATE ""(\'one {}.\', \'the other {}.\')""",its authors\n'
+    )
+    assert main(["GDA", "--config", "tiny", "--output", str(tmp_path / "runs"), "--published", str(table)]) == 1
+    out, err = capsys.readouterr()
+    assert "as in its authors: ZeroshotCLIP, few-shot, digits: DATASET.TEMPLATE" in out and "prompts are others" in err
+    (config,) = (tmp_path / "runs").rglob("config.yaml")
+    assert "the other {}." in config.read_text() and "ZeroshotCLIP" in str(config)
+
+
+def test_zero_shot_on_imagenet_has_the_templates_behind_the_published_number():
+    settings = read_settings()
+    for dataset in ("imagenet", "imagenet_sketch"):
+        pairs_of_it = pairs_for(settings, "ZeroshotCLIP", "few-shot", 0, SOURCE_OF.get(dataset, dataset))
+        key, value = pairs_of_it
+        assert key == "DATASET.TEMPLATE" and parse_templates(value) == list(IMAGENET_TEMPLATES_SELECT)
+
+
 def test_it_can_only_check(world, capsys):
     folder, flags, _ = world
     table = write(folder / "fourth", {**gda(90), "method": "LinearProbe"})
@@ -240,7 +265,7 @@ def test_base_to_new_goes_the_whole_way_with_the_settings_of_the_source(tmp_path
     )
     assert main(["GDA", *flags, "--published", str(table), "--seeds", "1,2"]) == 0
     out = capsys.readouterr().out
-    assert "as in its authors' repository: base2new: TRAINER.GDA.VIEWS 1" in out
+    assert "as in its authors' repository: GDA, base2new: TRAINER.GDA.VIEWS 1" in out
     found = {}
     for path in (tmp_path / "runs" / "base2new").rglob("metrics.json"):
         metrics = json.loads(path.read_text())
@@ -269,7 +294,7 @@ def test_a_shifted_set_is_met_by_what_was_trained_on_its_source(tmp_path, capsys
     write(table, *rows)
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert "as in its authors: few-shot, shapes: TRAINER.GDA.VIEWS 1" in out
+    assert "as in its authors: GDA, few-shot, shapes: TRAINER.GDA.VIEWS 1" in out
     folders = {
         "shapes": runs / "shapes/GDA/tiny_2shots/seed1",
         "shapes_v2": runs / "evaluation/GDA/tiny_2shots/shapes_v2_from_shapes/seed1",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from dassl.data.datasets import build_dataset
 from dassl.engine import build_trainer
@@ -28,24 +29,42 @@ def check_ready(runs: Sequence[Run], root: str | None) -> Iterator[str]:
         root: the folder that holds the datasets; None: where the configurations say.
 
     Raises:
-        InputError: something is missing, or a dataset is not the published one; the message says what to do.
+        InputError: something is missing, or a dataset is not the published one. All datasets are looked at first; the
+            lines say what to do about each.
     """
     first = {run.dataset: run for run in reversed(runs)}
     asked = {name: run.cfg() for name, run in sorted(first.items())}  # settings are checked, and weights looked for
+    errors: dict[str, InputError] = {}
     for name, wanted in asked.items():
-        cfg = default_cfg()
-        cfg.DATASET.NAME, cfg.DATASET.ROOT = wanted.DATASET.NAME, wanted.DATASET.ROOT
-        with muted(logging.ERROR):
-            dataset = build_dataset(cfg)
-        counts = counts_of(dataset)
-        told = "{:,} classes, {:,} images to train on, {:,} for validation, {:,} to test on"
-        source = SOURCES.get(wanted.DATASET.NAME)
-        if source is not None and counts != source.counts:
-            raise InputError(
-                f"Expected {name} to have {told.format(*source.counts)}, as published, but it has "
-                f"{told.format(*counts)}: see docs/DATASETS.md"
-            )
-        yield f"{name}: {told.format(*counts)}{', as published' if source is not None else ''}"
+        try:
+            told = _told(name, wanted)
+        except InputError as error:
+            errors[name] = error
+            told = str(error)
+        yield f"{name}: {told}"
+    if len(errors) == 1:
+        raise next(iter(errors.values()))
+    if errors:
+        raise InputError(
+            f"Expected {len(asked)} datasets as published but got {len(asked) - len(errors)}; what is wrong with the "
+            f"others is said above: {', '.join(errors)}"
+        )
+
+
+def _told(name: str, wanted: Any) -> str:
+    """Return how large the dataset of a configuration is; raise an InputError where it is not the published one."""
+    cfg = default_cfg()
+    cfg.DATASET.NAME, cfg.DATASET.ROOT = wanted.DATASET.NAME, wanted.DATASET.ROOT
+    with muted(logging.ERROR):
+        counts = counts_of(build_dataset(cfg))
+    told = "{:,} classes, {:,} images to train on, {:,} for validation, {:,} to test on"
+    source = SOURCES.get(wanted.DATASET.NAME)
+    if source is not None and counts != source.counts:
+        raise InputError(
+            f"Expected {name} to have {told.format(*source.counts)}, as published, but it has {told.format(*counts)}: "
+            "see docs/DATASETS.md"
+        )
+    return told.format(*counts) + (", as published" if source is not None else "")
 
 
 def seconds_of_runs(runs: Sequence[Run]) -> dict[str, float]:

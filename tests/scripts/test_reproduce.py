@@ -334,3 +334,9 @@ def test_missing_images_are_told_with_what_to_do(tmp_path, capsys):
     code = main(["GDA", "--config", "tiny", "--root", str(tmp_path), "--published", str(table)])
     err = capsys.readouterr().err
     assert code == 2 and "dtd" in err and "GDA" in methods_with("tiny")
+    write(table, row, {**row, "dataset": "eurosat"}, gda(50))
+    assert main(["GDA", "--config", "tiny", "--root", str(tmp_path), "--published", str(table)]) == 2
+    out, err = capsys.readouterr()
+    assert "Expected 3 datasets as published but got 1" in err and err.count("\n") == 1
+    told = dict(line.split(": ", 1) for line in out.splitlines())
+    assert "10 classes" in told["digits"] and all("docs/DATASETS.md" in told[name] for name in ("dtd", "eurosat"))

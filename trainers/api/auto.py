@@ -23,8 +23,8 @@ from .folds import draw_folds, held_out_logits, numbers_of
 from .runs import Choice, Parts, Runner, draw_validation
 
 FREE = ("TRAINER.DLRCLIP.CMA", False), ("TRAINER.DLRCLIP.GLR", False)
-# The simplest first. All of them learn on features of the images as they are, so that each image is encoded once, and
-# once more for the patches that DLR-CLIP compares.
+# All of them learn on features of the images as they are, so that each image is encoded once, and once more for the
+# patches that DLR-CLIP compares.
 CANDIDATES = (
     Choice("ZeroshotCLIP"),
     Choice("TipAdapter", settings=(("TRAINER.TIPADAPTER.VIEWS", 0),)),
@@ -35,7 +35,8 @@ CANDIDATES = (
 )
 ADAPTED = (Choice("DLRCLIP", "_plus", name="DLRCLIP (adapted)"),)  # tried where there is time for them
 FIRST_CHOICE = CANDIDATES[3]  # LP++, where no image can be held out: the best with one image on development data
-FEW = 30  # held-out images; with fewer, a standard error is so wide that the simplest method would win nearly always
+DEFAULT = CANDIDATES[-1]  # on development data: the best on average, and never far behind
+AHEAD = 2.0  # standard errors by which another method must be ahead of it
 PROBED_STEPS = 3
 
 
@@ -67,7 +68,7 @@ class Comparison:
     Attributes:
         folds: [N], see `draw_folds`.
         labels: [N].
-        scores: of each method, the simplest first.
+        scores: of each method.
         chosen: the score of the method that is taken.
         why: a sentence.
         curve: images of each class in training -> accuracy of the chosen method on held-out images, in percent.
@@ -100,27 +101,24 @@ def score(choice: Choice, logits: Tensor, labels: Tensor, held: Tensor, seconds:
 def choose(scores: Sequence[Score], labels: Tensor, held: Tensor) -> tuple[Score, str]:
     """Return the method to take, and a sentence that says why.
 
-    It is the simplest within one standard error of the most accurate. The error is that of the mean difference, image
-    by image, between a method and the most accurate. With fewer than 30 held-out images, the most accurate is taken.
-    Of equally accurate ones the one with the higher likelihood counts as the more accurate.
+    It is DLR-CLIP's training-free form, unless the most accurate method is ahead of it by more than two standard
+    errors of the mean difference between them, image by image. Of equally accurate methods the one with the higher
+    likelihood counts as the more accurate.
 
     Args:
-        scores: the simplest first.
+        scores: those of all methods that were tried, `DEFAULT` among them.
         labels, held: [N].
     """
     best = max(scores, key=lambda one: (one.accuracy, -one.loss))
-    if int(held.sum()) < FEW:
-        return best, f"{best.choice.shown} was best on {int(held.sum())} held-out images"
-    right = {one.choice: _right(one, labels, held) for one in scores}
-    for one in scores:
-        apart = right[best.choice] - right[one.choice]
-        if one is best or float(apart.mean()) <= float(apart.std()) / math.sqrt(len(apart)):
-            break
-    if one is best:
-        return one, f"{one.choice.shown} was best on held-out images"
-    return one, (
-        f"{one.choice.shown} is the simplest method within one standard error of the best on held-out images, "
-        f"{best.choice.shown} ({best.accuracy:.1f} %)"
+    default = next(one for one in scores if one.choice.shown == DEFAULT.shown)
+    if best is default:
+        return best, f"{best.choice.shown} was best on held-out images"
+    apart = _right(best, labels, held) - _right(default, labels, held)
+    if len(apart) > 1 and float(apart.mean()) > AHEAD * float(apart.std()) / math.sqrt(len(apart)):
+        return best, f"{best.choice.shown} was certainly better on held-out images than {default.choice.shown}"
+    return default, (
+        f"{default.choice.shown} is taken, because no method was certainly better on held-out images; "
+        f"{best.choice.shown} reached {best.accuracy:.1f} % there"
     )
 
 

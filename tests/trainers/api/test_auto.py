@@ -1,4 +1,4 @@
-"""The choice of a method: folds, the one-standard-error rule, learning curves, calibration, unknown images."""
+"""The choice of a method: folds, the rule of two standard errors, learning curves, calibration, unknown images."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from trainers import FewShotClassifier
 from trainers.api.auto import (
     ADAPTED,
     CANDIDATES,
+    DEFAULT,
     FIRST_CHOICE,
     Score,
     balanced,
@@ -65,30 +66,50 @@ def logits_with(right, n=100, classes=4):
     return F.one_hot(guesses, classes).float(), labels
 
 
-def test_the_simplest_within_one_standard_error_is_taken():
-    held = torch.ones(100, dtype=torch.bool)
-    scores = []
-    for name, right in (("a", 60), ("b", 88), ("c", 90), ("d", 90)):
+def scores_with(rights, held, shift=0):
+    """Scores by name and number of right images; the default's are right from image `shift` on."""
+    found = []
+    for choice, right in rights:
         logits, labels = logits_with(right)
-        scores.append(score(Choice(name), logits, labels, held))
-    # b is wrong on two images more than c: mean 0.02, deviation 0.14, standard error 0.014
-    assert choose(scores, labels, held)[0].choice.method == "c"
-    other, _ = logits_with(95)
-    other[:5] = other[:5].roll(1, dims=1)  # wrong where the best is right, and right on three images where it is wrong
-    near = [score(Choice("b"), other, labels, held), score(Choice("c"), *logits_with(92), held)]
-    assert near[0].accuracy < near[1].accuracy  # mean 0.02 or less, deviation 0.28, standard error 0.028
-    chosen, why = choose([scores[0], *near], labels, held)
-    assert chosen.choice.method == "b" and "simplest" in why and "c (92.0 %)" in why
+        if choice is DEFAULT:
+            logits[:shift] = logits[:shift].roll(1, dims=1)
+        found.append(score(choice, logits, labels, held))
+    return found, labels
 
 
-def test_with_few_images_the_most_accurate_is_taken():
+def test_the_default_is_taken_unless_another_is_ahead_by_two_standard_errors():
+    held = torch.ones(100, dtype=torch.bool)
+    # wrong on 5 images more than b: mean 0.05, deviation 0.22, standard error 0.022
+    scores, labels = scores_with([(Choice("a"), 60), (Choice("b"), 95), (DEFAULT, 90)], held)
+    chosen, why = choose(scores, labels, held)
+    assert chosen is scores[1] and why == f"b was certainly better on held-out images than {DEFAULT.shown}"
+    # right on 6 images where b is wrong, and wrong on 9 where b is right: mean 0.03, standard error 0.039
+    scores, labels = scores_with([(Choice("a"), 60), (Choice("b"), 90), (DEFAULT, 96)], held, shift=9)
+    assert scores[1].accuracy == pytest.approx(90) and scores[2].accuracy == pytest.approx(87)
+    chosen, why = choose(scores, labels, held)
+    assert chosen is scores[2] and "no method was certainly better" in why and "b reached 90.0 %" in why
+    scores, labels = scores_with([(Choice("a"), 60), (DEFAULT, 91), (Choice("b"), 90)], held)
+    chosen, why = choose(scores, labels, held)
+    assert chosen is scores[1] and why == f"{DEFAULT.shown} was best on held-out images"
+
+
+def test_few_images_say_little_but_not_nothing():
     held = torch.arange(100) % 5 == 0  # 20 images
-    scores = [score(Choice(name), *logits_with(right), held) for name, right in (("a", 85), ("b", 90), ("c", 90))]
-    chosen, why = choose(scores, torch.arange(100) % 4, held)
-    assert chosen.choice.method == "b" and "20 held-out images" in why
-    surer = score(Choice("d"), 3 * scores[1].logits, torch.arange(100) % 4, held)
-    assert surer.accuracy == scores[1].accuracy and surer.loss < scores[1].loss
-    assert choose([*scores, surer], torch.arange(100) % 4, held)[0] is surer
+    scores, labels = scores_with([(Choice("a"), 95), (DEFAULT, 85)], held)
+    assert scores[0].accuracy == 95 and choose(scores, labels, held)[0] is scores[1]
+    scores, labels = scores_with([(Choice("a"), 95), (DEFAULT, 50)], held)
+    assert choose(scores, labels, held)[0] is scores[0]
+    one = torch.arange(100) == 97  # a single image has no standard error
+    scores, labels = scores_with([(Choice("a"), 100), (DEFAULT, 50)], one)
+    assert choose(scores, labels, one)[0] is scores[1]
+
+
+def test_of_equally_accurate_methods_the_surer_one_counts():
+    held = torch.ones(100, dtype=torch.bool)
+    scores, labels = scores_with([(Choice("a"), 90), (DEFAULT, 50)], held)
+    surer = score(Choice("b"), 3 * scores[0].logits, labels, held)
+    assert surer.accuracy == scores[0].accuracy and surer.loss < scores[0].loss
+    assert choose([*scores, surer], labels, held)[0] is surer
 
 
 def test_images_that_were_never_held_out_do_not_count():

@@ -60,13 +60,14 @@ def read_csv(path: Path) -> list[Photo]:
         raise InputError(f"Expected {path} to be a readable CSV file in UTF-8 but got: {reason}") from error
     header = text.split("\n", 1)[0]
     reader = csv.DictReader(io.StringIO(text), delimiter=next((c for c in ";\t" if c in header), ","), strict=True)
-    reader.fieldnames = columns = [name.strip().lower() for name in reader.fieldnames or ()]
-    if len(set(columns)) < len(columns):
-        raise InputError(f"Expected {path} to have each column once but got {', '.join(columns)}")
-    if not {"path", "label"} <= set(columns):
-        raise InputError(f"Expected {path} to have the columns path and label but got {', '.join(columns) or 'none'}")
     photos: dict[str, Photo] = {}
     try:
+        reader.fieldnames = columns = [name.strip().lower() for name in reader.fieldnames or ()]
+        if len(set(columns)) < len(columns):
+            raise InputError(f"Expected {path} to have each column once but got {', '.join(columns)}")
+        if not {"path", "label"} <= set(columns):
+            got = ", ".join(columns) or "none"
+            raise InputError(f"Expected {path} to have the columns path and label but got {got}")
         for row in reader:
             photo = _photo(row, f"{path}, line {reader.line_num},", path.parent)
             if photo.path in photos:

@@ -132,7 +132,7 @@ def _load_without_scheduler(fpath: _PathLike) -> Any:
     Raises:
         pickle.UnpicklingError: the checkpoint holds other objects.
     """
-    before = torch.serialization.get_safe_globals()
+    before = list(torch.serialization.get_safe_globals())  # a copy: torch 2.4 gives its own list
     torch.serialization.add_safe_globals([*_STAND_INS, dict])  # torch finds them by name
     try:
         content = _load_plain(fpath)

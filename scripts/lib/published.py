@@ -5,7 +5,6 @@ They lie in published/*.csv; docs/REPRODUCE.md says what the columns are.
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from tabulate import tabulate
 
 from dassl.utils import InputError
 from scripts.lib.methods import registered_name
-from scripts.lib.published_settings import SETTINGS
+from scripts.lib.published_settings import SETTINGS, read_rows
 from scripts.lib.runs import Run, shots_of
 from scripts.lib.tables import harmonic, mean_and_band
 from trainers.configs import CONFIGS, PUBLISHED
@@ -86,19 +85,12 @@ def read_published(folder: Path | None = None) -> list[Published]:
     for path in sorted((folder or PUBLISHED).glob("*.csv")):
         if path.name == SETTINGS:
             continue
-        with open(path, encoding="utf-8", newline="") as stream:
-            reader = csv.DictReader(stream)
-            if tuple(reader.fieldnames or ()) != Published._fields:
-                raise InputError(
-                    f"Expected {path} to have the columns {', '.join(Published._fields)} but got "
-                    f"{', '.join(reader.fieldnames or ()) or 'none'}"
-                )
-            for row in reader:
-                one = _read_row(row, f"{path}, line {reader.line_num}")
-                key = one[:6]
-                if key in found:
-                    raise InputError(f"Expected one value of {' '.join(map(str, key))} but {path} has a second one")
-                found[key] = one
+        for where, row in read_rows(path, Published._fields):
+            one = _read_row(row, where)
+            key = one[:6]
+            if key in found:
+                raise InputError(f"Expected one value of {' '.join(map(str, key))} but {path} has a second one")
+            found[key] = one
     return list(found.values())
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,27 +52,37 @@ def read_settings(folder: Path | None = None) -> list[Settings]:
     if not path.is_file():
         return []
     found = []
-    with open(path, encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
-        head = ("method", "protocol", "shots", "dataset", "settings", "source")
-        if tuple(reader.fieldnames or ()) != head:
+    for where, row in read_rows(path, ("method", "protocol", "shots", "dataset", "settings", "source")):
+        try:
+            pairs = tuple(shlex.split(row["settings"]))
+            shots = int(row["shots"]) if row["shots"] else None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"Expected shots and settings in {where}: {error}") from error
+        if len(pairs) % 2 or not pairs or row["protocol"] not in PROTOCOLS:
             raise InputError(
-                f"Expected {path} to have the columns {', '.join(head)} but got "
-                f"{', '.join(reader.fieldnames or ()) or 'none'}"
+                f"Expected KEY VALUE pairs and a protocol of {', '.join(PROTOCOLS)} in {where}, but got "
+                f"{row['settings']!r} and {row['protocol']!r}"
             )
-        for row in reader:
-            try:
-                pairs = tuple(shlex.split(row["settings"]))
-                shots = int(row["shots"]) if row["shots"] else None
-            except (TypeError, ValueError, AttributeError) as error:
-                raise InputError(f"Expected shots and settings in {path}, line {reader.line_num}: {error}") from error
-            if len(pairs) % 2 or not pairs or row["protocol"] not in PROTOCOLS:
-                raise InputError(
-                    f"Expected KEY VALUE pairs and a protocol of {', '.join(PROTOCOLS)} in {path}, line "
-                    f"{reader.line_num}, but got {row['settings']!r} and {row['protocol']!r}"
-                )
-            found.append(Settings(row["method"], row["protocol"], shots, row["dataset"], pairs, row["source"]))
+        found.append(Settings(row["method"], row["protocol"], shots, row["dataset"], pairs, row["source"]))
     return found
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of a CSV file by column, each with its place for messages, "FILE, line 2".
+
+    Raises:
+        InputError: the file cannot be read, or has other columns.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream)
+            if list(reader.fieldnames or ()) != list(columns):
+                got = ", ".join(reader.fieldnames or ()) or "none"
+                raise InputError(f"Expected {path} to have the columns {', '.join(columns)} but got {got}")
+            for row in reader:
+                yield f"{path}, line {reader.line_num}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"Expected {path} to be a readable CSV file in UTF-8 but got: {error}") from error
 
 
 def pairs_for(known: Iterable[Settings], method: str, protocol: str, shots: int, dataset: str) -> tuple[str, ...]:

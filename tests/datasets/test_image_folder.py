@@ -305,6 +305,13 @@ def test_wrong_csv(table, root, content, words):
     assert_refused(table, *words)
 
 
+def test_a_header_that_no_csv_file_has_is_an_input_error(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("path," + "x" * 200_000 + "\na.png,cat\n")  # the csv module refuses such a cell
+    with pytest.raises(InputError, match="to be CSV but got: field larger"):
+        read_csv(path)
+
+
 def test_csv_rows_keep_their_order(table):
     assert [photo.path for photo in read_csv(table)][:2] == ["images/00.png", "images/01.png"]
 

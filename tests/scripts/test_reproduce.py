@@ -171,6 +171,10 @@ def test_the_last_setting_of_a_key_counts(tmp_path):
     path.write_text("method\nGDA\n")
     with pytest.raises(InputError, match="to have the columns"):
         read_settings(tmp_path)
+    for content in (b"\xff", b"x" * 200_000):  # no UTF-8, and a cell that the csv module refuses
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="readable CSV file"):
+            read_settings(tmp_path)
 
 
 def test_the_figure_shows_published_numbers_of_the_datasets_it_has(tmp_path):

@@ -16,7 +16,7 @@ REQUIRES = [
     "torchvision>=0.19",
     "open_clip_torch>=3.0",  # CLIP architectures, OpenAI weights, tokenizer
     "huggingface_hub>=0.25",  # where open_clip keeps its safetensors
-    "safetensors>=0.4",  # weights without pickles
+    "safetensors>=0.4.4",  # weights without pickles; a method that learns nothing has a file without tensors
     "yacs>=0.1.8",  # configs
     "pyyaml>=6.0",
     "numpy>=1.24",
@@ -31,10 +31,10 @@ REQUIRES = [
 ]
 # xdist: a test process per core; setuptools: the tests build and install the package.
 SERVE = ["gradio>=5.0"]  # scripts/serve.py
-EXPORT = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]  # scripts/export.py --format onnx
+EXPORT = ["onnx>=1.17", "onnxscript>=0.7", "onnxruntime>=1.20"]  # scripts/export.py --format onnx
 PARQUET = ["pyarrow>=15"]  # predict.py --stream parquet
 TRANSFORMERS = ["transformers>=4.40"]  # tokenizers and text encoders of some backbones (SigLIP, NLLB, ...)
-TRACK = ["wandb>=0.17", "mlflow>=2.14"]  # LOGGER wandb, mlflow
+TRACK = ["wandb>=0.19", "mlflow>=2.14"]  # LOGGER wandb, mlflow
 TEST = [
     *SERVE,
     *TRACK,

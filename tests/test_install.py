@@ -182,7 +182,7 @@ def test_train_predict_compare_and_draw(command, elsewhere):
         *("compare", "--dataset", "digits", "--trainers", "ZeroshotCLIP,LinearProbe", "--shots", "1", "--seeds", "1"),
         *("USE_CUDA", "False", "DATALOADER.NUM_WORKERS", "0"),
     )
-    assert f"{metrics['accuracy']:.2f}"[:4] in done.stdout
+    assert f"{metrics['accuracy']:.1f}" in done.stdout
     console = folder.parents[2] / "ZeroshotCLIP" / "tiny_1shots" / "seed1" / "console.txt"
     assert " dlr-clip train --seed 1 " in console.read_text()
     assert command("figure", "logits", str(folder)).stdout.count(str(folder / "figures")) == 2

@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 CHECK_IN = 5.0  # seconds in which a process that still runs says so, after another one was lost
+SETTLING = 0.2  # seconds that gloo's threads get to finish with the last call
 GO_ON = "the same command goes on from the last checkpoint"
 
 
@@ -152,6 +153,10 @@ def stop() -> None:
     """Close the process group, at the end of a job that went well."""
     global _job
     if _job is not None and _job.started:
+        if torch.__version__ < "2.8":
+            # Its end waits for gloo's threads and lets no other thread run Python meanwhile. A thread that still has a
+            # tensor of the last call to let go of needs Python for a moment: without this, both wait forever.
+            time.sleep(SETTLING)
         dist.destroy_process_group()
     _job = None
 

@@ -146,9 +146,7 @@ def test_slurm_gets_one_array_and_jobs_that_are_still_there_are_waited_for(queue
     (queue / "state").write_text("FAILED")
     assert start(runs) == runs
     (script,) = [Path(line) for line in (queue / "submitted").read_text().splitlines()]
-    text = (
-        next((queue / "jobs").glob("submission_file_*.sh")).read_text() if not script.exists() else script.read_text()
-    )
+    text = next((queue / "jobs").glob("*submission*.sh")).read_text() if not script.exists() else script.read_text()
     for option in ("--array=0-1%1", "--partition=gpu", "--cpus-per-task=4", "--gpus-per-node=1", "--time=30"):
         assert option in text
     submitit.SlurmJob.watcher.clear()

@@ -166,6 +166,10 @@ class DLRCLIPConfig(MethodConfig):
             )
         if self.start > self.end:
             raise ValueError(f"Expected {path}.START to be at most .END but got START {self.start} and END {self.end}")
+        if self.compile_mode != "default" and not self.compile:
+            raise ValueError(
+                f"Expected {path}.COMPILE to be True where .COMPILE_MODE is {self.compile_mode} but it is not"
+            )
         if self.grad_scaling and self.scale == 0:
             raise ValueError(f"Expected {path}.SCALE not to be 0 where .GRAD_SCALING is True but got 0")
 

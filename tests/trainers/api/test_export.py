@@ -122,11 +122,18 @@ def test_only_transductive_methods_are_refused():
     assert set(PLAIN) <= set(NAMES)
 
 
+# Exporters before torch 2.7 cannot write these (docs/EXPORT.md).
+OLD_TORCH = torch.__version__ < "2.7"
+NEWER = {"APE", "APET", "CoCoOp", "DAC", "TipAdapter", "TipAdapterF", "TipAdapterPP", "TipX", "TipXPP"}
+
+
 @pytest.mark.parametrize("name", EXPORTED)
 def test_every_method_gives_its_probabilities_in_onnx(
     name, fit, shallow, shallow_adapters, photos, tmp_path, monkeypatch
 ):
     """Where torch's older exporter can do it, by that: it takes a tenth of the time."""
+    if OLD_TORCH and name in NEWER:
+        pytest.skip("needs torch 2.7")
     monkeypatch.setattr(onnx_file, "EXPORTERS", ("torchscript", "dynamo"))
     file = tmp_path / "model.onnx"
     if TRAINER_REGISTRY.get(name).adapters == "needed":  # such a classifier is not saved, its run is exported
@@ -143,6 +150,7 @@ def test_every_method_gives_its_probabilities_in_onnx(
     assert record_of(file)["method"] == name and record_of(file)["classes"] == clf.classes_.tolist()
 
 
+@pytest.mark.skipif(OLD_TORCH, reason="needs torch 2.7")
 def test_the_newer_exporter_comes_first(fit, photos, tmp_path):
     clf, file = fit("DLRCLIP"), tmp_path / "model.onnx"
     clf.export(file, images=photos[0])
@@ -243,6 +251,7 @@ def test_other_methods_have_no_open_clip(probe, capsys):
 # ------------------------------------------------------------------------------------------------ what is in a file
 
 
+@pytest.mark.skipif(OLD_TORCH, reason="needs torch 2.7")
 def test_the_file_says_how_it_is_used_and_names_no_folder(probe, shallow, photos, tmp_path, capsys):
     clf, saved = probe
     file = tmp_path / "out" / "probe.onnx"

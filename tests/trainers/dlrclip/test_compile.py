@@ -21,7 +21,7 @@ def test_compiled_training_step_is_the_plain_one(make_clip, images, labels, monk
         torch.manual_seed(0)
         clip = make_clip(vision_layers=1, text_layers=1)
         settings = {"start": 1, "end": 1, "dim": 8, "scale": 0.5, "glr_dim": 8, "grad_scaling": grad_scaling}
-        settings |= {"compile": compiled, "compile_mode": mode}
+        settings |= {"compile": compiled, "compile_mode": mode if compiled else "default"}
         net = DLRCLIPNetwork(clip, NAMES, ["a photo of a {}."], DLRCLIPConfig(**settings)).train()
         loss = sum(net.losses(net(images), labels).values())
         loss.backward()

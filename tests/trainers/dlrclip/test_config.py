@@ -57,6 +57,8 @@ def test_plain_yacs_nodes_are_extended_in_kind():
         (("CMA", None), "CMA to be True or False but got None"),
         (("CHECKPOINTING", 1), "CHECKPOINTING to be True or False but got 1"),
         (("COMPILE", "yes"), "COMPILE to be True or False but got 'yes'"),
+        (("COMPILE_MODE", "fast"), "COMPILE_MODE to be one of default, reduce-overhead but got 'fast'"),
+        (("COMPILE_MODE", "reduce-overhead"), "COMPILE to be True where .COMPILE_MODE is reduce-overhead"),
         (("TEXT_CHUNK", -1), "TEXT_CHUNK to be a whole number, at least 0, but got -1"),
         (("PREC", "fp8"), "PREC to be one of fp32, fp16, amp, bf16 but got 'fp8'"),
         (("HEAD", "best"), "HEAD to be one of clip, cma, glr, final, fused, robust, mixed but got 'best'"),

@@ -65,7 +65,8 @@ def quiet() -> Iterator[None]:
 def _by_dynamo(module: nn.Module, example: Tensor, name: str) -> Any:
     import onnx_ir
 
-    shapes = ({0: torch.export.Dim("batch")},)
+    # Before torch 2.8 a batch without an upper bound is refused: products of sizes could overflow.
+    shapes = ({0: torch.export.Dim("batch", max=2**31)},)
     with torch.no_grad():
         program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
         made = torch.onnx.export(

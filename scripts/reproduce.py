@@ -230,7 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = list({run.folder: run for run in runs}.values())
         for line in check_ready(runs, args.root):
             print(line, flush=True)
-        tell_settings(plans, [*known, *(one for one in published if one.method == ZEROSHOT)], settings)
+        protocols = {protocol_of(one) for one in known}
+        checked = [one for one in published if one.method == ZEROSHOT and protocol_of(one) in protocols]
+        tell_settings(plans, [*known, *checked], settings)
         missing = [run for run in missing_runs(runs) if run.after is None]
         if missing:
             tell_estimate(seconds_of_runs(missing), missing)

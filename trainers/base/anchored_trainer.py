@@ -38,7 +38,8 @@ class AnchoredConfig(MethodConfig):
     )
     half: bool = key(
         False,
-        "learn in float16, with the optimizer's averages in float16, too, as the source does; needs PREC fp32 or bf16",
+        "learn in float16, with the optimizer's averages in float16, too, as the source does; needs PREC fp32 or bf16, "
+        "and on a CPU torch 2.6",
         source="True",
     )
 

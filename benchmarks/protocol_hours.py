@@ -126,15 +126,11 @@ class Length(NamedTuple):
     drop_last: bool
 
 
-def _trainer(name: str) -> str:
-    return trainer_of(name) if name in METHODS else name
-
-
 @functools.cache
 def length_of(name: str, pairs: tuple[str, ...]) -> Length:
     """Return how long DLR-CLIP or a row of METHODS trains with vit_b16.yaml and KEY VALUE pairs."""
     cfg = default_cfg()
-    cfg.merge_from_file(str(configs_of(_trainer(name))["vit_b16"]))
+    cfg.merge_from_file(str(configs_of(trainer_of(name))["vit_b16"]))
     cfg.merge_from_list([*(METHODS[name].keys if name in METHODS else ()), *pairs])
     own = cfg.TRAINER.get(cfg.TRAINER.NAME.upper(), {})
     drop_last = bool(TRAINER_REGISTRY.get(cfg.TRAINER.NAME).drop_last)
@@ -159,7 +155,7 @@ def hours(name: str, parts: Sequence[Part], step: Step, image: float, views: boo
     """
     settings, total = read_settings(), 0.0
     for part in parts:
-        length = length_of(name, pairs_for(settings, _trainer(name), part.protocol, part.shots, part.dataset))
+        length = length_of(name, pairs_for(settings, trainer_of(name), part.protocol, part.shots, part.dataset))
         all_classes, _, _, tests = SOURCES[registered_name(part.dataset)].counts
         classes = all_classes * part.share
         images = int(classes * part.shots)

@@ -229,7 +229,7 @@ def _size(path: str) -> int:
 
 @DATASET_REGISTRY.register()
 class ImageFolder(SplitDataset):
-    """See the head of this file."""
+    """Read one's own images, from folders or a CSV file, as a dataset; see the head of this file."""
 
     folder = images = ""  # the root itself
 

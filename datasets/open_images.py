@@ -80,7 +80,10 @@ def read_labels(path: str | Path) -> dict[str, str]:
 
 @DATASET_REGISTRY.register()
 class OpenImages(SplitDataset):
-    """See the head of this file. Classes are numbered in the order of their names."""
+    """Read images of Open Images' layout as a dataset; see the head of this file.
+
+    Classes are numbered in the order of their names.
+    """
 
     folder = "open_images"
     sources = (LABELS, "images")

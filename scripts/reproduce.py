@@ -81,8 +81,8 @@ class Planned(NamedTuple):
     classes: str
 
 
-def protocol_of(one: Published) -> str:
-    """Return the protocol of a published number, one of PROTOCOLS."""
+def protocol_of(one: Published | Planned) -> str:
+    """Return the protocol of a published number or of a run, one of PROTOCOLS."""
     return "few-shot" if one.classes == "all" else "base2new"
 
 
@@ -193,9 +193,7 @@ def zero_shot(
     """Run zero-shot CLIP on the datasets of the runs; return its numbers beside published ones, and how many failed."""
     (method,) = choose_methods(ZEROSHOT, args.config)
     mine = []
-    for dataset, protocol in dict.fromkeys(
-        (run.dataset, "few-shot" if classes == "all" else "base2new") for run, classes in plans
-    ):
+    for dataset, protocol in dict.fromkeys((one.run.dataset, protocol_of(one)) for one in plans):
         theirs = pairs_for(settings, ZEROSHOT, protocol, 0, SOURCE_OF.get(dataset, dataset))
         mine += runs_for(args, method, protocol, dataset, 1, [1], theirs)
     failed = run_them([one.run for one in mine], args)

@@ -47,5 +47,5 @@ LEFT_OUT = {
 
 
 def trainer_of(name: str) -> str:
-    """Return the registered name of the trainer that a row belongs to."""
-    return METHODS[name].trainer or name
+    """Return the registered name of the trainer that a row belongs to; what is no row is a trainer's name itself."""
+    return (METHODS[name].trainer if name in METHODS else "") or name

@@ -190,6 +190,15 @@ def test_the_figure_shows_published_numbers_of_the_datasets_it_has(tmp_path):
 # ------------------------------------------------------------------------------------------------ whole runs
 
 
+def cells_of(out: str, dataset: str) -> list[list[str]]:
+    """Return the cells of the printed rows of datasets whose names begin so."""
+    return [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in out.splitlines()
+        if row.startswith(f"| {dataset}")
+    ]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Make the numbers once, and publish them."""
@@ -275,8 +284,7 @@ def test_base_to_new_goes_the_whole_way_with_the_settings_of_the_source(tmp_path
         metrics = json.loads(path.read_text())
         found["base" if "train_base" in str(path) else "new", metrics["seed"]] = metrics["accuracy"]
     assert len(found) == 4
-    told = [[cell.strip() for cell in row.strip("|").split("|")] for row in out.splitlines() if row.startswith("| dig")]
-    of_gda = {row[3]: float(row[4].split()[0]) for row in told if row[1] == "GDA"}
+    of_gda = {row[3]: float(row[4].split()[0]) for row in cells_of(out, "digits") if row[1] == "GDA"}
     assert of_gda["h"] == pytest.approx(
         sum(harmonic(found["base", seed], found["new", seed]) for seed in (1, 2)) / 2, abs=0.051
     )
@@ -307,9 +315,7 @@ def test_a_shifted_set_is_met_by_what_was_trained_on_its_source(tmp_path, capsys
     for name, folder in folders.items():
         accuracy[name] = json.loads((folder / "metrics.json").read_text())["accuracy"]
         assert "VIEWS: 1" in (folder / "config.yaml").read_text()
-    lines = [line for line in out.splitlines() if line.startswith("| shapes")]
-    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    of_gda = {row[0]: float(row[4].split()[0]) for row in told if row[1] == "GDA"}
+    of_gda = {row[0]: float(row[4].split()[0]) for row in cells_of(out, "shapes") if row[1] == "GDA"}
     assert of_gda == pytest.approx(accuracy, abs=0.051) and accuracy["shapes_v2"] < accuracy["shapes"]
     assert not list(runs.rglob("shapes_v2/GDA"))
 
